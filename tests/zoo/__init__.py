@@ -12,7 +12,7 @@ import torch
 from torch import BoolTensor, Tensor
 from transformers import PreTrainedModel
 
-from . import common, fixed, grids
+from . import common, fixed, grids, tiles
 from .common import Architecture, Row
 
 __all__ = ["NAMES", "VIDEO_NAMES", "Row", "build", "inputs", "sizes", "text_only", "visual_count", "visual_mask"]
@@ -25,6 +25,11 @@ _ARCHITECTURES: dict[str, Architecture] = {
         grids.Qwen3VL(),
         fixed.Llava(),
         fixed.LlavaSiglip(),
+        tiles.LlavaNext(),
+        tiles.LlavaOnevision(),
+        tiles.InternVL(),
+        tiles.SmolVLM(),
+        tiles.Idefics3(),
         fixed.Gemma3(),
         fixed.PaliGemma(),
         grids.Mistral3(),
