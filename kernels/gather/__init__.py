@@ -1,0 +1,1 @@
+"""The kept rows of whatever runs along the sequence: embeddings, position ids, masks."""

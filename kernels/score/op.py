@@ -1,0 +1,158 @@
+"""The operators `hawk::score_folded` and `hawk::score_projected`."""
+
+import torch
+from torch import Tensor
+
+from hawk_compile.kernels.score import reference
+
+
+@torch.library.triton_op("hawk::score_folded", mutates_args={})
+def score_folded(
+    hidden: Tensor,
+    visual_mask: Tensor,
+    query_mask: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    head_weights: Tensor,
+    normalization: str,
+) -> Tensor:
+    """Score every visual token by the text that votes, without making its keys (HAWK, arXiv 2604.07812).
+
+    Exact where query and key are linear in `hidden`; with a norm between projection and RoPE use `score_projected`.
+    Head h reads KV head h // (H // Hkv), where d = q_weight.shape[0] // H and Hkv = k_weight.shape[0] // d.
+
+    Args:
+        hidden: [B, S, D], any float dtype: what the query and key projections read, after the layer's input norm.
+        visual_mask: [B, S] bool, True at visual tokens.
+        query_mask: [B, S], bool or float >= 0: how much each token votes. A row that sums to 0 gets scores 0.
+        q_weight: [H * d, D]. q_bias: [H * d] or None.
+        k_weight: [Hkv * d, D]. k_bias: [Hkv * d] or None.
+        head_weights: [H] fp32, the importance of each query head; its length says how many there are.
+        normalization: "l2", "softmax" or "minmax", over the row's visual tokens, for each head.
+
+    Returns:
+        [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
+
+    Raises:
+        ValueError: a rank, dtype or weight shape that cannot be right, or an unknown normalization.
+    """
+    _check_common(visual_mask, query_mask, head_weights, normalization)
+    _check_rank("hidden", hidden, "[B, S, D]")
+    _check_float("hidden", hidden)
+    _check_rank("q_weight", q_weight, "[H * d, D]")
+    _check_rank("k_weight", k_weight, "[Hkv * d, D]")
+    heads = head_weights.shape[0]
+    rows = q_weight.shape[0]
+    if rows % heads:
+        raise ValueError(
+            f"q_weight must have H * d rows with H = {heads}, the length of head_weights; got {tuple(q_weight.shape)}. "
+            "Pass one head weight per query head."
+        )
+    head_dim = rows // heads
+    if k_weight.shape[0] % head_dim:
+        raise ValueError(
+            f"k_weight must have Hkv * d rows with d = {head_dim}, which is q_weight's {rows} rows over {heads} head "
+            f"weights; got {tuple(k_weight.shape)}. Check the number of head weights."
+        )
+    _check_groups(heads, k_weight.shape[0] // head_dim)
+    if not q_weight.shape[1] == k_weight.shape[1] == hidden.shape[2]:
+        raise ValueError(
+            f"q_weight and k_weight must read vectors of hidden's last dimension, {hidden.shape[2]}; got "
+            f"{tuple(q_weight.shape)} and {tuple(k_weight.shape)}. Pass the projections that read `hidden`."
+        )
+    for name, bias, weight in (("q_bias", q_bias, q_weight), ("k_bias", k_bias, k_weight)):
+        if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+            raise ValueError(
+                f"{name} must be [{weight.shape[0]}], one value per row of {name[0]}_weight; got {tuple(bias.shape)}. "
+                "Pass None for a projection without a bias."
+            )
+    arguments = (
+        hidden,
+        visual_mask,
+        query_mask,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        head_weights,
+        normalization,
+    )
+    return reference.score_folded(*arguments)
+
+
+@torch.library.triton_op("hawk::score_projected", mutates_args={})
+def score_projected(
+    query: Tensor,
+    key: Tensor,
+    visual_mask: Tensor,
+    query_mask: Tensor,
+    head_weights: Tensor,
+    normalization: str,
+) -> Tensor:
+    """Score every visual token by the text that votes, from queries and keys (HAWK, arXiv 2604.07812).
+
+    Args:
+        query: [B, H, S, d], any float dtype, before RoPE and after the query norm if there is one.
+        key: [B, Hkv, S, d], likewise. Head h reads KV head h // (H // Hkv).
+        visual_mask, query_mask, head_weights, normalization: as in `score_folded`.
+
+    Returns:
+        [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
+
+    Raises:
+        ValueError: a rank, dtype or head count that cannot be right, or an unknown normalization.
+    """
+    _check_common(visual_mask, query_mask, head_weights, normalization)
+    for name, value, shape in (("query", query, "[B, H, S, d]"), ("key", key, "[B, Hkv, S, d]")):
+        _check_rank(name, value, shape)
+        _check_float(name, value)
+    if query.shape[1] != head_weights.shape[0]:
+        raise ValueError(
+            f"head_weights must be [H] with H = {query.shape[1]}, query's second dimension; got "
+            f"{tuple(head_weights.shape)}. Pass one head weight per query head."
+        )
+    _check_groups(query.shape[1], key.shape[1])
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"key must have query's last dimension, {query.shape[3]}; got {key.shape[3]}. "
+            "Pass query and key of one attention, both before RoPE."
+        )
+    arguments = (query, key, visual_mask, query_mask, head_weights, normalization)
+    return reference.score_projected(*arguments)
+
+
+# B and S are left unchecked: comparing them would put a guard on a symbolic size.
+def _check_common(visual_mask: Tensor, query_mask: Tensor, head_weights: Tensor, normalization: str) -> None:
+    if normalization not in reference.NORMALIZATIONS:
+        known = ", ".join(reference.NORMALIZATIONS)
+        raise ValueError(f"normalization must be one of {known}; got {normalization!r}.")
+    _check_rank("visual_mask", visual_mask, "[B, S]")
+    if visual_mask.dtype != torch.bool:
+        raise ValueError(f"visual_mask must be bool, True at visual tokens; got {visual_mask.dtype}. Pass `mask != 0`.")
+    _check_rank("query_mask", query_mask, "[B, S]")
+    if query_mask.dtype != torch.bool:
+        _check_float("query_mask", query_mask)
+    _check_rank("head_weights", head_weights, "[H]")
+    _check_float("head_weights", head_weights)
+    if head_weights.shape[0] == 0:
+        raise ValueError("head_weights must be [H] with H > 0; got [0]. Pass one weight per query head.")
+
+
+def _check_rank(name: str, value: Tensor, shape: str) -> None:
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must be {shape}; got {value.dim()} dimensions: {tuple(value.shape)}. Reshape it.")
+
+
+def _check_float(name: str, value: Tensor) -> None:
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"{name} must have a floating-point dtype; got {value.dtype}. Convert it with .float().")
+
+
+def _check_groups(heads: int, kv_heads: int) -> None:
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of KV heads; got {heads} and {kv_heads}. "
+            "Check head_weights: its length is the number of query heads."
+        )
