@@ -1,7 +1,7 @@
 """Tiny random-weight vision-language models, and prompts for them laid out as their processors would.
 
-    model = build("qwen2_5_vl")
-    model.generate(**inputs("qwen2_5_vl", model, rows=[Row(images=((4, 6),)), Row(images=((2, 3), (2, 2)))]))
+model = build("qwen2_5_vl")
+model.generate(**inputs("qwen2_5_vl", model, rows=[Row(images=((4, 6),)), Row(images=((2, 3), (2, 2)))]))
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import BoolTensor, Tensor
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import common, fixed, grids, tiles
-from .common import Architecture, Row
+from .common import Architecture, Row, Size
 
 __all__ = ["NAMES", "VIDEO_NAMES", "Row", "build", "inputs", "sizes", "text_only", "visual_count", "visual_mask"]
 
@@ -51,7 +51,8 @@ def inputs(
 ) -> dict[str, Tensor]:
     """The keyword arguments that the processor of `name` would give for these rows, on the device of `model`.
 
-    input_ids and attention_mask are [B, S]; shorter rows are padded on `padding_side`. Equal arguments give equal tensors.
+    input_ids and attention_mask are [B, S]; shorter rows are padded on `padding_side`. Equal arguments give equal
+    tensors.
     """
     batch = common.batch(_architecture(name), rows, seed=seed, padding_side=padding_side)
     return {key: value.to(model.device) for key, value in batch.items()}
@@ -62,8 +63,8 @@ def text_only(name: str, model: PreTrainedModel, *, tokens: int = 8, seed: int =
     return inputs(name, model, rows=[Row(before=0, after=tokens)], seed=seed)
 
 
-def visual_mask(name: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> BoolTensor:
-    """Which positions are placeholders of an image or a video: [B, S]."""
+def visual_mask(name: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Which positions are placeholders of an image or a video: bool [B, S]."""
     ids = [model.config.image_token_id, getattr(model.config, "video_token_id", model.config.image_token_id)]
     return torch.isin(inputs["input_ids"], torch.tensor(ids, device=inputs["input_ids"].device))
 
@@ -76,8 +77,8 @@ def visual_count(name: str, row: Row) -> int:
 
 def sizes(name: str) -> list[Row]:
     """At least ten rows whose (V, S) differ: every image size, then several images, each with other text lengths."""
-    pictures = [(size,) for size in _architecture(name).image_sizes]
-    single = [size for (size,) in pictures]
+    single = _architecture(name).image_sizes
+    pictures: list[tuple[Size, ...]] = [(size,) for size in single]
     pictures += [(single[i], single[(i + 1) % len(single)]) for i in range(min(3, len(single)))]
     pictures += [(single[0],) * 3]
     repeats = -(-12 // len(pictures))

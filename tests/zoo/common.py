@@ -31,9 +31,10 @@ Size = tuple[int, int]
 class Row:
     """One row of a batch: start id, text, images, video, text, end of the turn.
 
-    `images` holds one (height, width) per image in the unit of the architecture (see `Architecture.image_sizes`), `video`
-    one (frames, height, width). `before`, `between` and `after` count text tokens; `between` stands between two pictures.
-    The text closes with an end-of-turn id and `tail` template tokens, or with nothing where `tail` is None.
+    `images` holds one (height, width) per image in the unit of the architecture (the modules of this package say
+    which), `video` one (frames, height, width). `before`, `between` and `after` count text tokens; `between` stands
+    between two pictures. The text closes with an end-of-turn id and `tail` template tokens, or with nothing where
+    `tail` is None.
     """
 
     images: tuple[Size, ...] = ()
@@ -51,7 +52,7 @@ class Architecture:
     """
 
     name: str
-    end_ids: int | list[int] = END_OF_TURN  # generation_config.eos_token_id: one id or several, as in the real one
+    end_ids: tuple[int, ...] = (END_OF_TURN,)  # generation_config.eos_token_id, one id or several as in the real one
     image_sizes: tuple[Size, ...]  # sizes to try; the class that sets them says their unit
     video_sizes: tuple[tuple[int, int, int], ...] = ()  # empty: the architecture takes no video
 
@@ -126,7 +127,8 @@ def build(architecture: Architecture, *, seed: int, layers: int) -> PreTrainedMo
             architecture.config(layers), attn_implementation="sdpa", dtype=torch.float32
         )
     randomize(model, seed)
-    model.generation_config.eos_token_id = architecture.end_ids
+    end_ids = list(architecture.end_ids)
+    model.generation_config.eos_token_id = end_ids if len(end_ids) > 1 else end_ids[0]
     model.generation_config.bos_token_id = START
     model.generation_config.pad_token_id = PAD
     return model.eval()
@@ -136,9 +138,9 @@ def build(architecture: Architecture, *, seed: int, layers: int) -> PreTrainedMo
 def randomize(model: PreTrainedModel, seed: int) -> None:
     """Draw every parameter so that each one matters.
 
-    Freshly made models have std 0.02, zero biases, unit norms and in Gemma 3 a zero projector: scores of visual tokens would
-    be near equal and a wrong norm or bias would not show. The rows of the special ids are small in the output layer, so greedy
-    decoding yields text ids and doesn't stop early.
+    Freshly made models have std 0.02, zero biases, unit norms and in Gemma 3 a zero projector: scores of visual tokens
+    would be near equal and a wrong norm or bias would not show. The rows of the special ids are small in the output
+    layer, so greedy decoding yields text ids and doesn't stop early.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

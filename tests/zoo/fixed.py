@@ -63,10 +63,10 @@ class LlavaSiglip(Fixed):
 
 
 class Gemma3(Fixed):
-    """Sliding-window layers between full ones (the first slides), q/k norms, visual tokens that see each other both ways."""
+    """Sliding-window layers between full ones (the first slides), q/k norms, visual tokens that attend both ways."""
 
     name = "gemma3"
-    end_ids = [c.EOS, c.END_OF_TURN]
+    end_ids = (c.EOS, c.END_OF_TURN)
     image_size, visual = 8 * c.PATCH, 16
 
     def config(self, layers: int) -> PreTrainedConfig:
@@ -100,7 +100,7 @@ class PaliGemma(Fixed):
     """
 
     name = "paligemma"
-    end_ids = c.EOS
+    end_ids = (c.EOS,)
     image_size, visual = 4 * c.PATCH, 16
 
     def config(self, layers: int) -> PreTrainedConfig:

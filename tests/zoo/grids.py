@@ -6,6 +6,7 @@ The unit of an image size is the visual token: (h, w) gives V = h * w; a video (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ from .common import Architecture, Row, Size
 MERGE = 2  # patches per visual token, in each direction
 FRAMES = 2  # frames per patch
 
+QWEN_IDS: dict[str, Any] = {
+    "image_token_id": c.IMAGE,
+    "video_token_id": c.VIDEO,
+    "vision_start_token_id": c.VISION_START,
+    "vision_end_token_id": c.VISION_END,
+}
+
 SIZES = ((2, 2), (2, 3), (4, 4), (3, 5), (4, 6), (5, 4), (1, 7), (6, 6), (2, 9), (7, 3), (1, 1), (8, 8))
 
 
@@ -32,12 +40,6 @@ class Patches(Architecture):
 
     image_sizes = SIZES
     video_sizes = ((2, 2, 3), (3, 2, 2), (4, 3, 4))
-    special_ids = {
-        "image_token_id": c.IMAGE,
-        "video_token_id": c.VIDEO,
-        "vision_start_token_id": c.VISION_START,
-        "vision_end_token_id": c.VISION_END,
-    }
 
     def vision_config(self) -> dict:
         return {
@@ -75,19 +77,19 @@ class Patches(Architecture):
 
 class Qwen2VL(Patches):
     name = "qwen2_vl"
-    end_ids = [c.END_OF_TURN, c.EOS]
+    end_ids = (c.END_OF_TURN, c.EOS)
 
     def config(self, layers: int) -> PreTrainedConfig:
         return Qwen2VLConfig(
             text_config=c.text_config(layers, rope_parameters=mrope([2, 3, 3])),
             vision_config=self.vision_config() | {"embed_dim": c.VISION_WIDTH, "hidden_size": c.WIDTH, "mlp_ratio": 2},
-            **self.special_ids,
+            **QWEN_IDS,
         )
 
 
 class Qwen25VL(Patches):
     name = "qwen2_5_vl"
-    end_ids = [c.END_OF_TURN, c.EOS]
+    end_ids = (c.END_OF_TURN, c.EOS)
 
     def config(self, layers: int) -> PreTrainedConfig:
         vision = self.vision_config() | {
@@ -99,7 +101,9 @@ class Qwen25VL(Patches):
             "tokens_per_second": 2,
         }
         return Qwen2_5_VLConfig(
-            text_config=c.text_config(layers, rope_parameters=mrope([2, 3, 3])), vision_config=vision, **self.special_ids
+            text_config=c.text_config(layers, rope_parameters=mrope([2, 3, 3])),
+            vision_config=vision,
+            **QWEN_IDS,
         )
 
     def pixels(self, rows: Sequence[Row], generator: torch.Generator) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ class Qwen3VL(Patches):
     """Deepstack: features of the first vision layers are added to the visual tokens after the first decoder layers."""
 
     name = "qwen3_vl"
-    end_ids = [c.END_OF_TURN, c.EOS]
+    end_ids = (c.END_OF_TURN, c.EOS)
 
     def config(self, layers: int) -> PreTrainedConfig:
         vision = self.vision_config() | {
@@ -127,7 +131,7 @@ class Qwen3VL(Patches):
         return Qwen3VLConfig(
             text_config=c.text_config(layers, head_dim=c.HEAD_DIM, rope_parameters=rope),
             vision_config=vision,
-            **self.special_ids,
+            **QWEN_IDS,
         )
 
     def video_ids(self, size: tuple[int, int, int]) -> list[int]:
@@ -186,7 +190,7 @@ class Mistral3(Architecture):
     """Pixtral's tower: images padded to the largest; every row of visual tokens ends with a break id."""
 
     name = "mistral3"
-    image_sizes = SIZES
+    image_sizes = tuple(size for size in SIZES if size != (1, 1))  # get_image_features squeezes one token's row away
 
     def config(self, layers: int) -> PreTrainedConfig:
         return Mistral3Config(
@@ -199,7 +203,8 @@ class Mistral3(Architecture):
 
     def image_ids(self, size: Size, count: int) -> list[int]:
         h, w = size
-        return [*([c.IMAGE] * w + [c.ROW_BREAK]) * h][:-1] + [c.VISION_END]
+        ids = ([c.IMAGE] * w + [c.ROW_BREAK]) * h
+        return [*ids[:-1], c.VISION_END]
 
     def pixels(self, rows: Sequence[Row], generator: torch.Generator) -> dict[str, Tensor]:
         scale = MERGE * c.PATCH

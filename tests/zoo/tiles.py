@@ -26,8 +26,8 @@ TILE_GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2), (3
 class AnyResolution(Architecture):
     """LLaVA-NeXT: the whole image once, and tiles of the image fitted into the best of a list of resolutions.
 
-    The unit of an image size is the pixel. The fitted image's padding is cut off in feature space, and each of its feature
-    rows ends with a newline feature, which has a placeholder like any other.
+    The unit of an image size is the pixel. The fitted image's padding is cut off in feature space, and each of its
+    feature rows ends with a newline feature, which has a placeholder like any other.
     """
 
     image_sizes = (
@@ -46,14 +46,14 @@ class AnyResolution(Architecture):
     )
     tile = 4 * c.PATCH  # pixels
     side = 4  # features per side of a tile
-    resolutions: list[list[int]]
+    resolutions: tuple[Size, ...]  # pixels
 
     def anyres_config(self) -> dict:
-        return {"image_token_index": c.IMAGE, "image_grid_pinpoints": self.resolutions}
+        return {"image_token_index": c.IMAGE, "image_grid_pinpoints": [list(size) for size in self.resolutions]}
 
     def grid(self, size: Size) -> Size:
         """Tiles (rows, columns) of the best resolution."""
-        height, width = select_best_resolution(list(size), self.resolutions)
+        height, width = select_best_resolution(size, self.resolutions)
         return height // self.tile, width // self.tile
 
     def unpadded(self, size: Size) -> Size:
@@ -88,7 +88,7 @@ class LlavaNext(AnyResolution):
     """CLIP tower, Mistral decoder."""
 
     name = "llava_next"
-    resolutions = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+    resolutions = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
 
     def config(self, layers: int) -> PreTrainedConfig:
         return LlavaNextConfig(
@@ -100,10 +100,13 @@ class LlavaNext(AnyResolution):
 
 
 class LlavaOnevision(AnyResolution):
-    """SigLIP tower, Qwen2 decoder. Only the image of a one-image row is cut into tiles; large ones are scaled down to MOST tiles."""
+    """SigLIP tower, Qwen2 decoder.
+
+    Only the image of a one-image row is cut into tiles; large ones are scaled down to MOST tiles in feature space.
+    """
 
     name = "llava_onevision"
-    resolutions = [[16 * rows, 16 * columns] for rows in range(1, 5) for columns in range(1, 5)]
+    resolutions = tuple((16 * rows, 16 * columns) for rows in range(1, 5) for columns in range(1, 5))
     image_sizes = (*AnyResolution.image_sizes, (64, 60), (60, 40))
     video_sizes = ((2, 1, 1), (3, 1, 1), (5, 1, 1))  # frames; a frame has one size
     MOST = 4
@@ -146,7 +149,10 @@ class LlavaOnevision(AnyResolution):
 
 
 class InternVL(Architecture):
-    """InternViT tower, Qwen2 decoder. The unit of an image size is the tile; several tiles are followed by a thumbnail."""
+    """InternViT tower, Qwen2 decoder.
+
+    The unit of an image size is the tile; several tiles are followed by a thumbnail.
+    """
 
     name = "internvl"
     image_sizes = TILE_GRIDS
@@ -185,13 +191,14 @@ class InternVL(Architecture):
 
 
 class Idefics3(Architecture):
-    """SigLIP-like tower, Llama decoder. The unit of an image size is the tile; several tiles are followed by the whole image.
+    """SigLIP-like tower, Llama decoder.
 
-    A row's tiles lie along one dimension of pixel_values [B, tiles, 3, H, W], padded with zeros.
+    The unit of an image size is the tile; several tiles are followed by the whole image. A row's tiles lie along one
+    dimension of pixel_values [B, tiles, 3, H, W], padded with zeros.
     """
 
     name = "idefics3"
-    end_ids: int | list[int] = [c.EOS, c.END_OF_TURN]
+    end_ids = (c.EOS, c.END_OF_TURN)
     config_class: type[PreTrainedConfig] = Idefics3Config
     image_sizes = TILE_GRIDS
     tile = 6 * c.PATCH  # pixels
@@ -237,7 +244,7 @@ class SmolVLM(Idefics3):
     """Idefics 3 with video: each frame is an image of one tile behind a timestamp."""
 
     name = "smolvlm"
-    end_ids = c.END_OF_TURN
+    end_ids = (c.END_OF_TURN,)
     config_class = SmolVLMConfig
     video_sizes = ((2, 1, 1), (3, 1, 1), (5, 1, 1))
 
