@@ -1,3 +1,14 @@
-"""Visual-token pruning for vision-language models, inside the compiled graph (HAWK, arXiv 2604.07812)."""
+"""Visual-token pruning for vision-language models, inside the compiled graph (HAWK, arXiv 2604.07812).
+
+    model = hawk_compile.optimize(model, ratio=0.8)   # remove 80 % of the visual tokens of every prompt
+    out = model.generate(**inputs)                    # nothing else changes
+    hawk_compile.report(model)                        # what the last prefill kept
+    model = hawk_compile.restore(model)               # exactly the model it was
+"""
+
+from hawk_compile.config import HawkConfig
+from hawk_compile.optimize import optimize, report, restore
+from hawk_compile.report import Report
 
 __version__ = "0.1.0"
+__all__ = ["HawkConfig", "Report", "optimize", "report", "restore"]

@@ -1,0 +1,1 @@
+"""The operator that carries a prefill's pruning plan into a captured graph."""

@@ -1,0 +1,61 @@
+"""The torch.compile backend: `torch.compile(model, backend="hawk", options={"ratio": 0.8}, dynamic=True)`.
+
+A graph that merges visual features into token embeddings is rewritten by the passes and handed to the inner compiler
+(`options["backend"]`); every other graph goes to the inner compiler as it is.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from hawk_compile.config import HawkConfig, make_config
+from hawk_compile.errors import MergeNotFoundError
+from hawk_compile.passes.locate_prefill import find_merges
+from hawk_compile.pipeline import PassOptions, run_passes
+
+log = logging.getLogger("hawk_compile")
+
+
+def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's, pruning visual tokens where it merges them.
+
+    Args:
+        options: settings of `HawkConfig` by name; `ratio` is the fraction of visual tokens removed. Head weights are
+            taken as given ("auto" means equal weights here: a graph does not know its checkpoint).
+
+    Raises:
+        ConfigError: a setting that does not exist or is out of range.
+        GraphError: the graph merges visual features but cannot be pruned.
+    """
+    from hawk_compile.head_weights import explicit_weights
+
+    config = make_config(None, dict(options or {}))
+    return compile_graph(gm, example_inputs, config, PassOptions(
+        normalization=config.normalization, head_weights=explicit_weights(config.head_weights), removed=config.removed))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: HawkConfig, options: PassOptions
+) -> Callable[..., Any]:
+    """Rewrite the graph if it holds a prefill, and compile it with the config's inner compiler."""
+    if holds_prefill(gm):
+        gm = run_passes(gm, example_inputs, options)
+    else:
+        log.info("a graph of %d nodes merges no visual features and is compiled as it is", len(gm.graph.nodes))
+    return inner_compiler(config.backend)(gm, example_inputs)
+
+
+def holds_prefill(gm: fx.GraphModule) -> bool:
+    try:
+        find_merges(gm.graph)
+    except MergeNotFoundError:
+        return False
+    return True
+
+
+def inner_compiler(name: str) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)

@@ -1,0 +1,130 @@
+"""How a model's prefill is brought into one graph with a symbolic prompt length and a symbolic number of visual tokens.
+
+Three things keep a prefill from being one such graph, and each has a general remedy here:
+
+- the vision encoder depends on image sizes: it runs before, and its features enter as `mm_encoder_outputs`, joined into
+  one tensor, so that neither the number of images nor their sizes are part of the graph's structure;
+- the model's own check of feature count against placeholder count formats the number of features into its message, which
+  fixes that number in the graph: the check is made on the host, and inside the graph it is asked about empty tensors;
+- Dynamo's defaults break at values read from tensors and give equal sizes one symbol: `settings` changes them while a
+  prefill is compiled, and only then.
+"""
+
+import contextlib
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+FEATURES = "pooler_output"
+LAYER_FEATURES = "deepstack_features"
+PIXEL_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
+"""The arguments under which Hugging Face models take images and videos, as `generate` knows them."""
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """Dynamo's settings while a prefill is compiled. Not thread-safe: hold a lock."""
+    with (
+        torch._dynamo.config.patch(
+            capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True, specialize_float=True
+        ),
+        fx_config.patch(use_duck_shape=False),
+    ):
+        yield
+
+
+def has_pixels(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in PIXEL_INPUTS)
+
+
+def has_features(kwargs: dict[str, Any]) -> bool:
+    outputs = kwargs.get("mm_encoder_outputs") or {}
+    return any(outputs.get(modality) is not None for modality in outputs)
+
+
+def encode(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Run the vision encoder: pixels leave the arguments, `mm_encoder_outputs` enters them.
+
+    Models whose positions depend on image sizes (mRoPE) get their position_ids here, while those sizes are at hand;
+    all others count positions in their own forward, as they would without us.
+    """
+    kwargs = dict(kwargs)
+    base = model.base_model
+    if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
+        kwargs["position_ids"] = positions_of(model, base, kwargs)
+    return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
+
+
+def positions_of(model: PreTrainedModel, base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = kwargs["input_ids"].new_empty((*kwargs["input_ids"].shape, 0))
+    given = {"past_key_values": None, "attention_mask": None, **kwargs, "inputs_embeds": embeds}
+    wanted = inspect.signature(base.compute_3d_position_ids).parameters
+    return base.compute_3d_position_ids(**{name: given.get(name) for name in wanted})
+
+
+def join_features(outputs: dict[str, Any]) -> dict[str, ModelOutput]:
+    """The features of each modality in a structure that does not depend on the number of images.
+
+    A model that gets one tensor expects one ([1, V, D]); a model that gets a list joins it itself ([[V, D]]).
+    """
+    joined = {}
+    for modality, output in outputs.items():
+        if output is None:
+            continue
+        parts = {FEATURES: join(output[FEATURES])}
+        if output.get(LAYER_FEATURES) is not None:
+            parts[LAYER_FEATURES] = [join(level) for level in output[LAYER_FEATURES]]
+        joined[modality] = type(output)(**parts)
+    return joined
+
+
+def join(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+    if isinstance(features, Tensor):
+        # A copy, since Dynamo also guards on the sizes of the tensor that a view looks into.
+        return features.reshape(1, -1, features.shape[-1]).clone()
+    return [torch.cat(list(features))]
+
+
+def feature_count(outputs: dict[str, ModelOutput]) -> int:
+    """The number of feature rows over all modalities, each of joined structure."""
+    return sum(part.shape[-2] for output in outputs.values() for part in output[FEATURES])
+
+
+def placeholder_mask(model: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """[B, S] bool: the positions that wait for visual features, of any modality."""
+    ids = {getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")} - {None}
+    if input_ids is not None:
+        return torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))
+    assert inputs_embeds is not None
+    embed = model.get_input_embeddings()
+    found = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    for each in sorted(ids):
+        row = embed(torch.tensor([each], device=inputs_embeds.device)).to(inputs_embeds.dtype)
+        found = found | (inputs_embeds == row).all(-1)
+    return found
+
+
+def get_placeholder_mask(self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any) -> Any:
+    """Stands in for the method of this name while a graph is captured: the same masks, a check that always holds."""
+    original = type(self).get_placeholder_mask
+    if input_ids is None or not torch.compiler.is_compiling():
+        return original(self, input_ids, inputs_embeds, *args, **features)
+    nothing = inputs_embeds.new_empty(0, 1)
+    args = tuple(None if each is None else nothing for each in args)
+    features = {name: None if each is None else nothing for name, each in features.items()}
+    return original(self, input_ids, inputs_embeds[..., :0], *args, **features)
+
+
+def placeholder_mask_override(model: PreTrainedModel) -> types.MethodType | None:
+    """The method to put on the model's body, or None where it has none of this name."""
+    base = model.base_model
+    return types.MethodType(get_placeholder_mask, base) if hasattr(type(base), "get_placeholder_mask") else None

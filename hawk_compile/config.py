@@ -1,0 +1,87 @@
+"""The settings of an optimised model."""
+
+import math
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from hawk_compile.errors import ConfigError
+
+NORMALIZATIONS = ("l2", "softmax", "minmax")
+BACKENDS = ("inductor", "aot_eager", "eager")
+MAX_DENOMINATOR = 10**6
+"""Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
+
+
+@dataclass(frozen=True, eq=False)
+class HawkConfig:
+    """How visual tokens are scored and how many are removed.
+
+    Attributes:
+        ratio: fraction of visual tokens removed from each row, in [0, 1). A row with V visual tokens keeps
+            max(1, ceil(V * (1 - ratio))) of them.
+        head_weights: importance of each query head of the scoring layer, [H], >= 0, not all 0 (only proportions
+            matter). "auto": the weights published for the checkpoint, or those that lie beside it, else equal ones.
+            "uniform": equal weights. A path: a JSON or safetensors file. A tensor or a sequence of numbers.
+        normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
+            default), "softmax" or "minmax".
+        backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
+        compile_decode: also compile the decode step (one token per row, no pruning in it).
+        vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
+            model's config, else the text behind the last visual token.
+        end_of_turn_token_id: ids that end the user's turn: text from the last of them on does not vote. None: the
+            generation config's eos_token_id.
+    """
+
+    ratio: float = 0.8
+    head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
+    normalization: str = "l2"
+    backend: str = "inductor"
+    compile_decode: bool = False
+    vision_end_token_id: int | None = None
+    end_of_turn_token_id: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        check_choice("backend", self.backend, BACKENDS)
+        if not isinstance(self.compile_decode, bool):
+            raise ConfigError(f"compile_decode must be True or False, got {self.compile_decode!r}")
+
+    @property
+    def removed(self) -> Fraction:
+        """`ratio` as the fraction it was meant to be."""
+        return Fraction(self.ratio).limit_denominator(MAX_DENOMINATOR)
+
+    def kept(self, count: int) -> int:
+        """How many of `count` visual tokens a row keeps: max(1, ceil(count * (1 - ratio))), and 0 of 0."""
+        return max(1, math.ceil(count * (1 - self.removed))) if count else 0
+
+
+def check_ratio(ratio: Any) -> None:
+    rule = "ratio is the fraction of visual tokens removed and must be a number in [0, 1)"
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise ConfigError(f"{rule}, got {ratio!r}")
+    if not 0 <= ratio < 1:
+        hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
+        raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+
+
+def check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+
+
+def make_config(config: HawkConfig | None, options: dict[str, Any]) -> HawkConfig:
+    """A config from a ready one or from single settings, refusing both at once and names that do not exist."""
+    if config is not None and not isinstance(config, HawkConfig):
+        raise ConfigError(f"config must be a HawkConfig, got {type(config).__name__}; give single settings by name")
+    if config is not None and options:
+        raise ConfigError(f"give either a config or single settings, got a config and {', '.join(sorted(options))}")
+    names = [field.name for field in fields(HawkConfig)]
+    if unknown := sorted(set(options) - set(names)):
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}")
+    return config if config is not None else HawkConfig(**options)

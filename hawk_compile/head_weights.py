@@ -1,0 +1,123 @@
+"""Where the importance of each query head comes from.
+
+HAWK weights the heads of the scoring layer by an importance measured offline (arXiv 2604.07812). Only proportions
+matter: weights are divided by their sum.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hawk_compile.errors import HeadWeightsError
+
+FILE_NAME = "head_weights.json"
+"""A checkpoint folder may hold its weights under this name; the package holds the published ones under it too."""
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Weights [H] float32 that sum to 1, and where they came from."""
+
+    values: Tensor
+    origin: str
+
+
+def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
+    """The weights for a model.
+
+    Args:
+        given: "auto", "uniform", a path, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
+
+    Raises:
+        HeadWeightsError: a file that holds no weights, or weights of the wrong length, negative, all zero, or not finite.
+    """
+    heads = model.config.get_text_config().num_attention_heads
+    if isinstance(given, str) and given in ("auto", "uniform"):
+        found = automatic(model) if given == "auto" else None
+        return normalised(*found, heads) if found else HeadWeights(torch.full((heads,), 1.0 / heads), "uniform")
+    if isinstance(given, (str, os.PathLike)):
+        return normalised(read(Path(given)), f"file {os.fspath(given)}", heads)
+    return normalised(as_tensor(given), "given", heads)
+
+
+def explicit_weights(given: Any) -> Tensor | None:
+    """Weights that need no model to be known: a tensor, a sequence or a file; None for "auto" and "uniform"."""
+    if isinstance(given, str) and given in ("auto", "uniform"):
+        return None
+    values = read(Path(given)) if isinstance(given, (str, os.PathLike)) else as_tensor(given)
+    return normalised(values, "given", len(values)).values
+
+
+def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
+    """Weights that lie beside the checkpoint, or that were published for it."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    beside = Path(name) / FILE_NAME
+    if name and beside.is_file():
+        return read(beside), f"beside the checkpoint ({beside})"
+    entry = published().get(name.rstrip("/").rsplit("/", 1)[-1].lower())
+    return (torch.tensor(entry["weights"]), f"published ({entry['source']})") if entry else None
+
+
+@cache
+def published() -> dict[str, Any]:
+    text = resources.files("hawk_compile").joinpath(FILE_NAME).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def read(path: Path) -> Tensor:
+    """Weights from a JSON file (a list, or an object with "weights") or a safetensors file (tensor "weights")."""
+    rule = "head_weights must be a JSON or safetensors file of one number per query head"
+    if not path.is_file():
+        raise HeadWeightsError(f"{rule}; there is no file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        if "weights" not in tensors:
+            raise HeadWeightsError(f"{rule}; {path} holds no tensor 'weights' but {', '.join(tensors) or 'nothing'}")
+        return as_tensor(tensors["weights"])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HeadWeightsError(f"{rule}; {path} is not JSON: {error}") from None
+    if isinstance(content, dict):
+        if "weights" not in content:
+            raise HeadWeightsError(f'{rule}; the object in {path} has no "weights"')
+        content = content["weights"]
+    return as_tensor(content)
+
+
+def as_tensor(given: Any) -> Tensor:
+    if isinstance(given, Tensor):
+        return given.detach().to("cpu", torch.float32)
+    numbers = isinstance(given, Sequence) and all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) for each in given
+    )
+    if not numbers or isinstance(given, str):
+        raise HeadWeightsError(
+            f'head_weights must be "auto", "uniform", a path, a tensor or numbers, got {type(given).__name__}'
+        )
+    return torch.tensor(list(given), dtype=torch.float32)
+
+
+def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:
+    """Checked and divided by their sum."""
+    rule = f"head_weights must be {heads} finite numbers >= 0, one for each query head, not all 0"
+    if values.ndim != 1 or len(values) != heads:
+        raise HeadWeightsError(f"{rule}; got shape {tuple(values.shape)} ({origin})")
+    if not values.isfinite().all():
+        raise HeadWeightsError(f"{rule}; got {values.tolist()} ({origin})")
+    if (values < 0).any():
+        raise HeadWeightsError(f"{rule}; got the negative weight {values.min().item():g} ({origin})")
+    if values.sum() == 0:
+        raise HeadWeightsError(f'{rule}; all are 0 ({origin}); "uniform" weighs all heads equally')
+    return HeadWeights(values / values.sum(), origin)

@@ -1,0 +1,177 @@
+"""`optimize`, `restore` and `report`: the three calls that most users need."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from hawk_compile import capture
+from hawk_compile.cache import PrunedCache, physical_mask
+from hawk_compile.config import HawkConfig, make_config
+from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedModelError
+from hawk_compile.head_weights import resolve
+from hawk_compile.query import special_ids
+from hawk_compile.report import Report
+from hawk_compile.runtime import Runtime, capture_lock, deltas_of, run
+
+RUNTIME = "_hawk_runtime"
+ABSENT = object()
+
+
+def optimize(model: PreTrainedModel, config: HawkConfig | None = None, **settings: Any) -> PreTrainedModel:
+    """Let a vision-language model prune visual tokens in every prefill, inside its compiled graph.
+
+    Args:
+        model: a Hugging Face image-text-to-text model. It is changed in place and returned: same object, same class.
+        config: the settings, or
+        **settings: the settings by name; see `HawkConfig`. `ratio` is the fraction of visual tokens removed.
+
+    Returns:
+        The model. Its `generate` and `forward` are called as before; ids keep their full length. A model that is
+        optimised already gets the new settings.
+
+    Raises:
+        ConfigError: a setting out of its range.
+        HeadWeightsError: head weights that do not fit the model.
+        UnsupportedModelError: a model that cannot be pruned. The model is left as it was.
+    """
+    made = make_config(config, settings)
+    check_model(model)
+    weights = resolve(made.head_weights, model)
+    ids = special_ids(model, made)
+    earlier = model.__dict__.get(RUNTIME)
+    overrides = overrides_of(model)
+    if earlier is not None:
+        originals = earlier.originals
+    else:
+        originals = {name: owner.__dict__.get(name, ABSENT) for name, (owner, _) in overrides.items()}
+    for name, (owner, method) in overrides.items():
+        owner.__dict__[name] = method
+    model.__dict__[RUNTIME] = Runtime(made, weights, ids, originals)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `optimize`: the model is exactly what it was. A model that was never optimised is returned as it is."""
+    runtime = model.__dict__.pop(RUNTIME, None)
+    if runtime is not None:
+        for name, (owner, _) in overrides_of(model).items():
+            original = runtime.originals[name]
+            if original is ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = original
+    return model
+
+
+def report(model: PreTrainedModel) -> Report:
+    """What the last prefill of this thread did.
+
+    Raises:
+        HawkError: the model is not optimised, or this thread has run no prefill on it yet.
+    """
+    runtime = model.__dict__.get(RUNTIME)
+    if runtime is None:
+        raise HawkError("report needs an optimised model: call hawk_compile.optimize first")
+    if runtime.record is None:
+        raise HawkError("this thread has run no prefill on the model yet: call generate or forward first")
+    return runtime.record.report()
+
+
+def check_model(model: Any) -> None:
+    """Refuse, before anything is changed, what cannot be pruned."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"model must be a transformers.PreTrainedModel, got {name}")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder, whose decoder reads images through cross-attention: only decoders that "
+            "hold visual tokens in their prompt can be pruned"
+        )
+    if not any(hasattr(model.base_model, f"get_{modality}_features") for modality in ("image", "video")):
+        raise UnsupportedModelError(f"{name} takes no images or videos, so it has no visual tokens to prune")
+    if not model.can_generate() or not model._supports_mm_encoder_outputs():
+        raise UnsupportedModelError(
+            f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from its "
+            "vision encoder; a model class from transformers 5.23 or newer is needed"
+        )
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation != "sdpa":
+        raise UnsupportedModelError(
+            f'{name} uses attn_implementation="{implementation}", and only "sdpa" can be located in a graph: call '
+            'model.set_attn_implementation("sdpa") first'
+        )
+
+
+def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
+    """Each attribute that an optimised model shadows: name -> (the module it is put on, what is put there)."""
+    found: dict[str, tuple[Any, Any]] = {
+        "forward": (model, types.MethodType(forward_of(type(model)), model)),
+        "create_masks_for_generate": (model, types.MethodType(masks_for_generate, model)),
+        "get_compiled_call": (model, types.MethodType(uncompiled_call, model)),
+        "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
+        "_prefill": (model, types.MethodType(prefill_whole, model)),
+    }
+    placeholder_mask = capture.placeholder_mask_override(model)
+    if placeholder_mask is not None:
+        found["get_placeholder_mask"] = (model.base_model, placeholder_mask)
+    return found
+
+
+def original(model: PreTrainedModel, name: str) -> Any:
+    """A method of the model as it was before `optimize`."""
+    kept = model.__dict__[RUNTIME].originals[name]
+    return getattr(type(model), name).__get__(model) if kept is ABSENT else kept
+
+
+@functools.cache
+def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
+    """The forward of optimised models of one class; its signature is that of the class."""
+    signature = inspect.signature(kind.forward)
+
+    @functools.wraps(kind.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        named = {name: given for name, given in bound.items() if name not in ("self", "kwargs")}
+        return run(self, self.__dict__[RUNTIME], original(self, "forward"), {**named, **bound.get("kwargs", {})})
+
+    return forward
+
+
+def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+    """For caches of fixed size generate builds masks ahead: not for a prompt, whose length will change."""
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if is_first_iteration:
+        return mask
+    if isinstance(cache, PrunedCache):
+        kwargs["attention_mask"] = physical_mask(cache, mask, kwargs["inputs_embeds"].shape[1])
+    build = getattr(type(self), "create_masks_for_generate", create_masks_for_generate)
+    return build(is_first_iteration=is_first_iteration, **kwargs)
+
+
+def uncompiled_call(self: PreTrainedModel, compile_config: Any) -> Any:
+    """generate would compile this wrapper too; the decode step is compiled by `compile_decode` instead."""
+    return self.__call__
+
+
+def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Positions with the offsets of this conversation, not of the one that used the model last."""
+    cache = model_kwargs.get("past_key_values")
+    with deltas_of(self, cache) if cache is not None else nullcontext():
+        return original(self, "_prepare_position_ids_for_generation")(inputs_tensor, model_kwargs)
+
+
+def prefill_whole(self: PreTrainedModel, input_ids: Tensor, generation_config: Any, model_kwargs: Any, **kwargs: Any) -> Any:
+    """generate's prefill, which must see the whole prompt at once to score it."""
+    if generation_config.prefill_chunk_size is not None and capture.has_features(model_kwargs):
+        raise UnsupportedCallError(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can be "
+            "scored against the question: leave it out"
+        )
+    return original(self, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)

@@ -1,0 +1,87 @@
+"""The plan of one prefill, made on the host before the graph runs: who votes, and how much each row keeps.
+
+The device is asked once, for a few counts per row; with them every size of the pruned prefill is known beforehand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawk_compile.config import HawkConfig
+from hawk_compile.errors import InputError
+from hawk_compile.query import SpecialIds, voting_text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prefill of B rows and S positions will do.
+
+    Attributes:
+        votes: [B, S] bool, text tokens whose queries are averaged.
+        source: [B] int64, a `QuerySource` per row.
+        budget: [B] int64, visual tokens each row keeps.
+        visual: visual tokens of each row.
+        kept: visual tokens each row keeps, as `budget`, on the host.
+        length: S', the positions every row keeps.
+        padded: whether some row holds padding before pruning.
+        filled: whether some row holds padding or filling after pruning.
+    """
+
+    votes: Tensor
+    source: Tensor
+    budget: Tensor
+    visual: list[int]
+    kept: list[int]
+    length: int
+    padded: bool
+    filled: bool
+
+
+def make_plan(
+    input_ids: Tensor | None,
+    visual: Tensor,
+    attention_mask: Tensor | None,
+    features: int,
+    ids: SpecialIds,
+    config: HawkConfig,
+) -> Plan:
+    """Plan a prefill.
+
+    Args:
+        input_ids: [B, S] int64, or None for a prompt of embeddings.
+        visual: [B, S] bool, the placeholders of visual features.
+        attention_mask: [B, S], nonzero for real tokens; None if all are.
+        features: number of visual features that were encoded.
+
+    Raises:
+        InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
+    """
+    real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
+    votes, source = voting_text(input_ids, visual, real, ids)
+    counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1)]).tolist()
+    placeholders, tokens, present, voters = counts
+    if sum(placeholders) != features:
+        raise InputError(
+            f"the prompt has {sum(placeholders)} placeholders for visual tokens, but {features} visual features were "
+            "encoded: give the images and videos that belong to exactly these placeholders"
+        )
+    for row, (count, voting) in enumerate(zip(tokens, voters, strict=True)):
+        if count and not voting:
+            raise InputError(
+                f"row {row} of the prompt has {count} visual tokens and no text token that could score them: add a "
+                "question, or call the model with ratio=0"
+            )
+    kept = [config.kept(count) for count in tokens]
+    needed = [total - count + keep for total, count, keep in zip(present, tokens, kept, strict=True)]
+    length = visual.shape[1] if kept == tokens else max(needed)
+    return Plan(
+        votes=votes,
+        source=source,
+        budget=torch.tensor(kept, device=visual.device),
+        visual=tokens,
+        kept=kept,
+        length=length,
+        padded=any(total != visual.shape[1] for total in present),
+        filled=any(total != length for total in needed),
+    )

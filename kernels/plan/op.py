@@ -1,0 +1,55 @@
+"""`hawk::plan`: a marker that carries the pruning plan of one prefill into the captured graph.
+
+The caller of a captured forward puts one `hawk::plan` beside it. Its arguments become inputs of the graph, so the plan
+(which tokens vote, how many visual tokens each row keeps, the new lengths) can change with every call without another
+compilation; its results become outputs of the graph. The marker computes nothing: a pass replaces its results by the
+scores and positions that were used.
+
+The two lengths travel as shapes, since only a shape gives the graph a symbolic size without reading from the device.
+"""
+
+import torch
+from torch import Tensor
+
+SLOT_OFFSET = 2
+"""Added to both slot counts: Dynamo specialises sizes 0 and 1, and a row may well keep a single visual token."""
+
+
+def slots(count: int, device: torch.device) -> Tensor:
+    """A tensor without elements, [count + SLOT_OFFSET, 0], whose first size carries `count` into a graph."""
+    return torch.empty((count + SLOT_OFFSET, 0), device=device)
+
+
+@torch.library.custom_op("hawk::plan", mutates_args=())
+def plan(
+    query_mask: Tensor, budget: Tensor, head_weights: Tensor, slots: Tensor, visual_slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry a pruning plan into a graph and its outcome out of it.
+
+    Args:
+        query_mask: [B, S] bool or float: which text tokens vote, or how much.
+        budget: [B] int64: the number of visual tokens that each row keeps.
+        head_weights: [H] float32: the weight of each query head of the scoring layer.
+        slots: [S' + SLOT_OFFSET, 0]: carries S', the length of every row after pruning.
+        visual_slots: [V' + SLOT_OFFSET, 0]: carries V', the number of visual tokens kept over all rows.
+
+    Returns:
+        keep [B, S'] int64 (positions), valid [B, S'] bool (False = padding), scores [B, S] float32.
+
+    Raises:
+        RuntimeError: always, when it is run: a graph that still holds it was never rewritten.
+    """
+    raise RuntimeError(
+        "hawk::plan was run, but it only marks a graph for the passes: compile the function that calls it with the "
+        "'hawk' backend, which replaces it"
+    )
+
+
+@plan.register_fake
+def _(
+    query_mask: Tensor, budget: Tensor, head_weights: Tensor, slots: Tensor, visual_slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, length = query_mask.shape
+    kept = slots.shape[0] - SLOT_OFFSET
+    keep = budget.new_empty((rows, kept), dtype=torch.int64)
+    return keep, keep.new_empty((rows, kept), dtype=torch.bool), head_weights.new_empty((rows, length))

@@ -1,0 +1,187 @@
+"""Let everything behind the merge run at the pruned length: gather what crosses over, by its symbolic shape.
+
+    before: merged [B, S, D], positions [4, B, S], mask [B, S], deep [V, D], S   -> decoder
+    after:  merged [B, S', D], positions [4, B, S'], mask [B, S'], deep [V', D], S' -> decoder
+
+A dimension equal to S is gathered by the kept positions (each row by its own: the dimension of size B left of it, or one
+that is shared by all rows and is expanded), a dimension equal to V by the kept visual tokens, a size computed from S or V
+is computed from S' and V'. The padding mask is also closed at positions that only fill a row up. No other node changes:
+masks, rotary tables and cache updates are built from these values and follow.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+import hawk_compile.kernels.gather.op  # noqa: F401  registers the operator
+from hawk_compile.passes.errors import ShapeError
+from hawk_compile.passes.graph import Builder, expr, output_node, same, sizes_equal_to, tensor, value
+from hawk_compile.passes.site import Site, site_of
+
+
+def gather_by_shape(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+    """Gather every value that crosses from full length to pruned length; `site.gathered` lists them.
+
+    Raises:
+        ShapeError: a value crosses whose shape depends on S or V in a way that no gather expresses.
+    """
+    site = site_of(gm)
+    assert site is not None and site.boundary is not None
+    crossing = Crossing(Builder(gm, site.boundary), site)
+    kept = {site.keep, site.valid, site.scores}
+    behind = False
+    for node in list(gm.graph.nodes):
+        behind = behind or node is site.boundary
+        if behind:
+            for source in node.all_input_nodes:
+                if source in site.full and not (node is output_node(gm.graph) and source.op == "placeholder"):
+                    node.replace_input_with(source, crossing.of(source))
+            replace_numbers(node, site)
+    assert kept
+    return gm
+
+
+class Crossing:
+    """The pruned stand-in of each value that crosses, made once."""
+
+    def __init__(self, build: Builder, site: Site):
+        self.build = build
+        self.site = site
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.kept_visual_index: fx.Node | None = None
+
+    def of(self, node: fx.Node) -> Any:
+        if node not in self.made:
+            found = value(node)
+            if isinstance(found, Tensor):
+                self.made[node] = self.of_tensor(node, found)
+            elif isinstance(found, (SymInt, int)):
+                self.made[node] = self.of_size(node, found)
+            else:
+                self.made[node] = node
+        return self.made[node]
+
+    def of_size(self, node: fx.Node, found: Any) -> Any:
+        """S' for S, V' for V, and an expression of them computed again from its parts."""
+        if same(found, self.site.length):
+            return self.record(node, (), "length", self.site.kept_length)
+        if any(same(found, count) for count in self.site.visual):
+            if len(self.site.visual) > 1:
+                raise ShapeError(f"{node.name}, the number of visual tokens of one of several merges, crosses the cut")
+            return self.record(node, (), "length", self.site.kept_visual)
+        if not self.depends_on_length(found):
+            return node
+        if not node.all_input_nodes or any(tensor(source) is not None for source in node.all_input_nodes):
+            raise ShapeError(f"{node.name} is the size {expr(found)}, which depends on the prompt length in an unknown way")
+        copies = self.build.clone([node], {source: self.of(source) for source in node.all_input_nodes})
+        return copies[node]
+
+    def depends_on_length(self, size: Any) -> bool:
+        known = [expr(size) for size in (self.site.length, *self.site.visual)]
+        symbols = set().union(*(found.free_symbols for found in known if found is not None))
+        found = expr(size)
+        return found is not None and bool(found.free_symbols & symbols)
+
+    def of_tensor(self, node: fx.Node, found: Tensor) -> fx.Node:
+        result = node
+        lengths = sizes_equal_to(found.shape, self.site.length)
+        for dim in lengths:
+            result = self.gather_tokens(result, dim, lengths[0])
+        if node is self.site.padding_mask:
+            valid = self.build.call(torch.ops.aten.to.dtype, self.site.valid, tensor(result).dtype)  # type: ignore[union-attr]
+            result = self.build.call(torch.mul, result, valid) if valid_is_number(valid) else self.build.call(
+                torch.logical_and, result, valid)
+        if lengths:
+            self.record(node, tuple(found.shape), "tokens", result)
+        elif len(self.site.visual) == 1 and (dims := sizes_equal_to(found.shape, self.site.visual[0])):
+            result = self.gather_visual(node, found, dims)
+            self.record(node, tuple(found.shape), "visual tokens", result)
+        for size in tensor(result).shape:  # type: ignore[union-attr]
+            if self.depends_on_length(size) and not self.is_kept(size):
+                raise ShapeError(
+                    f"{node.name} {tuple(found.shape)} crosses into the decoder with the size {expr(size)}, which depends "
+                    "on the prompt length but is not it; only S and V can be gathered"
+                )
+        return result
+
+    def is_kept(self, size: Any) -> bool:
+        known = (self.site.kept_length, self.site.kept_visual)
+        return any(same(size, value(kept) if isinstance(kept, fx.Node) else kept) for kept in known)
+
+    def gather_tokens(self, node: fx.Node, dim: int, first: int) -> fx.Node:
+        """Gather dimension `dim` (size S) of a value by each row's kept positions."""
+        shape = tensor(node).shape  # type: ignore[union-attr]
+        one_row = same(self.site.rows, 1)
+        if one_row:
+            return self.build.call(torch.index_select, node, dim, self.row_zero())
+        batch = next((left for left in reversed(range(first)) if same(shape[left], self.site.rows)), None)
+        if batch is None:
+            shared = next((left for left in reversed(range(first)) if same(shape[left], 1)), None)
+            if shared is None:
+                raise ShapeError(
+                    f"{node.name} {tuple(shape)} is shared by all rows of a batch without a dimension for rows, so rows "
+                    "cannot keep different positions; give position_ids and attention_mask of shape [B, S]"
+                )
+            sizes: list[Any] = [-1] * len(shape)
+            sizes[shared] = self.build.call(torch.ops.aten.sym_size.int, self.site.keep, 0)
+            node, batch = self.build.call(torch.ops.aten.expand.default, node, sizes), shared
+        rows_first = self.build.call(torch.movedim, node, (batch, dim), (0, 1))
+        kept = self.build.call(torch.ops.hawk.gather.default, rows_first, self.site.keep)
+        return self.build.call(torch.movedim, kept, (0, 1), (batch, dim))
+
+    def row_zero(self) -> fx.Node:
+        return self.build.call(torch.select, self.site.keep, 0, 0)
+
+    def gather_visual(self, node: fx.Node, found: Tensor, dims: list[int]) -> fx.Node:
+        """Gather dimension V of a value by the kept visual tokens, in the order of rows and positions."""
+        if not isinstance(self.site.visual[0], SymInt):
+            raise ShapeError(
+                f"{node.name} {tuple(found.shape)} crosses into the decoder with one row per visual token, and their "
+                "number is fixed in this graph: capture it with a symbolic number, as hawk_compile.optimize does"
+            )
+        if self.kept_visual_index is None:
+            self.kept_visual_index = self.index_of_kept_visual()
+        for dim in dims:
+            node = self.build.call(torch.index_select, node, dim, self.kept_visual_index)
+        return node
+
+    def index_of_kept_visual(self) -> fx.Node:
+        """[V'] int64 into the V visual tokens: ascending, without reading a count from the device."""
+        call, site = self.build.call, self.site
+        mask = call(torch.flatten, site.visual_mask)
+        rank = call(torch.sub, call(torch.cumsum, mask, 0), 1)
+        ranks = call(torch.ops.aten.view_as.default if False else torch.reshape, rank, (
+            call(torch.ops.aten.sym_size.int, site.merged, 0), call(torch.ops.aten.sym_size.int, site.merged, 1)))
+        kept_rank = call(torch.flatten, call(torch.ops.hawk.gather.default, ranks, site.keep))
+        kept_mask = call(torch.ops.hawk.gather.default, site.visual_mask, site.keep)
+        kept = call(torch.flatten, call(torch.logical_and, kept_mask, site.valid))
+        order = call(torch.argsort, call(torch.logical_not, kept), dim=0, stable=True)
+        first = call(operator.getitem, order, slice(None, site.kept_visual))
+        return call(torch.index_select, kept_rank, 0, first)
+
+    def record(self, node: fx.Node, shape: tuple[Any, ...], kind: str, result: Any) -> Any:
+        self.site.gathered.append((node.name, shape, kind))
+        return result
+
+
+def valid_is_number(node: fx.Node) -> bool:
+    found = tensor(node)
+    return found is not None and found.dtype is not torch.bool
+
+
+def replace_numbers(node: fx.Node, site: Site) -> None:
+    """Where S is a fixed number of the graph, put S' in its place among the arguments."""
+    if isinstance(site.length, SymInt) or not isinstance(site.kept_length, int):
+        return
+
+    def swap(argument: Any) -> Any:
+        if isinstance(argument, slice):
+            return slice(swap(argument.start), swap(argument.stop), swap(argument.step))
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(swap(each) for each in argument)
+        return site.kept_length if type(argument) is int and argument == site.length else argument
+
+    node.args = swap(node.args)
+    node.kwargs = {name: swap(argument) for name, argument in node.kwargs.items()}

@@ -1,0 +1,138 @@
+"""What every pass asks of an FX graph, the same for Dynamo's torch IR and torch.export's ATen IR.
+
+A node's value (a fake tensor or a symbolic integer) stands in `meta["example_value"]` or in `meta["val"]`; an operator
+is a method name, a function or an overload. The helpers here hide both differences.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import map_arg
+
+VALUE_KEYS = ("example_value", "val")
+LAYOUT_OPS = frozenset(
+    {"view", "reshape", "_unsafe_view", "unflatten", "transpose", "permute", "movedim", "contiguous", "clone", "alias"}
+)
+"""Operators that move elements without changing them."""
+
+
+def value(node: fx.Node) -> Any:
+    """The node's fake value, or None where the graph carries none."""
+    for key in VALUE_KEYS:
+        if key in node.meta:
+            return node.meta[key]
+    return None
+
+
+def tensor(node: Any) -> Tensor | None:
+    """The node's fake tensor, or None if it is no node or no tensor."""
+    found = value(node) if isinstance(node, fx.Node) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def op_name(node: fx.Node) -> str:
+    """The operator's plain name: `masked_scatter` for the method, the function and every ATen overload alike."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target.__name__
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def is_call(node: fx.Node, *names: str) -> bool:
+    """Whether the node calls an operator of one of these names."""
+    return node.op in ("call_function", "call_method") and op_name(node) in names
+
+
+def expr(size: Any) -> sympy.Expr | None:
+    """A size as a sympy expression, with what the shape environment has since learned put in; None if it is no size."""
+    if isinstance(size, SymInt):
+        return size.node.expr
+    if isinstance(size, int) and not isinstance(size, bool):
+        return sympy.Integer(size)
+    return None
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two sizes are the same expression. Never guards: two symbols with equal values are still different."""
+    left_expr, right_expr = expr(left), expr(right)
+    return left_expr is not None and right_expr is not None and left_expr == right_expr
+
+
+def sizes_equal_to(shape: Iterable[Any], size: Any) -> list[int]:
+    """The dimensions of `shape` whose size is `size`."""
+    return [dim for dim, found in enumerate(shape) if same(found, size)]
+
+
+def ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def dependents(node: fx.Node) -> set[fx.Node]:
+    """All that is computed from the node, without the node itself and without the graph's output."""
+    found: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user not in found and user.op != "output":
+            found.add(user)
+            stack.extend(user.users)
+    return found
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def in_order(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes in the graph's order."""
+    wanted = set(nodes)
+    return [node for node in graph.nodes if node in wanted]
+
+
+class Builder:
+    """Writes nodes in front of one node, each with its fake value, as the rest of the graph has them."""
+
+    def __init__(self, gm: fx.GraphModule, before: fx.Node):
+        self.graph = gm.graph
+        self.before = before
+        # The mode of the graph's own values: inside a backend, Dynamo's current mode is already another one.
+        values = (value(node) for node in gm.graph.nodes)
+        self.fake_mode = next((found.fake_mode for found in values if isinstance(found, FakeTensor)), None)
+        self.key = "val" if any("val" in node.meta for node in gm.graph.nodes) else "example_value"
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        fake_args, fake_kwargs = map_arg((args, kwargs), value)
+        with self.fake_mode or nullcontext(), torch.no_grad():
+            node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def item(self, node: fx.Node, index: Any) -> fx.Node:
+        """Insert `node[index]`."""
+        return self.call(operator.getitem, node, index)
+
+    def clone(self, nodes: Iterable[fx.Node], replaced: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Copy nodes (in graph order) with some of their inputs replaced; returns old -> new, `replaced` included."""
+        copies = dict(replaced)
+        for node in in_order(self.graph, nodes):
+            with self.graph.inserting_before(self.before):
+                copies[node] = self.graph.node_copy(node, lambda old: copies.get(old, old))
+        return copies

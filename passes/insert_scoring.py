@@ -1,0 +1,125 @@
+"""Insert the HAWK score of every visual token in front of the decoder (HAWK, arXiv 2604.07812).
+
+    before: merged [B, S, D] | normed = norm(merged); q = linear(normed, Wq); k = linear(normed, Wk); ...
+    after:  merged [B, S, D]
+            mask   [B, S]    = merge masks, joined
+            normed [B, S, D] = norm(merged)                                    a copy, at full length
+            scores [B, S]    = hawk.score_folded(normed, mask, votes, Wq, bq, Wk, bk, w)
+            | normed = norm(merged); ...                                       untouched
+
+Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
+that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. The rest of the graph is unchanged.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import hawk_compile.kernels.score.op  # noqa: F401  registers the operators
+from hawk_compile.passes.errors import GraphError
+from hawk_compile.passes.graph import Builder, ancestors, same, tensor
+from hawk_compile.passes.site import Site, site_of
+
+
+def insert_scoring(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    normalization: str = "l2",
+    head_weights: Tensor | None = None,
+) -> fx.GraphModule:
+    """Insert the scores; `site.scores` names them.
+
+    Args:
+        normalization: 'l2', 'softmax' or 'minmax': how a head's raw relevance is normalised over the visual tokens.
+        head_weights: [H] float32, for graphs whose caller put no `hawk::plan` beside the model. None: equal weights.
+
+    Raises:
+        GraphError: `head_weights` does not have one weight per query head.
+    """
+    site = site_of(gm)
+    assert site is not None and site.boundary is not None
+    build = Builder(gm, site.boundary)
+    site.visual_mask = join_masks(build, site)
+    site.token_mask = real_tokens(build, site)
+    votes = site.plan.args[0] if site.plan is not None else text_after_images(build, site)
+    weights = site.plan.args[2] if site.plan is not None else constant_weights(gm, build, site, head_weights)
+    check_heads(weights, site)
+    if site.form == "folded":
+        site.scores = insert_folded(build, site, votes, weights, normalization)
+    else:
+        site.scores = insert_projected(build, site, votes, weights, normalization)
+    return gm
+
+
+def join_masks(build: Builder, site: Site) -> fx.Node:
+    """[B, S] bool: the positions that any merge fills."""
+    masks = [build.call(torch.ops.aten.select.int, merge.args[1], -1, 0) for merge in site.merges]
+    joined = masks[0]
+    for mask in masks[1:]:
+        joined = build.call(torch.bitwise_or, joined, mask)
+    return joined
+
+
+def real_tokens(build: Builder, site: Site) -> fx.Node:
+    """[B, S] bool: what is not padding."""
+    if site.padding_mask is None:
+        return build.call(torch.ones_like, site.visual_mask)
+    return build.call(torch.ne, site.padding_mask, 0)
+
+
+def text_after_images(build: Builder, site: Site) -> fx.Node:
+    """[B, S] bool: the text behind the last visual token of each row; where there is none, all of the row's text."""
+    text = build.call(torch.logical_and, site.token_mask, build.call(torch.logical_not, site.visual_mask))
+    ahead = build.call(torch.cumsum, build.call(torch.flip, site.visual_mask, (1,)), 1)
+    behind = build.call(torch.eq, build.call(torch.flip, ahead, (1,)), 0)
+    after = build.call(torch.logical_and, text, behind)
+    return build.call(torch.where, build.call(torch.any, after, 1, True), after, text)
+
+
+def constant_weights(gm: fx.GraphModule, build: Builder, site: Site, head_weights: Tensor | None) -> fx.Node:
+    like = site.scores if site.scores is not None else site.merged
+    device = tensor(like).device  # type: ignore[union-attr]
+    if head_weights is None:
+        return build.call(torch.full, (site.heads,), 1.0 / site.heads, dtype=torch.float32, device=device)
+    return build.call(torch.tensor, head_weights.tolist(), dtype=torch.float32, device=device)
+
+
+def check_heads(weights: Any, site: Site) -> None:
+    found = tensor(weights)
+    if found is None or not same(found.shape[0], site.heads):
+        given = None if found is None else found.shape[0]
+        raise GraphError(
+            f"head_weights has {given} entries, but the first attention of this model, {site.attention.name}, has "
+            f"{site.heads} query heads: give one weight per query head"
+        )
+
+
+def argument(node: fx.Node, index: int, name: str) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+
+
+def insert_folded(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
+    assert site.normed is not None and site.query_linear is not None and site.key_linear is not None
+    parameters = [argument(linear, *which) for linear in (site.query_linear, site.key_linear)
+                  for which in ((1, "weight"), (2, "bias"))]
+    needed = ancestors(site.normed, *(node for node in parameters if isinstance(node, fx.Node))) - site.full
+    copies = build.clone(needed, {})
+    hidden, *parameters = (copies.get(node, node) for node in (site.normed, *parameters))
+    return build.call(
+        torch.ops.hawk.score_folded.default, hidden, site.visual_mask, votes, *parameters, weights, normalization
+    )
+
+
+def insert_projected(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
+    copies = build.clone(ancestors(site.query, site.key) - site.full, {})
+    heads_first = [
+        node if same(tensor(node).shape[2], site.length) else build.call(torch.transpose, node, 1, 2)  # type: ignore[union-attr]
+        for node in (copies[site.query], copies[site.key])
+    ]
+    return build.call(
+        torch.ops.hawk.score_projected.default, *heads_first, site.visual_mask, votes, weights, normalization
+    )
+
+

@@ -1,0 +1,261 @@
+"""Find where a graph merges visual features into token embeddings, and the first attention that reads the result.
+
+Before and after: the graph is unchanged; what was found stands in `gm.meta` as a `Site`.
+
+    embeds  [B, S, D] = embedding(ids)
+    merged  [B, S, D] = embeds.masked_scatter(mask, features)        <- merge (the last of them)
+    normed  [B, S, D] = norm(merged)                                 <- what the projections read
+    q, k              = linear(normed, Wq), linear(normed, Wk)       <- folded form if only layout follows
+    query, key        = qk_norm(q), qk_norm(k)                       <- just before position enters
+    attention         = scaled_dot_product_attention(rope(query), rope(key), v)
+
+Everything is recognised by operator and shape. A value is *position-free* if it is computed from the merged embeddings
+and from values without a dimension S (weights, numbers): rotary tables have one, so the last position-free value on the
+way to the attention is the query or key before RoPE.
+"""
+
+from typing import Any
+
+from torch import SymInt, fx
+
+from hawk_compile.passes.errors import AttentionNotFoundError, MergeNotFoundError, ShapeError
+from hawk_compile.passes.graph import (
+    LAYOUT_OPS,
+    ancestors,
+    dependents,
+    expr,
+    in_order,
+    is_call,
+    op_name,
+    same,
+    sizes_equal_to,
+    tensor,
+)
+from hawk_compile.passes.site import KEY, Site
+
+PADDING_MASK = "attention_mask"
+"""The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
+
+
+def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+    """Write the graph's `Site` into `gm.meta`.
+
+    Raises:
+        MergeNotFoundError: no masked_scatter into [B, S, D] embeddings.
+        AttentionNotFoundError: no scaled_dot_product_attention follows the merge, or its query or key cannot be traced
+            back to the merged embeddings.
+        ShapeError: the sizes of the graph are specialised in a way that makes S ambiguous.
+    """
+    merges = find_merges(gm.graph)
+    merged = merges[-1]
+    rows, length, _ = tensor(merged).shape  # type: ignore[union-attr]
+    check_length(gm.graph, merged, length)
+    after = dependents(merged)
+    attention = find_attention(gm.graph, after)
+    query = before_position(gm.graph, merged, attention_input(attention, 0, "query"), length)
+    key = before_position(gm.graph, merged, attention_input(attention, 1, "key"), length)
+    heads, head_dim = heads_of(query, length)
+    kv_heads, _ = heads_of(key, length)
+    query_linear, query_between = projection(query, merged, length)
+    key_linear, key_between = projection(key, merged, length)
+    between = tuple(dict.fromkeys(query_between + key_between))
+    one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
+    folded = one_input and not between
+    gm.meta[KEY] = Site(
+        merged=merged,
+        merges=merges,
+        rows=rows,
+        length=length,
+        visual=[visual_count(merge) for merge in merges],
+        padding_mask=find_padding_mask(gm.graph, length),
+        attention=attention,
+        query=query,
+        key=key,
+        normed=query_linear.args[0] if one_input else None,  # type: ignore[union-attr,arg-type]
+        form="folded" if folded else "projected",
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        query_linear=query_linear,
+        key_linear=key_linear,
+        between=between,
+        plan=next((node for node in gm.graph.nodes if is_call(node, "plan")), None),
+        position_chain=find_position_chain(gm.graph, merged, length),
+    )
+    return gm
+
+
+def find_merges(graph: fx.Graph) -> list[fx.Node]:
+    """The chain of masked_scatter into one embedding [B, S, D], first to last; the chain that ends last counts."""
+    found = [node for node in graph.nodes if is_merge(node)]
+    if not found:
+        raise MergeNotFoundError(
+            "no merge of visual features into token embeddings was found: the graph has no masked_scatter into a "
+            "[B, S, D] floating-point value. A text-only graph has nothing to prune; a model that merges in another "
+            "way is not supported"
+        )
+    chain = [found[-1]]
+    while (before := previous_merge(chain[0])) is not None:
+        chain.insert(0, before)
+    return chain
+
+
+def is_merge(node: fx.Node) -> bool:
+    result = tensor(node)
+    return is_call(node, "masked_scatter") and result is not None and result.ndim == 3 and result.is_floating_point()
+
+
+def previous_merge(merge: fx.Node) -> fx.Node | None:
+    node = merge.args[0]
+    while isinstance(node, fx.Node) and not is_merge(node):
+        if not is_call(node, "to", "_to_copy", "clone", "contiguous", "alias"):
+            return None
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) else None
+
+
+def visual_count(merge: fx.Node) -> Any:
+    """V of one merge: the rows of its features [V, D] (or [1, V, D], [images, tokens, D])."""
+    count: Any = 1
+    for size in tensor(merge.args[2]).shape[:-1]:  # type: ignore[union-attr]
+        count = count * size
+    return count
+
+
+def check_length(graph: fx.Graph, merged: fx.Node, length: Any) -> None:
+    """A specialised S is told from other sizes by its number, which must then be no other size of the graph."""
+    if isinstance(length, SymInt) and not expr(length).is_number:  # type: ignore[union-attr]
+        return
+    fixed = {int(length)} & {int(size) for size in tensor(merged).shape[2:]}  # type: ignore[union-attr]
+    for node in graph.nodes:
+        found = tensor(node)
+        if found is not None and node.op in ("placeholder", "get_attr") and not found.dtype.is_floating_point:
+            continue
+        if found is not None and node.op in ("placeholder", "get_attr") and found.ndim <= 2:
+            fixed |= {int(length)} & {int(size) for size in found.shape if isinstance(size, int)}
+    if fixed or int(length) < 8:
+        raise ShapeError(
+            f"the prompt length S = {int(length)} is a fixed number in this graph and also another size of the model, "
+            "so the two cannot be told apart: compile with torch.compile(..., dynamic=True)"
+        )
+
+
+def find_attention(graph: fx.Graph, after: set[fx.Node]) -> fx.Node:
+    for node in graph.nodes:
+        if node in after and is_call(node, "scaled_dot_product_attention"):
+            return node
+    raise AttentionNotFoundError(
+        "no scaled_dot_product_attention follows the merge in this graph. Either the model uses another attention (load "
+        'it with attn_implementation="sdpa"), or the graph breaks between merge and decoder (run the vision encoder '
+        "first and pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
+    )
+
+
+def attention_input(attention: fx.Node, index: int, name: str) -> fx.Node:
+    found = attention.kwargs.get(name) if len(attention.args) <= index else attention.args[index]
+    if not isinstance(found, fx.Node):
+        raise AttentionNotFoundError(f"the first attention after the merge, {attention.name}, has no {name} input")
+    return found
+
+
+def position_free(merged: fx.Node, within: set[fx.Node], graph: fx.Graph, length: Any) -> set[fx.Node]:
+    """The nodes of `within` computed from the merged embeddings and from values without a dimension S only."""
+    free = {merged}
+    after = dependents(merged)
+    for node in in_order(graph, within & after):
+        others = [source for source in node.all_input_nodes if source not in after and source is not merged]
+        if any(found is not None and sizes_equal_to(found.shape, length) for found in map(tensor, others)):
+            continue
+        if all(source in free for source in node.all_input_nodes if source in after):
+            free.add(node)
+    return free
+
+
+def before_position(graph: fx.Graph, merged: fx.Node, target: fx.Node, length: Any) -> fx.Node:
+    """The last [B, H, S, d] or [B, S, H, d] value on the way to `target` that every position-free use comes through."""
+    within = ancestors(target)
+    free = position_free(merged, within, graph, length)
+    frontier = [node for node in free if node is target or any(use in within and use not in free for use in node.users)]
+    common = set.intersection(*(ancestors(node) & free for node in frontier if node is not merged))
+    for node in reversed(in_order(graph, common)):
+        found = tensor(node)
+        if found is not None and found.ndim == 4 and sizes_equal_to(found.shape[1:3], length):
+            return node
+    raise AttentionNotFoundError(
+        f"{target.name}, an input of the first attention, cannot be traced back to one [B, H, S, d] value before "
+        "position enters it; this attention is not supported"
+    )
+
+
+def heads_of(node: fx.Node, length: Any) -> tuple[int, int]:
+    """(heads, head width) of a [B, H, S, d] or [B, S, H, d] value."""
+    shape = tensor(node).shape  # type: ignore[union-attr]
+    return int(shape[1] if same(shape[2], length) else shape[2]), int(shape[3])
+
+
+def projection(node: fx.Node, merged: fx.Node, length: Any) -> tuple[fx.Node | None, list[str]]:
+    """The linear that makes the heads, and the names of operators in between that change values.
+
+    Layout alone lies in between if every operator moves elements and the first four-dimensional value is [B, S, H, d],
+    so that row h * d + i of the weight belongs to head h.
+    """
+    between: list[str] = []
+    current = node
+    while not is_call(current, "linear"):
+        sources = [source for source in current.all_input_nodes if tensor(source) is not None]
+        hidden = [source for source in sources if source is merged or merged in ancestors(source)]
+        found = tensor(current)
+        splits_heads = found is not None and found.ndim == 4 and all(tensor(source).ndim == 3 for source in hidden)  # type: ignore[union-attr]
+        if not is_layout(current) or (splits_heads and not same(found.shape[1], length)):  # type: ignore[union-attr]
+            between.append(op_name(current))
+        if len(hidden) != 1 or hidden[0] is merged:
+            return None, between or [op_name(current)]
+        current = hidden[0]
+    return current, between
+
+
+def is_layout(node: fx.Node) -> bool:
+    if is_call(node, "to", "_to_copy"):
+        return tensor(node).dtype == tensor(node.args[0]).dtype  # type: ignore[union-attr]
+    return is_call(node, *LAYOUT_OPS)
+
+
+def find_padding_mask(graph: fx.Graph, length: Any) -> fx.Node | None:
+    for node in graph.nodes:
+        found = tensor(node)
+        if node.op == "placeholder" and PADDING_MASK in node.name and found is not None:
+            if found.ndim == 2 and same(found.shape[1], length):
+                return node
+    return None
+
+
+def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx.Node]:
+    """The positions ([S] or [1, S]) that the graph counts itself and that do more than build masks.
+
+    An arange over S that reaches the decoder only as an attention's mask counts slots, and is counted anew at the
+    pruned length; one that reaches anything else counts positions, which stay at full length until they are gathered.
+    """
+    after = dependents(merged)
+    chain: set[fx.Node] = set()
+    for node in graph.nodes:
+        found = tensor(node)
+        if not is_call(node, "arange") or found is None or not sizes_equal_to(found.shape, length):
+            continue
+        beside = (dependents(node) - after) | {node}
+        entered = {user for source in beside for user in source.users if user in after}
+        if all(is_call(user, "scaled_dot_product_attention") for user in entered):
+            continue
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in beside and current not in chain and is_row_of_positions(current, length):
+                chain.add(current)
+                stack.extend(current.users)
+    return chain
+
+
+def is_row_of_positions(node: fx.Node, length: Any) -> bool:
+    found = tensor(node)
+    if found is None or sizes_equal_to(found.shape, length) != [found.ndim - 1]:
+        return False
+    return found.ndim == 1 or (found.ndim == 2 and same(found.shape[0], 1))
