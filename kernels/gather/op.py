@@ -1,9 +1,14 @@
 """The operator `hawk::gather`."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from hawk_compile.kernels.gather import reference
+
+if find_spec("triton") is not None:
+    from hawk_compile.kernels.gather.triton_kernel import launch_gather
 
 
 @torch.library.triton_op("hawk::gather", mutates_args={})
@@ -26,4 +31,7 @@ def gather(values: Tensor, keep: Tensor) -> Tensor:
         raise ValueError(
             f"keep must be [B, S'] int64; got {tuple(keep.shape)} {keep.dtype}. Pass hawk::select's `keep`."
         )
+    # The kernel copies elements of 1, 2, 4 or 8 bytes; the only larger dtype is complex128.
+    if values.is_cuda and values.dtype.itemsize <= 8 and find_spec("triton") is not None:
+        return launch_gather(values, keep)
     return reference.gather(values, keep)

@@ -1,9 +1,14 @@
 """The operators `hawk::score_folded` and `hawk::score_projected`."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from hawk_compile.kernels.score import reference
+
+if find_spec("triton") is not None:
+    from hawk_compile.kernels.score.triton_kernel import launch_folded, launch_projected
 
 
 @torch.library.triton_op("hawk::score_folded", mutates_args={})
@@ -79,6 +84,8 @@ def score_folded(
         head_weights,
         normalization,
     )
+    if hidden.is_cuda and find_spec("triton") is not None:
+        return launch_folded(*arguments)
     return reference.score_folded(*arguments)
 
 
@@ -120,6 +127,8 @@ def score_projected(
             "Pass query and key of one attention, both before RoPE."
         )
     arguments = (query, key, visual_mask, query_mask, head_weights, normalization)
+    if query.is_cuda and find_spec("triton") is not None:
+        return launch_projected(*arguments)
     return reference.score_projected(*arguments)
 
 

@@ -1,9 +1,14 @@
 """The operator `hawk::select`."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from hawk_compile.kernels.select import reference
+
+if find_spec("triton") is not None:
+    from hawk_compile.kernels.select.triton_kernel import launch_select
 
 
 @torch.library.triton_op("hawk::select", mutates_args={})
@@ -51,4 +56,6 @@ def select(
             f"length must be between 0 and S = {size}, the row's positions; got {length}. "
             "Pass the largest number of positions that a row keeps."
         )
+    if scores.is_cuda and find_spec("triton") is not None:
+        return launch_select(scores, visual_mask, token_mask, budget, length)
     return reference.select(scores, visual_mask, token_mask, budget, length)

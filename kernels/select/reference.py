@@ -17,6 +17,7 @@ def select(
 
     # A stable sort of the row, then a running count of the candidates in it: the rank of each among candidates, with
     # ties in favour of the lower position, whatever else stands in the row.
+    scores = scores.float()
     order = torch.where(scores.isnan(), 0.0, scores).argsort(dim=1, descending=True, stable=True)  # [B, S]
     sorted_candidate = candidate.gather(1, order)
     best = sorted_candidate & (sorted_candidate.long().cumsum(1) <= budget.unsqueeze(1))

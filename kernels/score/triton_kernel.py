@@ -1,0 +1,565 @@
+"""HAWK's scores with one read of the visual rows (arXiv 2604.07812; the formulas stand in reference.py).
+
+    _sum_voters   sums over a chunk of the row's voting tokens; the loads of all other rows are masked off
+    _average      chunks -> mean_t(x_t), for `score_projected` mean_t(q_t)
+    _project      q_bar = W_q mean + b_q
+    _fold         u = W_k^T q_bar,  c = b_k . q_bar
+    _raw_scores   u . x_v for the visual rows: the only pass over the sequence, bound by memory: V * D elements
+    _statistics   raw = (u . x_v + c) / sqrt(d) and what the normalisation needs of each block of positions
+    _combine      score = sum_h w[h] * normalised raw
+
+Blocks leave partial results that the next kernel adds up in a fixed order, so equal inputs give equal bits: an atomic
+addition would not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from hawk_compile.kernels.score import reference
+
+CHUNKS = 16  # parts of a row whose voters are summed side by side
+STATISTICS_BLOCK = 1024  # positions behind one partial statistic
+FLOOR = tl.constexpr(reference.FLOOR)
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+L2, SOFTMAX, MINMAX = (tl.constexpr(reference.NORMALIZATIONS.index(name)) for name in ("l2", "softmax", "minmax"))
+
+
+@triton.jit
+def _sum_voters(
+    values,  # [B, H, S, D]
+    query_mask,  # [B, S] bool or float
+    sums,  # [B, H, CHUNKS, D] fp32
+    totals,  # [B, CHUNKS] fp32
+    heads,
+    size,
+    width,
+    values_batch,
+    values_head,
+    values_row,
+    values_column,
+    mask_batch,
+    mask_column,
+    CHUNKS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """sums[b, h, chunk] = sum_s m[s] x[s], totals[b, chunk] = sum_s m[s] over the chunk's positions."""
+    chunk = tl.program_id(1)
+    batch = (tl.program_id(2) // heads).to(tl.int64)
+    head = (tl.program_id(2) % heads).to(tl.int64)
+    values += batch * values_batch + head * values_head
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = tl.cdiv(size, CHUNKS)
+    end = tl.minimum((chunk + 1) * rows, size)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(chunk * rows, end, BLOCK_S):
+        s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        vote = tl.load(query_mask + batch * mask_batch + s * mask_column, mask=s < end, other=0).to(tl.float32)
+        total += vote
+        if tl.max(vote) > 0:
+            x = tl.load(
+                values + s[:, None] * values_row + d[None, :] * values_column,
+                mask=(vote > 0)[:, None] & (d < width)[None, :],
+                other=0.0,
+            ).to(tl.float32)  # [BLOCK_S, BLOCK_D]
+            acc += tl.sum(x * vote[:, None], 0)
+    tl.store(sums + (tl.program_id(2).to(tl.int64) * CHUNKS + chunk) * width + d, acc, mask=d < width)
+    if (tl.program_id(0) == 0) & (head == 0):
+        tl.store(totals + batch * CHUNKS + chunk, tl.sum(total))
+
+
+@triton.jit
+def _store_pieces(value, out, piece, inside, PIECES: tl.constexpr):
+    """Store fp32 as the sum of PIECES numbers of `out`'s dtype: three bf16 hold the 24 bits of an fp32."""
+    for i in tl.static_range(PIECES):
+        part = value.to(out.dtype.element_ty)
+        tl.store(out + i * piece, part, mask=inside)
+        value -= part.to(tl.float32)
+
+
+@triton.jit
+def _average(
+    sums,  # [B, H, CHUNKS, D] fp32
+    totals,  # [B, CHUNKS] fp32
+    mean,  # [B, PIECES, H, D]
+    heads,
+    width,
+    CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunk = tl.arange(0, CHUNKS)
+    part = tl.load(
+        sums + (tl.program_id(1).to(tl.int64) * CHUNKS + chunk[:, None]) * width + d[None, :],
+        mask=(d < width)[None, :],
+        other=0.0,
+    )  # [CHUNKS, BLOCK_D]
+    total = tl.sum(tl.load(totals + batch * CHUNKS + chunk))
+    value = tl.sum(part, 0) / tl.where(total > 0, total, 1.0)  # [BLOCK_D]
+    out = mean + (batch * PIECES * heads + head) * width + d
+    _store_pieces(value, out, heads * width, d < width, PIECES)
+
+
+@triton.jit
+def _project(
+    mean,  # [B, D] fp32
+    weight,  # [R, D]
+    bias,  # [R]
+    query,  # [B, R] fp32
+    rows,
+    width,
+    weight_row,
+    weight_column,
+    bias_row,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """query[b, r] = weight[r] . mean[b] + bias[r]."""
+    batch = tl.program_id(1).to(tl.int64)
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(mean + batch * width + d, mask=d < width, other=0.0)
+        w = tl.load(
+            weight + r[:, None] * weight_row + d[None, :] * weight_column,
+            mask=(r < rows)[:, None] & (d < width)[None, :],
+            other=0.0,
+        ).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+        acc += w * x[None, :]
+    out = tl.sum(acc, 1)
+    if HAS_BIAS:
+        out += tl.load(bias + r * bias_row, mask=r < rows, other=0.0).to(tl.float32)
+    tl.store(query + batch * rows + r, out, mask=r < rows)
+
+
+@triton.jit
+def _fold(
+    query,  # [B, H, d] fp32
+    weight,  # [Hkv * d, D]
+    bias,  # [Hkv * d]
+    folded,  # [B, PIECES, H, D]
+    offset,  # [B, H] fp32
+    heads,
+    group,  # H // Hkv
+    head_dim,
+    width,
+    weight_row,
+    weight_column,
+    bias_row,
+    HAS_BIAS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """folded[b, h] = weight[kv(h)]^T query[b, h], offset[b, h] = bias[kv(h)] . query[b, h]."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    query += (batch * heads + head) * head_dim
+    first = (head // group).to(tl.int64) * head_dim  # the KV head's first row
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, head_dim, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        q = tl.load(query + k, mask=k < head_dim, other=0.0)
+        w = tl.load(
+            weight + (first + k[:, None]) * weight_row + d[None, :] * weight_column,
+            mask=(k < head_dim)[:, None] & (d < width)[None, :],
+            other=0.0,
+        ).to(tl.float32)  # [BLOCK_K, BLOCK_D]
+        acc += tl.sum(q[:, None] * w, 0)
+    out = folded + (batch * PIECES * heads + head) * width + d
+    _store_pieces(acc, out, heads * width, d < width, PIECES)
+    if HAS_BIAS:  # noqa: SIM102 (known when the kernel is compiled; the next is not)
+        if tl.program_id(0) == 0:
+            total = tl.zeros((BLOCK_K,), tl.float32)
+            for start in range(0, head_dim, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                q = tl.load(query + k, mask=k < head_dim, other=0.0)
+                total += q * tl.load(bias + (first + k) * bias_row, mask=k < head_dim, other=0.0).to(tl.float32)
+            tl.store(offset + batch * heads + head, tl.sum(total))
+
+
+@triton.jit
+def _raw_scores(
+    values,  # [B, Hkv, S, D]
+    visual_mask,  # [B, S] bool
+    folded,  # [B, PIECES, H, D]
+    partial,  # [B, splits, H, S] fp32; written at visual positions only
+    heads,
+    group,  # H // Hkv
+    splits,
+    span,  # columns of a split, a multiple of BLOCK_D
+    size,
+    width,
+    values_batch,
+    values_head,
+    values_row,
+    values_column,
+    mask_batch,
+    mask_column,
+    PIECES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """partial[b, split, h, s] = sum over the split's columns of folded[b, h] . values[b, kv(h), s]."""
+    kv_head = tl.program_id(1) // splits
+    split = tl.program_id(1) % splits
+    batch = tl.program_id(2).to(tl.int64)
+    s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)  # within the group
+    visual = tl.load(visual_mask + batch * mask_batch + s * mask_column, mask=s < size, other=0) != 0
+    # A block without visual tokens, such as one of text, costs nothing.
+    if tl.max(visual.to(tl.int32)) > 0:
+        values += batch * values_batch + kv_head.to(tl.int64) * values_head
+        head = kv_head * group + h
+        acc = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
+        for start in range(split * span, tl.minimum((split + 1) * span, width), BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            x = tl.load(
+                values + s[:, None] * values_row + d[None, :] * values_column,
+                mask=visual[:, None] & (d < width)[None, :],
+                other=0.0,
+            )  # [BLOCK_S, BLOCK_D]
+            for i in tl.static_range(PIECES):
+                u = tl.load(
+                    folded + ((batch * PIECES + i) * heads + head[None, :]) * width + d[:, None],
+                    mask=(h < group)[None, :] & (d < width)[:, None],
+                    other=0.0,
+                )  # [BLOCK_D, BLOCK_H]
+                # fp32's precision for each: bf16 goes to the tensor cores with u in pieces; an fp16 x is exact in
+                # tf32, so that tf32x3 loses only u's last bits; fp32 needs plain fp32 products.
+                if x.dtype == tl.bfloat16:
+                    acc = tl.dot(x, u, acc)
+                elif x.dtype == tl.float16:
+                    acc = tl.dot(x.to(tl.float32), u, acc, input_precision="tf32x3")
+                else:
+                    acc = tl.dot(x.to(tl.float32), u, acc, input_precision="ieee")
+        tl.store(
+            partial + ((batch * splits + split) * heads + head[None, :]) * size + s[:, None],
+            acc,
+            mask=visual[:, None] & (h < group)[None, :],
+        )
+
+
+@triton.jit
+def _statistics(
+    partial,  # [B, splits, H, S] fp32; split 0 receives the raw scores
+    offset,  # [B, H] fp32
+    visual_mask,  # [B, S] bool
+    statistics,  # [B, H, blocks, 2] fp32
+    scale,
+    heads,
+    splits,
+    size,
+    mask_batch,
+    mask_column,
+    MODE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """raw[b, h, s], and of each block: (sum of squares, 0), (max, sum of exponentials) or (min, max)."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    s = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    visual = tl.load(visual_mask + batch * mask_batch + s * mask_column, mask=s < size, other=0) != 0
+    source = partial + (batch * splits * heads + head) * size + s
+    raw = tl.zeros((BLOCK,), tl.float32)
+    at = source
+    for _ in range(splits):
+        raw += tl.load(at, mask=visual, other=0.0)
+        at += heads * size
+    if HAS_OFFSET:
+        raw += tl.load(offset + batch * heads + head)
+    raw = raw * scale
+    raw = tl.where(visual & (tl.abs(raw) <= LARGEST), raw, 0.0)  # false for NaN too
+    tl.store(source, raw, mask=visual)
+
+    if MODE == L2:
+        first = tl.sum(raw * raw)
+        second = 0.0
+    elif MODE == SOFTMAX:
+        first = tl.max(tl.where(visual, raw, -LARGEST))
+        second = tl.sum(tl.where(visual, tl.exp(raw - first), 0.0))
+    else:
+        first = tl.min(tl.where(visual, raw, LARGEST))
+        second = tl.max(tl.where(visual, raw, -LARGEST))
+    out = statistics + ((batch * heads + head) * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(out, first)
+    tl.store(out + 1, second)
+
+
+@triton.jit
+def _combine(
+    partial,  # [B, splits, H, S] fp32, raw scores in split 0
+    statistics,  # [B, H, blocks, 2] fp32
+    totals,  # [B, CHUNKS] fp32
+    visual_mask,  # [B, S] bool
+    head_weights,  # [H]
+    scores,  # [B, S] fp32
+    heads,
+    splits,
+    blocks,
+    size,
+    mask_batch,
+    mask_column,
+    weights_row,
+    MODE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """scores[b, s] = sum_h w[h] * (raw[h, s] - shift[h]) / span[h], or its exponential over the sum of all."""
+    batch = tl.program_id(1).to(tl.int64)
+    s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    n = tl.arange(0, BLOCK_N)
+
+    # The row's statistics from those of its blocks.
+    if MODE == L2:
+        first = tl.zeros((BLOCK_H,), tl.float32)
+    elif MODE == SOFTMAX:
+        first = tl.full((BLOCK_H,), -LARGEST, tl.float32)
+    else:
+        first = tl.full((BLOCK_H,), LARGEST, tl.float32)
+    second = tl.full((BLOCK_H,), -LARGEST, tl.float32) if MODE == MINMAX else tl.zeros((BLOCK_H,), tl.float32)
+    for start in range(0, blocks, BLOCK_N):
+        inside = (h < heads)[:, None] & (start + n < blocks)[None, :]
+        at = statistics + ((batch * heads + h[:, None]) * blocks + start + n[None, :]) * 2  # [BLOCK_H, BLOCK_N]
+        if MODE == L2:
+            first += tl.sum(tl.load(at, mask=inside, other=0.0), 1)
+        elif MODE == SOFTMAX:
+            top = tl.load(at, mask=inside, other=-LARGEST)
+            highest = tl.maximum(first, tl.max(top, 1))
+            rescaled = tl.load(at + 1, mask=inside, other=0.0) * tl.exp(top - highest[:, None])
+            second = second * tl.exp(first - highest) + tl.sum(rescaled, 1)
+            first = highest
+        else:
+            first = tl.minimum(first, tl.min(tl.load(at, mask=inside, other=LARGEST), 1))
+            second = tl.maximum(second, tl.max(tl.load(at + 1, mask=inside, other=-LARGEST), 1))
+
+    visual = tl.load(visual_mask + batch * mask_batch + s * mask_column, mask=s < size, other=0) != 0
+    raw = tl.load(
+        partial + (batch * splits * heads + h[:, None]) * size + s[None, :],
+        mask=(h < heads)[:, None] & visual[None, :],
+        other=0.0,
+    )  # [BLOCK_H, BLOCK_S]
+    if MODE == L2:
+        share = raw / tl.maximum(tl.sqrt_rn(first), FLOOR)[:, None]
+    elif MODE == SOFTMAX:
+        share = tl.exp(raw - first[:, None]) / tl.maximum(second, FLOOR)[:, None]
+    else:
+        share = (raw - first[:, None]) / tl.maximum(second - first, FLOOR)[:, None]
+    weight = tl.load(head_weights + h * weights_row, mask=h < heads, other=0.0).to(tl.float32)
+    # Rows of heads that do not exist, and rows without visual tokens, may hold anything here.
+    share = tl.where((h < heads)[:, None] & visual[None, :], share * weight[:, None], 0.0)
+    voters = tl.sum(tl.load(totals + batch * CHUNKS + tl.arange(0, CHUNKS)))
+    tl.store(scores + batch * size + s, tl.where(voters > 0, tl.sum(share, 0), 0.0), mask=s < size)
+
+
+def launch_folded(
+    hidden: Tensor,  # [B, S, D]
+    visual_mask: Tensor,  # [B, S] bool
+    query_mask: Tensor,  # [B, S] bool or float
+    q_weight: Tensor,  # [H * d, D]
+    q_bias: Tensor | None,  # [H * d]
+    k_weight: Tensor,  # [Hkv * d, D]
+    k_bias: Tensor | None,  # [Hkv * d]
+    head_weights: Tensor,  # [H]
+    normalization: str,
+) -> Tensor:
+    """`reference.score_folded` by the kernels: [B, S] fp32."""
+    batch, width = hidden.shape[0], hidden.shape[2]
+    heads = head_weights.shape[0]
+    rows = q_weight.shape[0]
+    head_dim = rows // heads
+    group = heads // (k_weight.shape[0] // head_dim)
+    values = hidden.unsqueeze(1)  # [B, 1, S, D]
+
+    mean, totals = _mean_of_voters(values, query_mask, torch.float32)  # [B, 1, 1, D], [B, CHUNKS]
+    query = hidden.new_empty((batch, rows), dtype=torch.float32)
+    wrap_triton(_project)[(triton.cdiv(rows, 16), batch)](
+        mean,
+        q_weight,
+        q_weight if q_bias is None else q_bias,
+        query,
+        rows,
+        width,
+        q_weight.stride(0),
+        q_weight.stride(1),
+        0 if q_bias is None else q_bias.stride(0),
+        HAS_BIAS=q_bias is not None,
+        BLOCK_R=16,
+        BLOCK_D=256,
+    )
+    pieces, dtype = _pieces(hidden.dtype)
+    folded = hidden.new_empty((batch, pieces, heads, width), dtype=dtype)
+    offset = hidden.new_empty((batch, heads), dtype=torch.float32)
+    wrap_triton(_fold)[(triton.cdiv(width, 128), heads, batch)](
+        query,
+        k_weight,
+        k_weight if k_bias is None else k_bias,
+        folded,
+        offset,
+        heads,
+        group,
+        head_dim,
+        width,
+        k_weight.stride(0),
+        k_weight.stride(1),
+        0 if k_bias is None else k_bias.stride(0),
+        HAS_BIAS=k_bias is not None,
+        PIECES=pieces,
+        BLOCK_K=32,
+        BLOCK_D=128,
+    )
+    offset_or_none = None if k_bias is None else offset
+    return _score(values, folded, offset_or_none, visual_mask, totals, head_weights, heads, head_dim, normalization)
+
+
+def launch_projected(
+    query: Tensor,  # [B, H, S, d]
+    key: Tensor,  # [B, Hkv, S, d]
+    visual_mask: Tensor,  # [B, S] bool
+    query_mask: Tensor,  # [B, S] bool or float
+    head_weights: Tensor,  # [H]
+    normalization: str,
+) -> Tensor:
+    """`reference.score_projected` by the kernels: [B, S] fp32."""
+    mean, totals = _mean_of_voters(query, query_mask, key.dtype)  # [B, PIECES, H, d]
+    group = query.shape[1] // key.shape[1]
+    return _score(key, mean, None, visual_mask, totals, head_weights, group, query.shape[3], normalization)
+
+
+def _pieces(dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """How many numbers of which dtype stand for an fp32 that is multiplied with values of `dtype`."""
+    return (3, torch.bfloat16) if dtype == torch.bfloat16 else (1, torch.float32)
+
+
+def _mean_of_voters(values: Tensor, query_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean over voting tokens in the pieces that `dtype` needs, [B, pieces, H, D], and the votes [B, CHUNKS]."""
+    batch, heads, size, width = values.shape
+    pieces, piece_dtype = _pieces(dtype)
+    sums = values.new_empty((batch, heads, CHUNKS, width), dtype=torch.float32)
+    totals = values.new_empty((batch, CHUNKS), dtype=torch.float32)
+    wrap_triton(_sum_voters)[(triton.cdiv(width, 128), CHUNKS, batch * heads)](
+        values,
+        query_mask,
+        sums,
+        totals,
+        heads,
+        size,
+        width,
+        values.stride(0),
+        values.stride(1),
+        values.stride(2),
+        values.stride(3),
+        query_mask.stride(0),
+        query_mask.stride(1),
+        CHUNKS=CHUNKS,
+        BLOCK_S=32,
+        BLOCK_D=128,
+    )
+    mean = values.new_empty((batch, pieces, heads, width), dtype=piece_dtype)
+    wrap_triton(_average)[(triton.cdiv(width, 256), batch * heads)](
+        sums, totals, mean, heads, width, CHUNKS=CHUNKS, PIECES=pieces, BLOCK_D=256
+    )
+    return mean, totals
+
+
+def _score(
+    values: Tensor,  # [B, Hkv, S, D]
+    folded: Tensor,  # [B, pieces, H, D]
+    offset: Tensor | None,  # [B, H] fp32
+    visual_mask: Tensor,  # [B, S] bool
+    totals: Tensor,  # [B, CHUNKS] fp32
+    head_weights: Tensor,  # [H]
+    group: int,  # query heads that share one of values' heads
+    head_dim: int,
+    normalization: str,
+) -> Tensor:
+    batch, kv_heads, size, width = values.shape
+    pieces, heads = folded.shape[1], folded.shape[2]
+    mode = reference.NORMALIZATIONS.index(normalization)
+
+    # A short row has too few blocks of positions to fill the device, so its columns are shared out as well. The number
+    # follows from the width alone, since the number of positions may be symbolic.
+    block_d = 64
+    splits = max(1, min(8, width // 512))
+    span = triton.cdiv(triton.cdiv(width, splits), block_d) * block_d
+    partial = values.new_empty((batch, splits, heads, size), dtype=torch.float32)
+    wrap_triton(_raw_scores)[(triton.cdiv(size, 128), kv_heads * splits, batch)](
+        values,
+        visual_mask,
+        folded,
+        partial,
+        heads,
+        group,
+        splits,
+        span,
+        size,
+        width,
+        values.stride(0),
+        values.stride(1),
+        values.stride(2),
+        values.stride(3),
+        visual_mask.stride(0),
+        visual_mask.stride(1),
+        PIECES=pieces,
+        BLOCK_S=128,
+        BLOCK_H=max(16, triton.next_power_of_2(group)),
+        BLOCK_D=block_d,
+        num_warps=4,
+        num_stages=3,
+    )
+    blocks = triton.cdiv(size, STATISTICS_BLOCK)
+    statistics = values.new_empty((batch, heads, blocks, 2), dtype=torch.float32)
+    wrap_triton(_statistics)[(blocks, heads, batch)](
+        partial,
+        partial if offset is None else offset,
+        visual_mask,
+        statistics,
+        head_dim**-0.5,
+        heads,
+        splits,
+        size,
+        visual_mask.stride(0),
+        visual_mask.stride(1),
+        MODE=mode,
+        HAS_OFFSET=offset is not None,
+        BLOCK=STATISTICS_BLOCK,
+    )
+    scores = values.new_empty((batch, size), dtype=torch.float32)
+    block_h = triton.next_power_of_2(heads)
+    block_s = 128 if block_h <= 32 else 32
+    wrap_triton(_combine)[(triton.cdiv(size, block_s), batch)](
+        partial,
+        statistics,
+        totals,
+        visual_mask,
+        head_weights,
+        scores,
+        heads,
+        splits,
+        blocks,
+        size,
+        visual_mask.stride(0),
+        visual_mask.stride(1),
+        head_weights.stride(0),
+        MODE=mode,
+        CHUNKS=CHUNKS,
+        BLOCK_H=block_h,
+        BLOCK_N=16,
+        BLOCK_S=block_s,
+    )
+    return scores
