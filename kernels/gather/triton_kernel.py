@@ -65,7 +65,7 @@ def launch_gather(values: Tensor, keep: Tensor) -> Tensor:
     batch, length, width = keep.shape[0], keep.shape[1], values.shape[2]
     out = torch.empty((batch, length, width), dtype=values.dtype, device=values.device)
     # A width that is symbolic gets the block of a wide one: a comparison would put a guard on it.
-    block_r = min(triton.next_power_of_2(width), TILE) if isinstance(width, int) else TILE
+    block_r = min(max(1, triton.next_power_of_2(width)), TILE) if isinstance(width, int) else TILE
     block_j = TILE // block_r
     grid = (triton.cdiv(length, block_j), triton.cdiv(width, block_r), batch)
     wrap_triton(_copy_rows)[grid](

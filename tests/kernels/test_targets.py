@@ -1,0 +1,125 @@
+"""Every kernel compiles to machine code for each GPU generation, from the arguments with which its launcher runs it."""
+
+import importlib
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Bytes of shared memory that a block of threads may have (CUDA C++ programming guide, "technical specifications").
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
+SIZE, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 4096, 3584, 28, 4, 128
+
+
+def meta(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def masks():
+    return meta(1, SIZE, dtype=torch.bool), meta(1, SIZE, dtype=torch.bool)
+
+
+def folded(dtype, normalization):
+    return (
+        meta(1, SIZE, WIDTH, dtype=dtype),
+        *masks(),
+        meta(HEADS * HEAD_DIM, WIDTH, dtype=dtype),
+        meta(HEADS * HEAD_DIM, dtype=dtype),
+        meta(KV_HEADS * HEAD_DIM, WIDTH, dtype=dtype),
+        meta(KV_HEADS * HEAD_DIM, dtype=dtype),
+        meta(HEADS, dtype=torch.float32),
+        normalization,
+    )
+
+
+def projected(dtype):
+    query, key = (meta(1, n, SIZE, HEAD_DIM, dtype=dtype) for n in (HEADS, KV_HEADS))
+    return query, key, *masks(), meta(HEADS, dtype=torch.float32), "l2"
+
+
+def select():
+    return meta(1, SIZE, dtype=torch.float32), *masks(), meta(1, dtype=torch.int64), 1024
+
+
+def gather(dtype, *trailing):
+    return meta(1, SIZE, *trailing, dtype=dtype), meta(1, 1024, dtype=torch.int64)
+
+
+ALL = {"_sum_voters", "_average", "_project", "_fold", "_raw_scores", "_statistics", "_combine"}
+# The kernels whose code differs from bf16's in more than a conversion: another product, another normalisation.
+PART = {"_raw_scores", "_statistics", "_combine"}
+LAUNCHES = {
+    "folded-bf16": ("score.launch_folded", folded(torch.bfloat16, "l2"), ALL),
+    "folded-fp16": ("score.launch_folded", folded(torch.float16, "softmax"), PART),
+    "folded-fp32": ("score.launch_folded", folded(torch.float32, "minmax"), PART),
+    "projected-bf16": ("score.launch_projected", projected(torch.bfloat16), {"_average", "_raw_scores"}),
+    "select": ("select.launch_select", select(), {"_select_row"}),
+    "gather-bf16": ("gather.launch_gather", gather(torch.bfloat16, WIDTH), {"_copy_rows"}),
+    "gather-bool": ("gather.launch_gather", gather(torch.bool), {"_copy_rows"}),
+    "gather-int64": ("gather.launch_gather", gather(torch.int64), {"_copy_rows"}),
+}
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """`record("score.launch_folded", arguments)`: the kernels it would launch, each with its arguments by name."""
+
+    def run(launcher, arguments):
+        operator, function = launcher.split(".")
+        module = importlib.import_module(f"hawk_compile.kernels.{operator}.triton_kernel")
+        calls = []
+
+        class Recorder:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                return lambda *a, **k: calls.append(
+                    (self.kernel, {**dict(zip(self.kernel.arg_names, a, strict=False)), **k})
+                )
+
+        monkeypatch.setattr(module, "wrap_triton", Recorder)
+        getattr(module, function)(*arguments)
+        return calls
+
+    return run
+
+
+def compile_kernel(kernel, arguments, target):
+    """Compile as the launch would: 1 becomes a constant, multiples of 16 and pointers are known to be aligned."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (parameter.name not in constants and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiles_for(name, target, record):
+    launcher, arguments, wanted = LAUNCHES[name]
+    calls = [(kernel, named) for kernel, named in record(launcher, arguments) if kernel.__name__ in wanted]
+    assert {kernel.__name__ for kernel, _ in calls} == wanted
+    for kernel, named in calls:
+        compiled = compile_kernel(kernel, named, target)
+        assert len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared <= SHARED_MEMORY[target]
