@@ -24,8 +24,12 @@ from transformers.utils import ModelOutput
 
 FEATURES = "pooler_output"
 LAYER_FEATURES = "deepstack_features"
+EXTRA_ROWS = 2
 PIXEL_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
 """The arguments under which Hugging Face models take images and videos, as `generate` knows them."""
+
+PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+"""Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
 
 
 @contextlib.contextmanager
@@ -88,15 +92,51 @@ def join_features(outputs: dict[str, Any]) -> dict[str, ModelOutput]:
 
 
 def join(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+    rows = list(features)
+    # Two rows more, cut off again inside the graph: Dynamo specialises a size of 1, and an image may be one token.
+    joined = torch.cat([*rows, rows[0].new_zeros(EXTRA_ROWS, rows[0].shape[-1])])
+    return joined.unsqueeze(0) if isinstance(features, Tensor) else [joined]
+
+
+def cut_extra_rows(outputs: dict[str, ModelOutput]) -> dict[str, ModelOutput]:
+    """The features as `join_features` was given them; traced into the graph.
+
+    Features for later layers are as many as those for the merge; the capture is told so, so that both are V.
+    """
+    cut = {}
+    for modality, output in outputs.items():
+        parts = {FEATURES: without_extra(output[FEATURES])}
+        if output.get(LAYER_FEATURES) is not None:
+            parts[LAYER_FEATURES] = [without_extra(level) for level in output[LAYER_FEATURES]]
+            for level in parts[LAYER_FEATURES]:
+                torch._check(level[0].shape[-2] == parts[FEATURES][0].shape[-2])
+        cut[modality] = type(output)(**parts)
+    return cut
+
+
+def without_extra(features: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     if isinstance(features, Tensor):
-        # A copy, since Dynamo also guards on the sizes of the tensor that a view looks into.
-        return features.reshape(1, -1, features.shape[-1]).clone()
-    return [torch.cat(list(features))]
+        return features[:, :-EXTRA_ROWS]
+    return [part[:-EXTRA_ROWS] for part in features]
+
+
+def equate_lengths(inputs: dict[str, Any], votes: Tensor) -> None:
+    """Tell the capture which inputs run along the prompt, so that their lengths are one symbol S, and their rows one B.
+
+    Only such inputs have the names below; a mask is known by them to be as long as the prompt, since no operator says so.
+    """
+    for name in PER_TOKEN_INPUTS:
+        given = inputs.get(name)
+        if isinstance(given, Tensor):
+            rows, length = (given.shape[0], given.shape[1]) if name == "inputs_embeds" else given.shape[-2:]
+            torch._check(length == votes.shape[1])
+            if rows != 1:
+                torch._check(rows == votes.shape[0])
 
 
 def feature_count(outputs: dict[str, ModelOutput]) -> int:
     """The number of feature rows over all modalities, each of joined structure."""
-    return sum(part.shape[-2] for output in outputs.values() for part in output[FEATURES])
+    return sum(part.shape[-2] - EXTRA_ROWS for output in outputs.values() for part in output[FEATURES])
 
 
 def placeholder_mask(model: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -235,6 +235,8 @@ def planned_forward(
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """What Dynamo captures: the model's own forward with the plan beside it."""
     keep, valid, scores = torch.ops.hawk.plan(*planned)
+    inputs = {**inputs, "mm_encoder_outputs": capture.cut_extra_rows(inputs["mm_encoder_outputs"])}
+    capture.equate_lengths(inputs, planned[0])
     if past_mask is not None:
         inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
     return forward(**inputs, return_dict=True), keep, valid, scores

@@ -30,16 +30,18 @@ def gather_by_shape(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMo
     site = site_of(gm)
     assert site is not None and site.boundary is not None
     crossing = Crossing(Builder(gm, site.boundary), site)
-    kept = {site.keep, site.valid, site.scores}
+    output = output_node(gm.graph)
     behind = False
     for node in list(gm.graph.nodes):
         behind = behind or node is site.boundary
-        if behind:
+        if behind and node is not output:
             for source in node.all_input_nodes:
-                if source in site.full and not (node is output_node(gm.graph) and source.op == "placeholder"):
+                if source in site.full:
                     node.replace_input_with(source, crossing.of(source))
             replace_numbers(node, site)
-    assert kept
+    if site.merged in output.all_input_nodes:
+        # The decoder's first hidden state. Everything else that the caller gets from before the cut stays whole.
+        output.replace_input_with(site.merged, crossing.of(site.merged))
     return gm
 
 
@@ -64,13 +66,14 @@ class Crossing:
         return self.made[node]
 
     def of_size(self, node: fx.Node, found: Any) -> Any:
-        """S' for S, V' for V, and an expression of them computed again from its parts."""
-        if same(found, self.site.length):
-            return self.record(node, (), "length", self.site.kept_length)
-        if any(same(found, count) for count in self.site.visual):
-            if len(self.site.visual) > 1:
-                raise ShapeError(f"{node.name}, the number of visual tokens of one of several merges, crosses the cut")
-            return self.record(node, (), "length", self.site.kept_visual)
+        """S' + n for S + n, V' + n for V + n, and an expression of such sizes computed again from its parts."""
+        known = [(self.site.length, self.site.kept_length)]
+        if len(self.site.visual) == 1:
+            known.append((self.site.visual[0], self.site.kept_visual))
+        for size, kept in known:
+            more = expr(found) - expr(size)  # type: ignore[operator]
+            if more.is_Integer and isinstance(size, SymInt):
+                return self.record(node, (), "length", self.build.size(operator.add, kept, int(more)))
         if not self.depends_on_length(found):
             return node
         if not node.all_input_nodes or any(tensor(source) is not None for source in node.all_input_nodes):
@@ -85,17 +88,15 @@ class Crossing:
         return found is not None and bool(found.free_symbols & symbols)
 
     def of_tensor(self, node: fx.Node, found: Tensor) -> fx.Node:
-        result = node
-        lengths = sizes_equal_to(found.shape, self.site.length)
+        result, site = node, self.site
+        lengths = sizes_equal_to(found.shape, site.length)
         for dim in lengths:
             result = self.gather_tokens(result, dim, lengths[0])
-        if node is self.site.padding_mask:
-            valid = self.build.call(torch.ops.aten.to.dtype, self.site.valid, tensor(result).dtype)  # type: ignore[union-attr]
-            result = self.build.call(torch.mul, result, valid) if valid_is_number(valid) else self.build.call(
-                torch.logical_and, result, valid)
+        if node is site.padding_mask:
+            result = self.build.call(torch.mul, result, site.valid)
         if lengths:
             self.record(node, tuple(found.shape), "tokens", result)
-        elif len(self.site.visual) == 1 and (dims := sizes_equal_to(found.shape, self.site.visual[0])):
+        elif len(site.visual) == 1 and (dims := sizes_equal_to(found.shape, site.visual[0])):
             result = self.gather_visual(node, found, dims)
             self.record(node, tuple(found.shape), "visual tokens", result)
         for size in tensor(result).shape:  # type: ignore[union-attr]
@@ -113,9 +114,8 @@ class Crossing:
     def gather_tokens(self, node: fx.Node, dim: int, first: int) -> fx.Node:
         """Gather dimension `dim` (size S) of a value by each row's kept positions."""
         shape = tensor(node).shape  # type: ignore[union-attr]
-        one_row = same(self.site.rows, 1)
-        if one_row:
-            return self.build.call(torch.index_select, node, dim, self.row_zero())
+        if same(self.site.rows, 1):
+            return self.build.call(torch.index_select, node, dim, self.build.call(torch.select, self.site.keep, 0, 0))
         batch = next((left for left in reversed(range(first)) if same(shape[left], self.site.rows)), None)
         if batch is None:
             shared = next((left for left in reversed(range(first)) if same(shape[left], 1)), None)
@@ -125,14 +125,11 @@ class Crossing:
                     "cannot keep different positions; give position_ids and attention_mask of shape [B, S]"
                 )
             sizes: list[Any] = [-1] * len(shape)
-            sizes[shared] = self.build.call(torch.ops.aten.sym_size.int, self.site.keep, 0)
+            sizes[shared] = self.build.size_of(self.site.keep, 0)
             node, batch = self.build.call(torch.ops.aten.expand.default, node, sizes), shared
         rows_first = self.build.call(torch.movedim, node, (batch, dim), (0, 1))
         kept = self.build.call(torch.ops.hawk.gather.default, rows_first, self.site.keep)
         return self.build.call(torch.movedim, kept, (0, 1), (batch, dim))
-
-    def row_zero(self) -> fx.Node:
-        return self.build.call(torch.select, self.site.keep, 0, 0)
 
     def gather_visual(self, node: fx.Node, found: Tensor, dims: list[int]) -> fx.Node:
         """Gather dimension V of a value by the kept visual tokens, in the order of rows and positions."""
@@ -152,8 +149,7 @@ class Crossing:
         call, site = self.build.call, self.site
         mask = call(torch.flatten, site.visual_mask)
         rank = call(torch.sub, call(torch.cumsum, mask, 0), 1)
-        ranks = call(torch.ops.aten.view_as.default if False else torch.reshape, rank, (
-            call(torch.ops.aten.sym_size.int, site.merged, 0), call(torch.ops.aten.sym_size.int, site.merged, 1)))
+        ranks = call(torch.reshape, rank, (self.build.size_of(site.merged, 0), self.build.size_of(site.merged, 1)))
         kept_rank = call(torch.flatten, call(torch.ops.hawk.gather.default, ranks, site.keep))
         kept_mask = call(torch.ops.hawk.gather.default, site.visual_mask, site.keep)
         kept = call(torch.flatten, call(torch.logical_and, kept_mask, site.valid))
@@ -164,11 +160,6 @@ class Crossing:
     def record(self, node: fx.Node, shape: tuple[Any, ...], kind: str, result: Any) -> Any:
         self.site.gathered.append((node.name, shape, kind))
         return result
-
-
-def valid_is_number(node: fx.Node) -> bool:
-    found = tensor(node)
-    return found is not None and found.dtype is not torch.bool
 
 
 def replace_numbers(node: fx.Node, site: Site) -> None:

@@ -15,6 +15,8 @@ from torch import SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
+Size = fx.Node | int
+"""A size in a graph: a node where it is symbolic, a number where it is fixed."""
 VALUE_KEYS = ("example_value", "val")
 LAYOUT_OPS = frozenset(
     {"view", "reshape", "_unsafe_view", "unflatten", "transpose", "permute", "movedim", "contiguous", "clone", "alias"}
@@ -124,6 +126,16 @@ class Builder:
         with self.fake_mode or nullcontext(), torch.no_grad():
             node.meta[self.key] = target(*fake_args, **fake_kwargs)
         return node
+
+    def size(self, operation: Callable[..., Any], left: Size, right: Size) -> Size:
+        """`operation(left, right)` on sizes: a node where the result is symbolic, a number where it is not."""
+        result = operation(*(value(side) if isinstance(side, fx.Node) else side for side in (left, right)))
+        return self.call(operation, left, right) if isinstance(result, SymInt) else int(result)
+
+    def size_of(self, node: fx.Node, dim: int) -> Size:
+        """The size of one dimension of a node's tensor, as a node where it is symbolic."""
+        found = value(node).shape[dim]
+        return self.call(torch.ops.aten.sym_size.int, node, dim) if isinstance(found, SymInt) else int(found)
 
     def item(self, node: fx.Node, index: Any) -> fx.Node:
         """Insert `node[index]`."""

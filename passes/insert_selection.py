@@ -15,14 +15,12 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import SymInt, fx
+from torch import fx
 
 import hawk_compile.kernels.select.op  # noqa: F401  registers the operator
 from hawk_compile.kernels.plan.op import SLOT_OFFSET
-from hawk_compile.passes.graph import Builder, tensor, value
+from hawk_compile.passes.graph import Builder, Size
 from hawk_compile.passes.site import Site, site_of
-
-Size = fx.Node | int
 
 
 def insert_selection(gm: fx.GraphModule, example_inputs: list[Any], *, removed: Fraction = Fraction(0)) -> fx.GraphModule:
@@ -49,24 +47,17 @@ def insert_selection(gm: fx.GraphModule, example_inputs: list[Any], *, removed: 
 
 
 def planned_size(build: Builder, slots: Any) -> Size:
-    size = build.call(torch.ops.aten.sym_size.int, slots, 0)
-    return arithmetic(build, operator.sub, size, SLOT_OFFSET)
-
-
-def arithmetic(build: Builder, operation: Any, left: Size, right: Size) -> Size:
-    """`operation(left, right)` on sizes: a node where the result is symbolic, a number where it is not."""
-    result = operation(*(value(side) if isinstance(side, fx.Node) else side for side in (left, right)))
-    return build.call(operation, left, right) if isinstance(result, SymInt) else int(result)
+    return build.size(operator.sub, build.size_of(slots, 0), SLOT_OFFSET)
 
 
 def uniform_budget(build: Builder, site: Site, removed: Fraction) -> fx.Node:
     """[B] budget of rows that all hold V / B visual tokens; sets `site.kept_length` and `site.kept_visual`."""
-    rows, length = (size_of(build, site.merged, dim) for dim in (0, 1))
+    rows, length = (build.size_of(site.merged, dim) for dim in (0, 1))
     visual: Size = 0
     for merge in site.merges:
         flat = build.call(torch.flatten, merge.args[2], 0, -2)
-        visual = arithmetic(build, operator.add, size_of(build, flat, 0), visual)
-    per_row = arithmetic(build, operator.floordiv, visual, rows)
+        visual = build.size(operator.add, build.size_of(flat, 0), visual)
+    per_row = build.size(operator.floordiv, visual, rows)
     counts = build.call(torch.sum, site.visual_mask, 1)
     equal = build.call(torch.all, build.call(torch.eq, counts, per_row))
     build.call(
@@ -76,22 +67,17 @@ def uniform_budget(build: Builder, site: Site, removed: Fraction) -> fx.Node:
         "for each row, or batch rows with equal numbers",
     )
     kept = kept_of(build, per_row, 1 - removed)
-    site.kept_visual = arithmetic(build, operator.mul, kept, rows)
-    site.kept_length = arithmetic(build, operator.add, arithmetic(build, operator.sub, length, per_row), kept)
+    site.kept_visual = build.size(operator.mul, kept, rows)
+    site.kept_length = build.size(operator.add, build.size(operator.sub, length, per_row), kept)
     return build.call(torch.mul, build.call(torch.ones_like, counts), kept)
-
-
-def size_of(build: Builder, node: fx.Node, dim: int) -> Size:
-    found = tensor(node).shape[dim]  # type: ignore[union-attr]
-    return build.call(torch.ops.aten.sym_size.int, node, dim) if isinstance(found, SymInt) else int(found)
 
 
 def kept_of(build: Builder, count: Size, fraction: Fraction) -> Size:
     """max(1, ceil(count * fraction)) in integers."""
-    scaled = arithmetic(build, operator.mul, count, fraction.numerator)
-    raised = arithmetic(build, operator.add, scaled, fraction.denominator - 1)
-    kept = arithmetic(build, operator.floordiv, raised, fraction.denominator)
-    return arithmetic(build, torch.sym_max, kept, 1)
+    scaled = build.size(operator.mul, count, fraction.numerator)
+    raised = build.size(operator.add, scaled, fraction.denominator - 1)
+    kept = build.size(operator.floordiv, raised, fraction.denominator)
+    return build.size(torch.sym_max, kept, 1)
 
 
 def answer_plan(graph: fx.Graph, site: Site) -> None:

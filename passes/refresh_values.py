@@ -33,7 +33,7 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     with build.fake_mode, torch.no_grad(), shape_env.ignore_fresh_unbacked_symbols():
         for node in gm.graph.nodes:
             behind = behind or node is site.boundary
-            if behind and node is not output_node(gm.graph) and not isinstance(value(node), (int, float)):
+            if behind and node is not output_node(gm.graph):
                 node.meta[build.key] = run(node)
     kept = value(site.kept_length) if isinstance(site.kept_length, fx.Node) else site.kept_length
     for node in gm.graph.nodes:

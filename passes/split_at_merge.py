@@ -3,16 +3,16 @@
     before: ids, mask_from(S), merged, decoder(merged, mask)      masks may be built before the merge
     after:  ids, merged | mask_from(S), decoder(merged, mask)     | = `site.boundary`
 
-At full length stay the inputs, the merge and what it depends on, checks that nothing depends on, and positions that the
+At full length stay the inputs, the merge and what it depends on, checks of inputs, features of visual tokens, and positions that the
 graph counts itself. Everything else (masks, rotary tables, the decoder) moves behind. Numerics are unchanged: nodes only
 change places.
 """
 
 from typing import Any
 
-from torch import fx
+from torch import SymInt, fx
 
-from hawk_compile.passes.graph import ancestors, output_node
+from hawk_compile.passes.graph import ancestors, dependents, op_name, output_node, sizes_equal_to, tensor
 from hawk_compile.passes.site import Site, site_of
 
 
@@ -32,9 +32,19 @@ def split_at_merge(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
 def full_length_nodes(graph: fx.Graph, site: Site) -> set[fx.Node]:
     inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     plan = [site.plan, *site.plan.users] if site.plan is not None else []
-    full = ancestors(site.merged, *inputs, *plan, *site.position_chain)
-    needed = ancestors(output_node(graph))
-    for node in graph.nodes:
-        if node not in needed and node.op != "output" and all(source in full for source in node.all_input_nodes):
-            full.add(node)
-    return full
+    decoder = dependents(site.merged)
+    checks = [node for node in graph.nodes if is_check(node) and node not in decoder]
+    features = [node for node in graph.nodes if node not in decoder and holds_features(node, site)]
+    return ancestors(site.merged, *inputs, *plan, *site.position_chain, *checks, *features)
+
+
+def holds_features(node: fx.Node, site: Site) -> bool:
+    """Whether the node's value has one row per visual token, as features that later layers add."""
+    found = tensor(node)
+    if found is None or not found.is_floating_point():
+        return False
+    return any(isinstance(count, SymInt) and sizes_equal_to(found.shape, count) for count in site.visual)
+
+
+def is_check(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node).startswith(("_assert", "_check", "sym_constrain"))
