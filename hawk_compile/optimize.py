@@ -53,7 +53,10 @@ def optimize(model: PreTrainedModel, config: HawkConfig | None = None, **setting
         originals = {name: owner.__dict__.get(name, ABSENT) for name, (owner, _) in overrides.items()}
     for name, (owner, method) in overrides.items():
         owner.__dict__[name] = method
-    model.__dict__[RUNTIME] = Runtime(made, weights, ids, originals)
+    runtime = Runtime(made, weights, ids, originals)
+    if earlier is not None:
+        runtime.take_compiled(earlier)
+    model.__dict__[RUNTIME] = runtime
     return model
 
 

@@ -32,22 +32,48 @@ capture_lock = threading.RLock()
 """Held while a prefill runs: capturing changes Dynamo's settings, which all threads share."""
 
 
+class CompiledPrefill:
+    """A model's prefill, compiled on its first call. Ratio and head weights are inputs of it, not part of it."""
+
+    def __init__(self, backend: str, normalization: str):
+        self.config = HawkConfig(backend=backend, normalization=normalization)
+        self.compilations = 0
+        self.function = torch.compile(
+            planned_forward, backend=self.compile, dynamic=True, fullgraph=True, isolate_recompiles=True
+        )
+
+    def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self.compilations += 1
+        return compile_graph(gm, example_inputs, self.config, PassOptions(normalization=self.config.normalization))
+
+
 class Runtime:
-    """What an optimised model carries: its settings, its compiled prefill, and each thread's last report."""
+    """What an optimised model carries: its settings, its compiled functions, and each thread's last report."""
 
     def __init__(self, config: HawkConfig, head_weights: HeadWeights, ids: SpecialIds, originals: dict[str, Any]):
         self.config = config
         self.head_weights = head_weights
         self.ids = ids
         self.originals = originals
-        self.compilations = 0
         self.local = threading.local()
-        self.compiled_prefill: Forward | None = None
+        self.prefill = CompiledPrefill(config.backend, config.normalization)
         self.compiled_decode: Forward | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         return Runtime(self.config, self.head_weights, self.ids, copy.deepcopy(self.originals, memo))
+
+    def take_compiled(self, earlier: "Runtime") -> None:
+        """Go on with what was compiled under earlier settings, where the new ones do not change it."""
+        if earlier.config.backend == self.config.backend:
+            self.compiled_decode = earlier.compiled_decode
+            if earlier.config.normalization == self.config.normalization:
+                self.prefill = earlier.prefill
+
+    @property
+    def compilations(self) -> int:
+        """How often the prefill was compiled."""
+        return self.prefill.compilations
 
     @property
     def record(self) -> PrefillRecord | None:
@@ -61,11 +87,6 @@ class Runtime:
             self.weights_on[device] = self.head_weights.values.to(device, copy=True)
             torch._dynamo.mark_static(self.weights_on[device])
         return self.weights_on[device]
-
-    def compile_prefill(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """The Dynamo backend of this model's prefill."""
-        self.compilations += 1
-        return compile_graph(gm, example_inputs, self.config, PassOptions(normalization=self.config.normalization))
 
 
 def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
@@ -212,14 +233,10 @@ def call_compiled(
     runtime: Runtime, forward: Forward, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, device: torch.device
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """Run the compiled prefill: (model output, keep [B, S'], valid [B, S'], scores [B, S])."""
-    if runtime.compiled_prefill is None:
-        runtime.compiled_prefill = torch.compile(
-            planned_forward, backend=runtime.compile_prefill, dynamic=True, fullgraph=True, isolate_recompiles=True
-        )
     planned = (plan.votes, plan.budget, runtime.weights(device), slots(plan.length, device), slots(sum(plan.kept), device))
     with capture_lock, capture.settings():
         try:
-            return runtime.compiled_prefill(forward, inputs, past_mask, planned)
+            return runtime.prefill.function(forward, inputs, past_mask, planned)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, (GraphError, HawkError)):
                 raise error.inner_exception from None

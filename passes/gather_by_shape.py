@@ -29,6 +29,8 @@ def gather_by_shape(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMo
     """
     site = site_of(gm)
     assert site is not None and site.boundary is not None
+    if site.gathered:
+        return gm
     crossing = Crossing(Builder(gm, site.boundary), site)
     output = output_node(gm.graph)
     behind = False
@@ -96,7 +98,7 @@ class Crossing:
             result = self.build.call(torch.mul, result, site.valid)
         if lengths:
             self.record(node, tuple(found.shape), "tokens", result)
-        elif len(site.visual) == 1 and (dims := sizes_equal_to(found.shape, site.visual[0])):
+        elif len(site.visual) == 1 and (dims := sizes_equal_to(found.shape, site.visual[0])) and is_features(found):
             result = self.gather_visual(node, found, dims)
             self.record(node, tuple(found.shape), "visual tokens", result)
         for size in tensor(result).shape:  # type: ignore[union-attr]
@@ -160,6 +162,11 @@ class Crossing:
     def record(self, node: fx.Node, shape: tuple[Any, ...], kind: str, result: Any) -> Any:
         self.site.gathered.append((node.name, shape, kind))
         return result
+
+
+def is_features(found: Tensor) -> bool:
+    """Whether a value with a dimension V can hold features: a weight that is as wide by chance cannot."""
+    return found.ndim >= 2 and found.is_floating_point() and not isinstance(found, torch.nn.Parameter)
 
 
 def replace_numbers(node: fx.Node, site: Site) -> None:

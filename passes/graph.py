@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
@@ -123,7 +124,7 @@ class Builder:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = map_arg((args, kwargs), value)
-        with self.fake_mode or nullcontext(), torch.no_grad():
+        with self.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
             node.meta[self.key] = target(*fake_args, **fake_kwargs)
         return node
 

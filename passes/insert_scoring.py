@@ -40,6 +40,8 @@ def insert_scoring(
     """
     site = site_of(gm)
     assert site is not None and site.boundary is not None
+    if site.scores is not None:
+        return gm
     build = Builder(gm, site.boundary)
     site.visual_mask = join_masks(build, site)
     site.token_mask = real_tokens(build, site)

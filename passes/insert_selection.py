@@ -31,6 +31,8 @@ def insert_selection(gm: fx.GraphModule, example_inputs: list[Any], *, removed: 
     """
     site = site_of(gm)
     assert site is not None and site.boundary is not None
+    if site.keep is not None:
+        return gm
     build = Builder(gm, site.boundary)
     if site.plan is not None:
         budget = site.plan.args[1]

@@ -46,6 +46,8 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
             back to the merged embeddings.
         ShapeError: the sizes of the graph are specialised in a way that makes S ambiguous.
     """
+    if KEY in gm.meta:
+        return gm
     merges = find_merges(gm.graph)
     merged = merges[-1]
     rows, length, _ = tensor(merged).shape  # type: ignore[union-attr]

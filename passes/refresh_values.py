@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
 from hawk_compile.passes.errors import ShapeError
@@ -30,7 +31,7 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         return gm
     shape_env = build.fake_mode.shape_env
     behind = False
-    with build.fake_mode, torch.no_grad(), shape_env.ignore_fresh_unbacked_symbols():
+    with build.fake_mode, enable_python_dispatcher(), torch.no_grad(), shape_env.ignore_fresh_unbacked_symbols():
         for node in gm.graph.nodes:
             behind = behind or node is site.boundary
             if behind and node is not output_node(gm.graph):

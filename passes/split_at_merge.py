@@ -20,6 +20,8 @@ def split_at_merge(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     """Move every node that will run at the pruned length behind the last that runs at full length."""
     site = site_of(gm)
     assert site is not None
+    if site.boundary is not None:
+        return gm
     site.full = full_length_nodes(gm.graph, site)
     output = output_node(gm.graph)
     behind = [node for node in gm.graph.nodes if node not in site.full and node is not output]
