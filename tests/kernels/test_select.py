@@ -45,7 +45,7 @@ def test_reference_equals_the_rule(arguments):
 
 
 @given(arguments=rows())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_kernel_equals_the_rule(launch, arguments):
     # Blocks of 16 positions, so that rows are longer than one.
     agree(launch("select.launch_select", *arguments, block=16), arguments)
