@@ -1,0 +1,36 @@
+# make demo    install into .venv and show pruning on the shipped model
+# make test    install into .venv and run what CI checks: ruff, mypy, pytest
+# make check   ruff and mypy alone
+# make bench   install into .venv and time the pruned prefill
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/hawk-compile demo
+
+test: export OMP_NUM_THREADS ?= 1
+test: check
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
+
+check: $(VENV)/.test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/prefill.py
+
+# A stamp is newer than what it was made from, so a second run installs nothing.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
