@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -86,14 +86,14 @@ def _poisoned_memory() -> Iterator[None]:
         torch.empty, Tensor.new_empty = empty, new_empty  # type: ignore[assignment, method-assign]
 
 
-def _send(stream: BinaryIO, message: Any) -> None:
+def _send(stream: IO[bytes], message: Any) -> None:
     buffer = io.BytesIO()
     torch.save(message, buffer)
     stream.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> Any:
+def _receive(stream: IO[bytes]) -> Any:
     header = stream.read(8)
     if len(header) < 8:
         raise EOFError("the other process has ended")

@@ -43,13 +43,13 @@ def score_folded(
     heads = len(head_weights)
     head_dim = len(q_weight) // heads
 
-    def project(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, H, S, d] and the terms' magnitudes
+    def project(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, H, S, d] and the terms' norms
         weight, x = weight.double(), hidden.double()
-        out, size = x @ weight.T, x.abs() @ weight.abs().T
+        out, square = x @ weight.T, x.square() @ weight.square().T
         if bias is not None:
-            out, size = out + bias.double(), size + bias.double().abs()
+            out, square = out + bias.double(), square + bias.double().square()
         shape = (*hidden.shape[:2], -1, head_dim)
-        return out.view(shape).transpose(1, 2), size.view(shape).transpose(1, 2)
+        return out.view(shape).transpose(1, 2), square.sqrt().view(shape).transpose(1, 2)
 
     query, query_size = project(q_weight, q_bias)
     key, key_size = project(k_weight, k_bias)
@@ -68,9 +68,9 @@ def score_projected(
 def _score(
     query: Tensor,  # [B, H, S, d]
     key: Tensor,  # [B, Hkv, S, d]
-    query_size: Tensor,  # the sums of the absolute values of the terms of each
+    query_size: Tensor,  # the norm of the terms whose sum each is
     key_size: Tensor,
-    width: int,  # terms behind each q and k
+    width: int,  # how many those are
     visual_mask: Tensor,
     query_mask: Tensor,
     head_weights: Tensor,
@@ -79,7 +79,7 @@ def _score(
     batch, heads, size, head_dim = query.shape
     group = heads // key.shape[1]
     scores = torch.zeros(batch, size, dtype=torch.float64)
-    tolerance = torch.zeros_like(scores)
+    variance = torch.zeros_like(scores)
     for b in range(batch):
         visual = visual_mask[b].nonzero().flatten()
         voters = [(t, float(query_mask[b, t])) for t in range(size) if query_mask[b, t] > 0]
@@ -87,37 +87,38 @@ def _score(
         if not voters or not len(visual):
             continue
         for h in range(heads):
-            mean = sum(vote / total * query[b, h, t] for t, vote in voters)
-            mean_size = sum(vote / total * query_size[b, h, t] for t, vote in voters)
+            mean = torch.stack([vote / total * query[b, h, t] for t, vote in voters]).sum(0)
+            mean_size = torch.stack([vote / total * query_size[b, h, t] for t, vote in voters]).sum(0)
             k, k_size = key[b, h // group, visual], key_size[b, h // group, visual]
             raw = (k @ mean) / math.sqrt(head_dim)
             raw = torch.where(raw.isfinite(), raw, 0.0)
-            # A sum of n terms in fp32 is off by about sqrt(n) * eps of the sum of their absolute values (rounding
-            # errors of random signs; n * eps is the bound that nothing reaches). Twice that: the worst of many counts.
-            terms = len(voters) + width + head_dim + width
-            error = 2 * math.sqrt(terms) * EPSILON * (k_size @ mean_size) / math.sqrt(head_dim)
-            error = torch.where(error.isfinite(), error, 0.0)
+            # The partial sums of n terms of random signs are at most about as large as the norm of the terms, and each
+            # is off by half an epsilon: n such errors of random signs make sqrt(n) * eps / 2 of that norm.
+            terms = max(len(voters), width, head_dim)
+            norm = (k_size.square() @ mean_size.square()).sqrt() / math.sqrt(head_dim)
+            error = torch.where(norm.isfinite(), norm, 0.0) * math.sqrt(terms) * EPSILON / 2
             share, share_error = _normalize(raw, error, normalization)
             weight = float(head_weights[h])
             scores[b, visual] += weight * share
-            tolerance[b, visual] += weight * (share_error + 4 * EPSILON * share.abs())
-    return Expected(scores, tolerance)
+            variance[b, visual] += (weight * (share_error + EPSILON * share.abs())).square()
+    # Heads err independently. The largest of thousands of such errors is about four times the usual one.
+    return Expected(scores, 4 * variance.sqrt())
 
 
 def _normalize(raw: Tensor, error: Tensor, normalization: str) -> tuple[Tensor, Tensor]:
     """A head's normalised scores [V], and the first-order effect of the errors of its raw scores."""
     worst = error.max()
     if normalization == "l2":
-        norm = max(raw.norm(), 1e-12)
+        norm = raw.norm().clamp_min(1e-12)
         return raw / norm, (error + raw.abs() * error.norm() / norm) / norm
     if normalization == "softmax":
         share = raw.softmax(0)
         # exp of fp32: an argument x is known to eps * |x|, so that the result is off by that share of itself.
-        return share, share * (2 * worst + 2 * EPSILON * (raw.max() - raw.min() + 1))
-    span = max(raw.max() - raw.min(), 1e-12)
+        return share, share * (2 * worst + EPSILON * (raw.max() - raw.min() + 1))
+    span = (raw.max() - raw.min()).clamp_min(1e-12)
     if raw.max() == raw.min():
         return torch.zeros_like(raw), torch.zeros_like(raw)  # 0 / floor, exactly
-    return (raw - raw.min()) / span, 4 * worst / span
+    return (raw - raw.min()) / span, 2 * worst / span
 
 
 def select(

@@ -19,7 +19,7 @@ def load(name):
     """Per case its settings and its tensors."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         cases = {case: json.loads(settings) for case, settings in file.metadata().items()}
-        tensors = {case: {} for case in cases}
+        tensors: dict[str, dict[str, torch.Tensor]] = {case: {} for case in cases}
         for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             case, _, field = key.partition(".")
             tensors[case][field] = file.get_tensor(key)

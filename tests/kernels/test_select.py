@@ -68,6 +68,17 @@ def test_what_a_selection_promises(arguments):
         assert len(kept & candidates) == min(int(budget[b]), len(candidates))
 
 
+def test_zeros_and_not_a_number(launch):
+    """-0.0, 0.0 and NaN of either sign are equal: every budget must take them by position."""
+    nan = torch.tensor([float("nan")]).copysign(torch.tensor([-1.0]))[0].item()
+    row = torch.tensor([0.0, -1.0, float("nan"), -0.0, 1.0, nan, 0.0, float("inf"), -0.0, -float("inf")])
+    scores = row.repeat(11, 1)
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    arguments = (scores, everything, everything, torch.arange(11), 10)
+    agree(reference.select(*arguments), arguments)
+    agree(launch("select.launch_select", *arguments, block=16), arguments)
+
+
 def random_row(size, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(2, size, generator=generator)
@@ -97,7 +108,7 @@ def test_kernel_on_a_block_of_ties_across_blocks(launch):
 def test_kernel_on_strided_inputs(launch, dtype):
     scores, visual, token, budget, length = random_row(90, seed=2)
     arguments = (scores.to(dtype), visual, token, budget, length)
-    strided = [scattered(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    strided = (*(scattered(a) for a in arguments[:4]), length)
     agree(launch("select.launch_select", *strided, block=64), arguments)
     agree(reference.select(*strided), arguments)
 
