@@ -1,0 +1,156 @@
+"""The command line: `hawk-compile demo`, `inspect`, `env` and `passes`.
+
+What the user got wrong is said in one line on stderr, with exit code 2.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="hawk-compile",
+    help="Visual-token pruning for vision-language models inside the compiled graph (HAWK, arXiv 2604.07812).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Ratio = Annotated[float, typer.Option(help="Fraction of visual tokens removed, in [0, 1).")]
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what this package raises on purpose into one line and exit code 2."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        from hawk_compile.errors import GraphError, HawkError
+
+        try:
+            command(*args, **kwargs)
+        except (HawkError, GraphError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return guarded
+
+
+@app.command()
+@clear_errors
+def demo(
+    questions: Annotated[int, typer.Option(help="Held-out questions to ask, at least 8.")] = 320,
+    ratio: Ratio = 0.8,
+    seed: Annotated[int, typer.Option(help="Chooses the scene that is shown and the random tokens.")] = 0,
+    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
+    out: Annotated[Path, typer.Option(help="Where to write the picture of the kept tokens.")] = Path("hawk-demo.png"),
+) -> None:
+    """Ask the shipped model about scenes it has never seen, with and without pruning."""
+    from hawk_compile.demo.run import run
+
+    run(console(), questions=questions, ratio=ratio, seed=seed, backend=backend, out=out)
+
+
+@app.command()
+@clear_errors
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a config.json.")],
+    ratio: Ratio = 0.8,
+    image_tokens: Annotated[int, typer.Option(help="Visual tokens of the prompt that numbers are given for.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Its other tokens.")] = 64,
+    layers: Annotated[int, typer.Option(help="Decoder layers to capture; more take longer.")] = 2,
+) -> None:
+    """Show what the passes find in a model, from its configuration alone: no weights are loaded."""
+    from hawk_compile.inspection import inspect_model
+
+    found = inspect_model(path, ratio=ratio, image_tokens=image_tokens, text_tokens=tokens, layers=layers)
+    out = console()
+    ids = ", ".join(map(str, found.placeholders)) or "none named"
+    behind = f"id {' or '.join(map(str, found.vision_end))}" if found.vision_end else "the last visual token"
+    until = f", up to the row's last {' or '.join(map(str, found.end_of_turn))}" if found.end_of_turn else ""
+    facts = {
+        "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured, on the meta device)",
+        "merge": f"{', '.join(found.merges)}: masked_scatter at placeholder ids {ids}",
+        "voting text": f"behind {behind}{until}",
+        "attention": f"{found.attention}: {found.heads} heads, {found.kv_heads} KV heads of {found.head_dim}",
+        "norm": found.norm or "none: the projections read different values",
+        "projections": f"{found.query_projection or 'not one linear'}, {found.key_projection or 'not one linear'}",
+        "scoring": f"{found.form}: {found.why}",
+    }
+    out.print(rows(facts))
+    out.print()
+    out.print("Gathered where the full prompt (S) becomes the pruned one (S'), V visual tokens becoming V':")
+    gathered = Table(box=None, pad_edge=False)
+    for heading in ("value", "shape", "along"):
+        gathered.add_column(heading, overflow="fold")
+    for each in found.gathered:
+        gathered.add_row(each.name, f"[{', '.join(each.shape)}]" if each.shape else "a number", each.along)
+    out.print(gathered)
+    out.print()
+    share = found.kept_tokens / found.prompt_tokens
+    numbers = {
+        "visual tokens": f"{found.visual_tokens} -> {found.kept_visual_tokens}   (ratio {found.ratio:g})",
+        "prompt tokens": f"{found.prompt_tokens} -> {found.kept_tokens}   ({share:.3f} of them)",
+    }
+    if found.flops is not None and found.kept_flops is not None:
+        work = f"{found.flops / 1e9:,.1f} -> {(found.kept_flops + found.scoring_flops) / 1e9:,.1f} GFLOP"
+        numbers["decoder prefill"] = f"{work}   ({found.flop_ratio:.3f}; the score is {found.scoring_flops / 1e9:,.2f})"
+    else:
+        numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
+    out.print(rows(numbers))
+
+
+@app.command()
+@clear_errors
+def env() -> None:
+    """Print what a bug report needs: versions, machine, backends and switches."""
+    from hawk_compile.environment import describe
+
+    console().print(rows(describe()))
+
+
+@app.command()
+@clear_errors
+def passes() -> None:
+    """List the passes in the order they run, and the environment switches around them."""
+    from hawk_compile.environment import SWITCHES
+    from hawk_compile.pipeline import PASSES, disabled_passes
+
+    left_out = disabled_passes()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "pass", "what it does", ""):
+        table.add_column(heading, overflow="fold")
+    for number, step in enumerate(PASSES, start=1):
+        note = "left out now" if step.name in left_out else "optional" if step.optional else ""
+        table.add_row(str(number), step.name, step.summary, note)
+    out = console()
+    out.print(table)
+    out.print()
+    out.print(rows(SWITCHES))
+
+
+def rows(facts: dict[str, str]) -> Table:
+    """Names and values side by side; long values are folded, not cut."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def console() -> Console:
+    """Plain text: brackets are shapes here, not markup."""
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

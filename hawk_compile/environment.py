@@ -1,0 +1,79 @@
+"""What a bug report needs to know of a machine, and the environment switches in one table."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+SWITCHES = {
+    "HAWK_DUMP": "a folder: write the graph before the first pass and after each one",
+    "HAWK_DISABLE": "names of optional passes to leave out, separated by commas",
+    "HAWK_FUEL": "a whole number: run at most so many optional passes",
+}
+"""Every environment variable that this package reads, at each compilation."""
+
+PACKAGES = ("torch", "transformers", "triton", "tokenizers", "safetensors", "numpy", "pillow", "matplotlib")
+RELATED = ("HAWK_", "TORCH", "TRITON_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
+"""Variables, or beginnings of their names, that change how a model is compiled or loaded."""
+
+
+def describe() -> dict[str, str]:
+    """Name -> value, in the order in which a bug report should give them."""
+    import torch
+
+    found = {"hawk_compile": version("hawk-compile"), "python": platform.python_version()}
+    found["platform"] = f"{platform.platform()} ({platform.machine()})"
+    found["processor"] = f"{processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+    found |= {name: version(name) for name in PACKAGES}
+    found["gpu"] = gpus()
+    found["c++ compiler"] = compiler()
+    found["hawk backend"] = "registered" if "hawk" in backends() else "not registered: is hawk-compile installed?"
+    found["other backends"] = ", ".join(name for name in backends() if name != "hawk")
+    found["switches"] = ", ".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(RELATED))
+    return {name: value or "none" for name, value in found.items()}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use" if torch.version.cuda else "none (torch is a CPU build)"
+    named = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        named.append(f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)")
+    return f"{', '.join(named)}; CUDA {torch.version.cuda}"
+
+
+def compiler() -> str:
+    """What Inductor compiles CPU kernels with, unless CXX says otherwise."""
+    name = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    path = shutil.which(name) if name else None
+    if path is None:
+        return "none: Inductor cannot compile for the CPU without one"
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    return next(iter(shown.stdout.splitlines()), path)
+
+
+def backends() -> list[str]:
+    import torch._dynamo
+
+    return sorted(torch._dynamo.list_backends())
