@@ -13,7 +13,7 @@ Three things keep a prefill from being one such graph, and each has a general re
 import contextlib
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 FEATURES = "pooler_output"
 LAYER_FEATURES = "deepstack_features"
 EXTRA_ROWS = 2
 PIXEL_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
 """The arguments under which Hugging Face models take images and videos, as `generate` knows them."""
+
+RECOMPILE_LIMIT = 64
+"""Compilations that one model may need: one for each structure of its calls (a batch, padding, video, hidden states, ...)."""
 
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
@@ -37,7 +41,11 @@ def settings() -> Iterator[None]:
     """Dynamo's settings while a prefill is compiled. Not thread-safe: hold a lock."""
     with (
         torch._dynamo.config.patch(
-            capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True, specialize_float=True
+            capture_scalar_outputs=True,
+            capture_dynamic_output_shape_ops=True,
+            specialize_float=True,
+            recompile_limit=RECOMPILE_LIMIT,
+            accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),
         fx_config.patch(use_duck_shape=False),
     ):
@@ -64,6 +72,13 @@ def encode(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
         kwargs["position_ids"] = positions_of(model, base, kwargs)
     return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
+
+
+def install_recorders(model: PreTrainedModel) -> None:
+    """Put on the hooks that record hidden states: the model does so at its first such call, under a lock, which no graph holds."""
+    decoder = model.base_model.get_decoder()
+    if isinstance(decoder, PreTrainedModel):
+        maybe_install_capturing_hooks(decoder)
 
 
 def positions_of(model: PreTrainedModel, base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
@@ -139,18 +154,20 @@ def feature_count(outputs: dict[str, ModelOutput]) -> int:
     return sum(part.shape[-2] - EXTRA_ROWS for output in outputs.values() for part in output[FEATURES])
 
 
-def placeholder_mask(model: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """[B, S] bool: the positions that wait for visual features, of any modality."""
-    ids = {getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")} - {None}
-    if input_ids is not None:
-        return torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))
-    assert inputs_embeds is not None
+def placeholder_ids(model: PreTrainedModel) -> list[int]:
+    """The ids that wait for visual features, of any modality."""
+    named = {getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")}
+    return sorted(named - {None})
+
+
+def known_ids(model: PreTrainedModel, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:
+    """[B, S] int64: those of the wanted ids whose embeddings stand in a prompt of embeddings, -1 elsewhere."""
     embed = model.get_input_embeddings()
-    found = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-    for each in sorted(ids):
+    ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
+    for each in wanted:
         row = embed(torch.tensor([each], device=inputs_embeds.device)).to(inputs_embeds.dtype)
-        found = found | (inputs_embeds == row).all(-1)
-    return found
+        ids = ids.masked_fill((inputs_embeds == row).all(-1), each)
+    return ids
 
 
 def get_placeholder_mask(self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any) -> Any:

@@ -4,7 +4,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +17,9 @@ from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedMode
 from hawk_compile.head_weights import resolve
 from hawk_compile.query import special_ids
 from hawk_compile.report import Report
-from hawk_compile.runtime import Runtime, capture_lock, deltas_of, run
+from hawk_compile.runtime import PROMPT_LENGTH, Runtime, deltas_of, run
 
 RUNTIME = "_hawk_runtime"
-ABSENT = object()
 
 
 def optimize(model: PreTrainedModel, config: HawkConfig | None = None, **settings: Any) -> PreTrainedModel:
@@ -50,7 +48,7 @@ def optimize(model: PreTrainedModel, config: HawkConfig | None = None, **setting
     if earlier is not None:
         originals = earlier.originals
     else:
-        originals = {name: owner.__dict__.get(name, ABSENT) for name, (owner, _) in overrides.items()}
+        originals = {name: owner.__dict__[name] for name, (owner, _) in overrides.items() if name in owner.__dict__}
     for name, (owner, method) in overrides.items():
         owner.__dict__[name] = method
     runtime = Runtime(made, weights, ids, originals)
@@ -65,11 +63,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
         for name, (owner, _) in overrides_of(model).items():
-            original = runtime.originals[name]
-            if original is ABSENT:
-                owner.__dict__.pop(name, None)
+            if name in runtime.originals:
+                owner.__dict__[name] = runtime.originals[name]
             else:
-                owner.__dict__[name] = original
+                owner.__dict__.pop(name, None)
     return model
 
 
@@ -120,6 +117,7 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
         "get_compiled_call": (model, types.MethodType(uncompiled_call, model)),
         "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
         "_prefill": (model, types.MethodType(prefill_whole, model)),
+        "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
     }
     placeholder_mask = capture.placeholder_mask_override(model)
     if placeholder_mask is not None:
@@ -129,20 +127,22 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
 
 def original(model: PreTrainedModel, name: str) -> Any:
     """A method of the model as it was before `optimize`."""
-    kept = model.__dict__[RUNTIME].originals[name]
-    return getattr(type(model), name).__get__(model) if kept is ABSENT else kept
+    originals = model.__dict__[RUNTIME].originals
+    return originals[name] if name in originals else getattr(type(model), name).__get__(model)
 
 
 @functools.cache
 def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     """The forward of optimised models of one class; its signature is that of the class."""
     signature = inspect.signature(kind.forward)
+    rest = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
 
     @functools.wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs).arguments
-        named = {name: given for name, given in bound.items() if name not in ("self", "kwargs")}
-        return run(self, self.__dict__[RUNTIME], original(self, "forward"), {**named, **bound.get("kwargs", {})})
+        named = signature.bind(self, *args, **kwargs).arguments
+        named = {**named, **named.pop(rest, {})}
+        del named[next(iter(named))]  # self
+        return run(self, self.__dict__[RUNTIME], original(self, "forward"), named)
 
     return forward
 
@@ -165,8 +165,7 @@ def uncompiled_call(self: PreTrainedModel, compile_config: Any) -> Any:
 
 def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     """Positions with the offsets of this conversation, not of the one that used the model last."""
-    cache = model_kwargs.get("past_key_values")
-    with deltas_of(self, cache) if cache is not None else nullcontext():
+    with deltas_of(self, model_kwargs.get("past_key_values")):
         return original(self, "_prepare_position_ids_for_generation")(inputs_tensor, model_kwargs)
 
 
@@ -177,4 +176,16 @@ def prefill_whole(self: PreTrainedModel, input_ids: Tensor, generation_config: A
             f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can be "
             "scored against the question: leave it out"
         )
+    if generation_config.use_cache is False and capture.has_features(model_kwargs):
+        model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far
     return original(self, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
+
+
+def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    """What drafts tokens for assisted decoding, whose first draft stands behind the prompt before it is prefilled."""
+    if capture.has_features(model_kwargs):
+        raise UnsupportedCallError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens and the like) puts drafted tokens into the "
+            "prefill, where they would vote on the visual tokens: leave it out for prompts with images or videos"
+        )
+    return original(self, "_get_candidate_generator")(*args, model_kwargs=model_kwargs, **kwargs)

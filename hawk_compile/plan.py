@@ -39,26 +39,29 @@ class Plan:
 
 
 def make_plan(
-    input_ids: Tensor | None,
+    input_ids: Tensor,
     visual: Tensor,
     attention_mask: Tensor | None,
     features: int,
     ids: SpecialIds,
     config: HawkConfig,
+    prompt: int | None = None,
 ) -> Plan:
     """Plan a prefill.
 
     Args:
-        input_ids: [B, S] int64, or None for a prompt of embeddings.
+        input_ids: [B, S] int64; -1 where a prompt of embeddings holds an unknown token.
         visual: [B, S] bool, the placeholders of visual features.
         attention_mask: [B, S], nonzero for real tokens; None if all are.
         features: number of visual features that were encoded.
+        prompt: positions from here on do not vote; None if all may.
 
     Raises:
         InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
     """
     real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
-    votes, source = voting_text(input_ids, visual, real, ids)
+    asked = real if prompt is None else real & (torch.arange(real.shape[1], device=real.device) < prompt)
+    votes, source = voting_text(input_ids, visual, asked, ids)
     counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1)]).tolist()
     placeholders, tokens, present, voters = counts
     if sum(placeholders) != features:

@@ -49,12 +49,12 @@ def special_ids(model: PreTrainedModel, config: HawkConfig) -> SpecialIds:
 
 
 def voting_text(
-    input_ids: Tensor | None, visual: Tensor, real: Tensor, ids: SpecialIds
+    input_ids: Tensor, visual: Tensor, real: Tensor, ids: SpecialIds
 ) -> tuple[Tensor, Tensor]:
     """Which tokens vote, without reading anything back from the device.
 
     Args:
-        input_ids: [B, S] int64, or None for a prompt of embeddings, whose text is told by position alone.
+        input_ids: [B, S] int64; only the ids in `ids` matter.
         visual: [B, S] bool.
         real: [B, S] bool: what is not padding.
 
@@ -64,17 +64,12 @@ def voting_text(
     text = real & ~visual
     position = torch.arange(visual.shape[1], device=visual.device)
     last_visual = last(visual, position)
-    start = last_visual
-    stop = torch.full_like(start, visual.shape[1])
-    turn_start = torch.full_like(start, -1)
-    plain = text
-    if input_ids is not None:
-        start = torch.maximum(start, last(is_any(input_ids, ids.vision_end) & real, position))
-        ends = is_any(input_ids, ids.end_of_turn) & real
-        last_end = last(ends, position)
-        stop = torch.where(last_end > start, last_end, stop)
-        turn_start = last(ends & (position < last_visual), position)
-        plain = text & ~is_any(input_ids, ids.special)
+    start = torch.maximum(last_visual, last(is_any(input_ids, ids.vision_end) & real, position))
+    ends = is_any(input_ids, ids.end_of_turn) & real
+    last_end = last(ends, position)
+    stop = torch.where(last_end > start, last_end, visual.shape[1])
+    turn_start = last(ends & (position < last_visual), position)
+    plain = text & ~is_any(input_ids, ids.special)
     after = text & (position > start) & (position < stop)
     turn = plain & (position > turn_start) & (position < stop)
     has_after, has_turn = after.any(1, keepdim=True), turn.any(1, keepdim=True)

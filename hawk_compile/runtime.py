@@ -28,6 +28,9 @@ from hawk_compile.report import PrefillRecord
 
 Forward = Callable[..., Any]
 
+PROMPT_LENGTH = "hawk_prompt_length"
+"""An argument that generate carries where it has no cache: what stands behind that length was generated, and votes never."""
+
 capture_lock = threading.RLock()
 """Held while a prefill runs: capturing changes Dynamo's settings, which all threads share."""
 
@@ -101,9 +104,9 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         refuse_unsupported(model, kwargs)
         return run_prefill(model, runtime, forward, kwargs)
     cache = kwargs.get("past_key_values")
+    if physical_length(cache) == 0:
+        return run_text(model, runtime, forward, kwargs)
     if not isinstance(cache, PrunedCache):
-        if physical_length(cache) == 0:
-            note_unpruned(model, runtime, kwargs)
         return step(runtime, forward, kwargs)
     mask = kwargs.get("attention_mask")
     new_tokens = tokens_of(kwargs).shape[1]
@@ -113,6 +116,30 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         with deltas_of(model, cache):
             return forward(**kwargs)
     return step(runtime, forward, kwargs)
+
+
+def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
+    """The first prompt of a conversation, without visual features: not pruned, and the report says so."""
+    note_unpruned(model, runtime, kwargs)
+    if not hasattr(model.base_model, "rope_deltas"):
+        return step(runtime, forward, kwargs)
+    tokens, positions = tokens_of(kwargs), kwargs.get("position_ids")
+    if positions is None:
+        with deltas_of(model, None):
+            result = step(runtime, forward, kwargs)
+    else:
+        result = step(runtime, forward, kwargs)
+    found = [each for each in (kwargs.get("past_key_values"), *values_of(result)) if isinstance(each, Cache)]
+    if found and physical_length(found[0]):
+        # Nothing was removed, but this conversation's offsets must not be another's.
+        rows, length = tokens.shape[:2]
+        deltas = deltas_after(model, None, positions, kwargs.get("attention_mask"), rows, length)
+        mark_pruned(found[0], torch.empty((rows, 0), dtype=torch.int64, device=tokens.device), None, 0, 0, deltas)
+    return result
+
+
+def values_of(result: ModelOutput | tuple[Any, ...]) -> tuple[Any, ...]:
+    return result.to_tuple() if isinstance(result, ModelOutput) else result
 
 
 def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
@@ -147,7 +174,16 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedCallError(f"attention_mask must have shape [B, S] for a pruned prefill, got {given}")
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise UnsupportedCallError(
+            "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
+        )
     cache = kwargs.get("past_key_values")
+    if physical_length(cache) and kwargs.get("position_ids") is None and hasattr(model.base_model, "rope_deltas"):
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would give "
+            "them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
+        )
     if physical_length(cache) and not all(type(layer) is DynamicLayer for layer in cache.layers):  # type: ignore[union-attr]
         kinds = sorted({type(layer).__name__ for layer in cache.layers})  # type: ignore[union-attr]
         raise UnsupportedCallError(
@@ -161,7 +197,10 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwar
     grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         if capture.has_pixels(kwargs):
-            kwargs = capture.encode(model, kwargs)
+            with deltas_of(model, kwargs.get("past_key_values")):
+                kwargs = capture.encode(model, kwargs)
+        if kwargs.get("output_hidden_states"):
+            capture.install_recorders(model)
         kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
         outputs = capture.join_features(kwargs.pop("mm_encoder_outputs"))
         tokens = tokens_of(kwargs)
@@ -169,10 +208,17 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwar
         target = kwargs.pop("past_key_values", None)
         use_cache, return_dict = kwargs.pop("use_cache", None), kwargs.pop("return_dict", None)
         past = physical_length(target)
-        mask, past_mask = split_mask(target, kwargs.pop("attention_mask", None), past, length)
-        visual = capture.placeholder_mask(model, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        whole_mask = kwargs.pop("attention_mask", None)
+        mask, past_mask = split_mask(target, whole_mask, past, length)
+        deltas = deltas_after(model, target, kwargs.get("position_ids"), whole_mask, rows, length)
+        placeholders = capture.placeholder_ids(model)
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
+        visual = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
         features = capture.feature_count(outputs)
-        plan = make_plan(kwargs.get("input_ids"), visual, mask, features, runtime.ids, runtime.config)
+        prompt = kwargs.pop(PROMPT_LENGTH, None)
+        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt)
         needs_mask = plan.padded or plan.filled or past_mask is not None
         if not needs_mask:
             mask = None
@@ -184,7 +230,6 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwar
         result, keep, valid, scores = call_compiled(runtime, forward, inputs, past_mask, plan, tokens.device)
         target = fill_cache(model, target, scratch, past, use_cache)
         if target is not None:
-            deltas = getattr(model.base_model, "rope_deltas", None)
             mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
     runtime.note(PrefillRecord(
         plan.visual, plan.kept, keep, valid, scores, reason_of(runtime.config, plan), plan.source,
@@ -217,6 +262,11 @@ def split_mask(
     if whole is None:
         rows = cache.layers[0].keys.shape[0]  # type: ignore[union-attr]
         whole = torch.ones((rows, past + length), dtype=torch.long, device=cache.layers[0].keys.device)  # type: ignore[union-attr]
+    if whole.shape[1] != past + length:
+        raise InputError(
+            f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got shape "
+            f"{tuple(whole.shape)}"
+        )
     return whole[:, past:].contiguous(), whole[:, :past].contiguous()
 
 
@@ -297,13 +347,35 @@ def note_unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, An
 
 @contextmanager
 def deltas_of(model: PreTrainedModel, cache: Any) -> Iterator[None]:
-    """Let the model use this conversation's position offsets while it works out positions itself."""
+    """Let the model use this conversation's position offsets while it works out positions itself, and nobody else's.
+
+    A cache that was filled before the model was optimised carries none: then the model's own are left as they are.
+    """
     base: nn.Module = model.base_model
-    deltas = cache.hawk_slots.rope_deltas if isinstance(cache, PrunedCache) else None
     with capture_lock:
-        if deltas is not None:
-            base.rope_deltas = deltas
+        if hasattr(base, "rope_deltas"):
+            if isinstance(cache, PrunedCache):
+                base.rope_deltas = cache.hawk_slots.rope_deltas
+            elif physical_length(cache) == 0:
+                base.rope_deltas = None
         yield
+
+
+def deltas_after(
+    model: PreTrainedModel, cache: Cache | None, positions: Tensor | None, mask: Tensor | None, rows: int, length: int
+) -> Tensor | None:
+    """What the model must add to a text position after this prompt, [B, 1]; None if it never adds anything.
+
+    It is read off the prompt's own positions ([3, B, S], or [4, B, S] with a row of text positions ahead): the next
+    token stands one behind the largest. What the model remembers may be of another conversation by now.
+    """
+    if not hasattr(model.base_model, "rope_deltas"):
+        return None
+    if positions is None or positions.ndim != 3:
+        return torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
+    before = 0 if cache is None else int(cache.get_seq_length())
+    real = before + length if mask is None else mask.sum(1)
+    return (positions[-3:].amax((0, 2)) + 1 - real)[:, None].expand(rows, 1)
 
 
 class RefuseBackward(torch.autograd.Function):
