@@ -115,7 +115,8 @@ def test_equal_inputs_give_equal_bits(score):
 def test_statistics_over_several_blocks_of_positions(launch, normalization, size):
     """A block of statistics covers 1,024 positions, and 16 blocks are added up at a time; the extremes stand apart."""
     visual = torch.zeros(1, size, dtype=torch.bool)
-    visual[:, 50:-50] = True
+    visual[:, 50:1300] = True
+    visual[:, -200:-50] = True
     query = torch.ones(1, 1, size, 8)
     key = draw(1, 1, size, 8, seed=11)
     key[0, 0, 60] = -3.0
