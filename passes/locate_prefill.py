@@ -178,7 +178,7 @@ def before_position(graph: fx.Graph, merged: fx.Node, target: fx.Node, length: A
     within = ancestors(target)
     free = position_free(merged, within, graph, length)
     frontier = [node for node in free if node is target or any(use in within and use not in free for use in node.users)]
-    common = set.intersection(*(ancestors(node) & free for node in frontier if node is not merged))
+    common = set.intersection(free, *(ancestors(node) for node in frontier))
     for node in reversed(in_order(graph, common)):
         found = tensor(node)
         if found is not None and found.ndim == 4 and sizes_equal_to(found.shape[1:3], length):

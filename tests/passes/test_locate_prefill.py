@@ -1,0 +1,101 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hawk_compile.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
+from hawk_compile.passes.graph import is_call, same
+from hawk_compile.passes.locate_prefill import locate_prefill
+from hawk_compile.passes.site import site_of
+from tests.passes import graphs
+
+
+def located(model, **options):
+    merges = options.pop("merges", 1)
+    gm = graphs.captured(model, *graphs.prompt(merges=merges), **options)
+    return locate_prefill(gm, [])
+
+
+def test_finds_merge_attention_heads_and_the_folded_form():
+    gm = located(graphs.Decoder())
+    site = site_of(gm)
+    assert is_call(site.merged, "masked_scatter") and site.merges == [site.merged]
+    assert is_call(site.attention, "scaled_dot_product_attention")
+    assert (site.heads, site.kv_heads, site.head_dim) == (graphs.HEADS, graphs.HEADS, graphs.HEAD_DIM)
+    assert site.form == "folded" and site.between == ()
+    assert is_call(site.query_linear, "linear") and is_call(site.key_linear, "linear")
+    assert is_call(site.normed, "layer_norm")
+    assert isinstance(site.length, torch.SymInt)
+
+
+def test_changes_nothing():
+    gm = graphs.captured(graphs.Decoder(), *graphs.prompt())
+    before = gm.graph.python_code("self").src
+    locate_prefill(gm, [])
+    assert gm.graph.python_code("self").src == before
+
+
+def test_a_norm_between_projection_and_position_makes_the_form_projected():
+    site = site_of(located(graphs.Decoder(qk_norm=True)))
+    assert site.form == "projected" and site.between == ("layer_norm",)
+    assert is_call(site.query, "layer_norm") and is_call(site.key, "layer_norm")
+
+
+def test_two_merges_are_one_site():
+    site = site_of(located(graphs.Decoder(merges=2), merges=2))
+    assert len(site.merges) == 2 and site.merged is site.merges[-1] and len(site.visual) == 2
+
+
+def test_positions_that_the_graph_counts_itself_are_told_from_slots():
+    site = site_of(located(graphs.Decoder(own_positions=True)))
+    assert [node.name for node in site.position_chain if is_call(node, "arange")] != []
+    assert site_of(located(graphs.Decoder())).position_chain == set()
+
+
+def test_the_padding_mask_is_found_by_name_and_length():
+    """Only equal symbols count, and a mask is as long as the prompt only if something says so."""
+    def call(*inputs):
+        torch._check(inputs[2].shape[1] == inputs[0].shape[1])
+        return model(ids=inputs[0], features=inputs[1], attention_mask=inputs[2], positions=inputs[3])
+
+    model = graphs.Decoder()
+    site = site_of(locate_prefill(graphs.captured(call, *graphs.prompt()), []))
+    assert site.padding_mask is None or same(site.padding_mask.meta["example_value"].shape[1], site.length)
+
+
+def test_a_graph_without_merge_is_refused():
+    gm = graphs.captured(nn.Linear(4, 4), torch.ones(2, 4))
+    with pytest.raises(MergeNotFoundError, match="masked_scatter"):
+        locate_prefill(gm, [])
+    assert site_of(gm) is None
+
+
+def test_a_graph_without_attention_after_the_merge_is_refused():
+    def merge_only(ids, features):
+        hidden = F.one_hot(ids, 8).float()
+        return hidden.masked_scatter((ids == 7).unsqueeze(-1), features) * 2
+
+    gm = graphs.captured(merge_only, torch.tensor([[1, 7, 7, 2]]), torch.randn(2, 8))
+    with pytest.raises(AttentionNotFoundError, match="attn_implementation"):
+        locate_prefill(gm, [])
+
+
+def test_an_attention_that_does_not_read_the_merge_is_refused():
+    class Apart(graphs.Decoder):
+        def forward(self, ids, features, attention_mask, positions):
+            hidden = self.embed(ids).masked_scatter((ids == graphs.IMAGE).unsqueeze(-1), features)
+            other = self.embed(ids).unsqueeze(1)
+            return hidden.sum() + F.scaled_dot_product_attention(other, other, other).sum()
+
+    with pytest.raises(AttentionNotFoundError):
+        located(Apart())
+
+
+def test_a_fixed_length_that_is_also_another_size_is_refused():
+    gm = graphs.captured(graphs.Decoder(), *graphs.prompt(length=graphs.WIDTH), dynamic=False)
+    with pytest.raises(ShapeError, match="dynamic=True"):
+        locate_prefill(gm, [])
+
+
+def test_every_refusal_is_a_graph_error():
+    assert all(issubclass(kind, GraphError) for kind in (AttentionNotFoundError, MergeNotFoundError, ShapeError))
