@@ -31,7 +31,8 @@ def describe() -> dict[str, str]:
     found["c++ compiler"] = compiler()
     found["hawk backend"] = "registered" if "hawk" in backends() else "not registered: is hawk-compile installed?"
     found["other backends"] = ", ".join(name for name in backends() if name != "hawk")
-    found["switches"] = ", ".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(RELATED))
+    names = [name for name in sorted(os.environ) if name.startswith(RELATED)]
+    found["switches"] = ", ".join(f"{name}={os.environ[name]}" for name in names)
     return {name: value or "none" for name, value in found.items()}
 
 
@@ -58,8 +59,8 @@ def gpus() -> str:
         return "none that torch can use" if torch.version.cuda else "none (torch is a CPU build)"
     named = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        named.append(f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB)")
+        found = torch.cuda.get_device_properties(index)
+        named.append(f"{found.name} (sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB)")
     return f"{', '.join(named)}; CUDA {torch.version.cuda}"
 
 

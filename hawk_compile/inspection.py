@@ -1,7 +1,7 @@
-"""What the passes find in a model, without its weights: the real capture and the real passes, on tensors of the meta device.
+"""What the passes find in a model, without its weights: the real capture and the real passes, on the meta device.
 
-The prefill is captured as `hawk_compile.optimize` captures it, from a prompt of one image, with the model's parameters on
-the meta device: nothing is allocated and nothing is computed, so a configuration file is enough.
+The prefill is captured as `hawk_compile.optimize` captures it, from a prompt of one image, with the model's parameters
+on the meta device: nothing is allocated and nothing is computed, so a configuration file is enough.
 """
 
 import copy
@@ -37,7 +37,7 @@ CAPTURED_LAYERS = 2
 
 @dataclass(frozen=True)
 class Gathered:
-    """A value that crosses from the full prompt to the pruned one: its name, its shape, and along what it is gathered."""
+    """A value that crosses from the full prompt to the pruned one, with its shape in letters."""
 
     name: str
     shape: tuple[str, ...]
@@ -129,9 +129,10 @@ def inspect_model(
         GraphError: a model whose graph cannot be pruned.
     """
     config = HawkConfig(ratio=ratio, backend="eager")
-    for name, given, least in (("image_tokens", image_tokens, 2), ("text_tokens", text_tokens, 1), ("layers", layers, 1)):
-        if given < least:
-            raise InputError(f"{name} must be at least {least}, got {given}")
+    least = {"image_tokens": (image_tokens, 2), "text_tokens": (text_tokens, 1), "layers": (layers, 1)}
+    for name, (given, minimum) in least.items():
+        if given < minimum:
+            raise InputError(f"{name} must be at least {minimum}, got {given}")
     model = on_meta(source)
     check_model(model)
     total = model.config.get_text_config().num_hidden_layers
@@ -140,11 +141,20 @@ def inspect_model(
     flops, kept_flops = count_flops(model, before), count_flops(model, after)
     captured = keep_layers(model, layers, total)
     site = find_site(model, config, before, image_tokens)
+    facts = described(site) | identifiers(model, special_ids(model, config))
     return Inspection(
-        model=type(model).__name__, layers=total, captured_layers=captured, **described(site),
-        **identifiers(model, special_ids(model, config)), ratio=ratio,
-        visual_tokens=image_tokens, kept_visual_tokens=kept, prompt_tokens=before, kept_tokens=after,
-        flops=flops, kept_flops=kept_flops, scoring_flops=scoring_flops(site, before),
+        model=type(model).__name__,
+        layers=total,
+        captured_layers=captured,
+        ratio=ratio,
+        visual_tokens=image_tokens,
+        kept_visual_tokens=kept,
+        prompt_tokens=before,
+        kept_tokens=after,
+        flops=flops,
+        kept_flops=kept_flops,
+        scoring_flops=scoring_flops(site, before),
+        **facts,
     )
 
 
@@ -222,7 +232,7 @@ def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: i
             raise PassesDone
 
         inputs = prompt(model, length) | {"mm_encoder_outputs": {"image": outputs}}
-        compiled = torch.compile(planned_forward, backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True)
+        compiled = torch.compile(planned_forward, backend=backend, dynamic=True, fullgraph=True)
         with capture_lock, capture.settings(), torch.no_grad():
             try:
                 compiled(model.forward, inputs, None, plan(model, config, length, visual))
@@ -246,22 +256,29 @@ class PassesDone(Exception):
 
 def encoder_outputs(model: PreTrainedModel, visual: int) -> list[ModelOutput]:
     """Encoded images, in the two structures that models expect: a list of [V, D], and one [1, V, D]."""
-    width = model.get_input_embeddings().weight.shape[1]
-    dtype = model.get_input_embeddings().weight.dtype
+    weight = embedding_weight(model)
     vision = getattr(model.config, "vision_config", None)
     levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     def features() -> Tensor:
-        return torch.empty((visual + capture.EXTRA_ROWS, width), dtype=dtype, device=META)
+        return torch.empty((visual + capture.EXTRA_ROWS, weight.shape[1]), dtype=weight.dtype, device=META)
 
     kind: type[ModelOutput] = BaseModelOutputWithPooling
     more: dict[str, Any] = {}
     if levels:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-        kind, more = BaseModelOutputWithDeepstackFeatures, {
-            capture.LAYER_FEATURES: [[features()] for _ in range(levels)]}
-    return [kind(**{capture.FEATURES: [features()]}, **more), kind(**{capture.FEATURES: features().unsqueeze(0)}, **more)]
+        kind = BaseModelOutputWithDeepstackFeatures
+        more = {capture.LAYER_FEATURES: [[features()] for _ in range(levels)]}
+    structures = ([features()], features().unsqueeze(0))
+    return [kind(**{capture.FEATURES: structure}, **more) for structure in structures]
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """[vocabulary, D]; its dtype is that of the features."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def prompt(model: PreTrainedModel, length: int) -> dict[str, Any]:
@@ -350,7 +367,7 @@ def width_of(site: Site) -> int:
     return int(merged.shape[-1])
 
 
-def identifiers(model: PreTrainedModel, ids: SpecialIds) -> dict[str, tuple[int, ...]]:
+def identifiers(model: PreTrainedModel, ids: SpecialIds) -> dict[str, Any]:
     named = [getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")]
     return {
         "placeholders": tuple(dict.fromkeys(each for each in named if each is not None)),
@@ -360,8 +377,8 @@ def identifiers(model: PreTrainedModel, ids: SpecialIds) -> dict[str, tuple[int,
 
 
 def count_flops(model: PreTrainedModel, length: int) -> int | None:
-    """FLOPs of the decoder over `length` embeddings, with the logits of one position; None where it cannot run on meta."""
-    weight = model.get_input_embeddings().weight
+    """FLOPs of the decoder over `length` embeddings, with one position's logits; None where it cannot run on meta."""
+    weight = embedding_weight(model)
     embeds = torch.empty((1, length, weight.shape[1]), dtype=weight.dtype, device=META)
     # A mask over queries and keys is taken as it is; any other would be looked into, and meta tensors hold no values.
     mask = torch.ones((1, 1, length, length), dtype=torch.bool, device=META)
@@ -371,9 +388,7 @@ def count_flops(model: PreTrainedModel, length: int) -> int | None:
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
-            model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-            )
+            model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
     return counter.get_total_flops()
