@@ -8,12 +8,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from hawk_compile.config import HawkConfig, make_config
 from hawk_compile.errors import MergeNotFoundError
 from hawk_compile.passes.locate_prefill import find_merges
-from hawk_compile.pipeline import PassOptions, run_passes
+from hawk_compile.pipeline import PassOptions, run_passes, source_tag
 
 log = logging.getLogger("hawk_compile")
 
@@ -44,7 +45,8 @@ def compile_graph(
         gm = run_passes(gm, example_inputs, options)
     else:
         log.info("a graph of %d nodes merges no visual features and is compiled as it is", len(gm.graph.nodes))
-    return inner_compiler(config.backend)(gm, example_inputs)
+    with torch.compiler.config.patch(cache_key_tag=source_tag()):
+        return inner_compiler(config.backend)(gm, example_inputs)
 
 
 def holds_prefill(gm: fx.GraphModule) -> bool:

@@ -7,6 +7,8 @@ Environment switches, read at each compilation:
     HAWK_FUEL=n         run at most n optional passes (to find the one that breaks something)
 """
 
+import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -86,6 +88,16 @@ def run_passes(gm: fx.GraphModule, example_inputs: list[Any], options: PassOptio
         dump(gm, serial, number, step.name)
     gm.recompile()
     return gm
+
+
+@functools.cache
+def source_tag() -> str:
+    """A hash of the passes' and operators' sources, for compilers' caches: a changed pass never meets an old graph."""
+    digest = hashlib.sha256()
+    for room in ("passes", "kernels"):
+        for path in sorted((Path(__file__).parent / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"hawk-{digest.hexdigest()[:16]}"
 
 
 def disabled_passes() -> set[str]:

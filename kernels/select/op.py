@@ -17,21 +17,21 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Choose `length` positions of every row: its non-visual tokens and its `budget` best visual tokens.
 
-    Class 2 is what a row must keep: its real non-visual tokens, and the budget[b] real visual tokens with the highest
-    scores (ties: the lower position; NaN counts as 0). Class 1 is padding, class 0 the other visual tokens. A row keeps
-    the `length` positions of the highest class, within classes 1 and 0 the lower positions first. Rows that want fewer
-    than `length` positions are so filled up, and `valid` says which positions are class 2.
+    A row must keep its real non-visual tokens and the budget[b] real visual tokens with the highest scores (ties: the
+    lower position; NaN counts as 0). Where these are fewer than `length`, padding of the row is kept with them, the
+    lower positions first. Where even that is not enough, the row is filled up from the left with copies of its first
+    non-visual token (position 0 if it has none), as left padding would: no dropped visual token comes back.
 
     Args:
         scores: [B, S] float; read at visual tokens only.
         visual_mask: [B, S] bool, True at visual tokens.
         token_mask: [B, S] bool, False at padding.
         budget: [B] int64, how many visual tokens each row keeps; a row with fewer keeps all it has.
-        length: how many positions every row keeps: at most S and at least the size of every row's class 2. A class 2
-            that is larger loses its highest positions; that is never an access out of bounds.
+        length: how many positions every row keeps: at least what every row must keep. A row that must keep more
+            loses its highest positions; that is never an access out of bounds.
 
     Returns:
-        keep: [B, length] int64, ascending. valid: [B, length] bool.
+        keep: [B, length] int64, ascending behind the filling. valid: [B, length] bool, False at padding and filling.
 
     Raises:
         ValueError: a rank or dtype that cannot be right, or a length outside 0..S where both are plain numbers.

@@ -23,16 +23,18 @@ def select(
     best = sorted_candidate & (sorted_candidate.long().cumsum(1) <= budget.unsqueeze(1))
     wanted = torch.zeros_like(candidate).scatter(1, order, best) | (token_mask & ~visual_mask)  # [B, S], class 2
 
-    # What the wanted leave free goes to padding, then to dropped visual tokens, the lower position first.
+    # What the wanted leave free goes to the row's padding, the lower position first, and what even that leaves free to
+    # fill slots ahead of the row.
     padding = ~token_mask
-    dropped = token_mask & ~wanted
     free = length - wanted.long().sum(1, keepdim=True)  # [B, 1]
-    left = free - padding.long().sum(1, keepdim=True)
-    chosen = wanted | (padding & (padding.long().cumsum(1) <= free)) | (dropped & (dropped.long().cumsum(1) <= left))
+    fill = (free - padding.long().sum(1, keepdim=True)).clamp_min(0)
+    chosen = wanted | (padding & (padding.long().cumsum(1) <= free))
 
-    # Compaction: the n-th chosen position goes to slot n; the others go to one slot more, which is cut off.
-    slot = torch.where(chosen, chosen.long().cumsum(1) - 1, length).clamp_max(length)
+    # Compaction: the n-th chosen position goes to the n-th slot behind the filling; the others go to one slot more,
+    # which is cut off.
+    slot = torch.where(chosen, fill + chosen.long().cumsum(1) - 1, length).clamp_max(length)
     position = torch.arange(size, device=scores.device).expand(batch, size)
-    keep = position.new_zeros(batch, length + 1).scatter(1, slot, position)[:, :length]
+    text = (token_mask & ~visual_mask).long().argmax(1, keepdim=True)  # the first non-visual token, or 0
+    keep = text.repeat(1, length + 1).scatter(1, slot, position)[:, :length]
     valid = wanted.new_zeros(batch, length + 1).scatter(1, slot, wanted)[:, :length]
     return keep.contiguous(), valid.contiguous()

@@ -65,12 +65,15 @@ def _select_row(
     candidates = 0
     others = 0
     paddings = 0
+    text = tl.full((), 2147483647, tl.int64)  # the first non-visual token
     for start in range(0, size, BLOCK):
         s = start + lane  # [BLOCK]
         visual, token = _load_masks(visual_mask, token_mask, s, size, visual_column, token_column)
         candidates += tl.sum((visual & token).to(tl.int32))
         others += tl.sum((~visual & token).to(tl.int32))
         paddings += tl.sum((~token & (s < size)).to(tl.int32))
+        text = tl.minimum(text, tl.min(tl.where(token & ~visual, s, 2147483647)))
+    text = tl.where(text < size, text, 0)
     wanted = tl.maximum(tl.minimum(tl.load(budget + row * budget_batch), candidates), 0).to(tl.int32)
 
     # The key of the wanted-th best candidate, a byte at a time, and how many that equal it fit.
@@ -91,13 +94,15 @@ def _select_row(
         ties -= tl.sum(tl.where(bins > digit, counts, 0))
         threshold = (threshold << 8) | digit.to(tl.uint32)
 
-    # Write: class 2 whole, then padding and dropped visual tokens as far as the length goes.
+    # Write: filling where wanted tokens and padding are too few, then both in order, padding as far as the length goes.
     free = length - (others + wanted)
-    left = free - paddings
+    written = tl.maximum(free - paddings, 0)
+    for start in range(0, written, BLOCK):
+        slot = start + lane
+        tl.store(keep + slot, tl.zeros((BLOCK,), tl.int64) + text, mask=slot < written)
+        tl.store(valid + slot, tl.zeros((BLOCK,), tl.int1), mask=slot < written)
     seen_ties = 0
     seen_paddings = 0
-    seen_dropped = 0
-    written = 0
     for start in range(0, size, BLOCK):
         s = start + lane
         visual, token = _load_masks(visual_mask, token_mask, s, size, visual_column, token_column)
@@ -107,12 +112,7 @@ def _select_row(
         best = candidate & ((key > threshold) | ((tie != 0) & (seen_ties + tl.cumsum(tie) <= ties)))
         first = (token & ~visual) | best  # class 2
         padding = (~token & (s < size)).to(tl.int32)
-        dropped = (candidate & ~best).to(tl.int32)
-        chosen = (
-            first
-            | ((padding != 0) & (seen_paddings + tl.cumsum(padding) <= free))
-            | ((dropped != 0) & (seen_dropped + tl.cumsum(dropped) <= left))
-        )
+        chosen = first | ((padding != 0) & (seen_paddings + tl.cumsum(padding) <= free))
         rank = tl.cumsum(chosen.to(tl.int32))
         slot = written + rank - 1
         fits = chosen & (slot < length)
@@ -120,13 +120,7 @@ def _select_row(
         tl.store(valid + slot, first, mask=fits)
         seen_ties += tl.sum(tie)
         seen_paddings += tl.sum(padding)
-        seen_dropped += tl.sum(dropped)
         written += tl.sum(chosen.to(tl.int32))
-    # Only a length above S leaves slots over: the host cannot always tell, and the gather must stay within bounds.
-    for start in range(written, length, BLOCK):
-        slot = start + lane
-        tl.store(keep + slot, tl.zeros((BLOCK,), tl.int64), mask=slot < length)
-        tl.store(valid + slot, tl.zeros((BLOCK,), tl.int1), mask=slot < length)
 
 
 def launch_select(

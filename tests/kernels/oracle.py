@@ -132,8 +132,11 @@ def select(
         everything = range(len(values))
         candidates = sorted((s for s in everything if visual[s] and token[s]), key=lambda s: (-values[s], s))
         best = set(candidates[: max(0, int(budget[b]))])
-        rank = [2 if token[s] and (not visual[s] or s in best) else 0 if token[s] else 1 for s in everything]
-        keep = sorted(sorted(everything, key=lambda s: (-rank[s], s))[:length])
-        keeps.append(keep)
-        valids.append([rank[s] == 2 for s in keep])
+        text = [s for s in everything if token[s] and not visual[s]]
+        wanted = {*text, *best}
+        padding = [s for s in everything if not token[s]][: max(0, length - len(wanted))]
+        kept = sorted([*wanted, *padding])
+        filling = [min(text, default=0)] * (length - len(kept))
+        keeps.append([*filling, *kept])
+        valids.append([False] * len(filling) + [s in wanted for s in kept])
     return keeps, valids

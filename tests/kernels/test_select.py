@@ -57,13 +57,14 @@ def test_what_a_selection_promises(arguments):
     scores, visual, token, budget, length = arguments
     keep, valid = reference.select(*arguments)
     assert keep.shape == valid.shape == (scores.shape[0], length)
-    assert (keep.diff(dim=1) > 0).all()
     assert ((keep >= 0) & (keep < scores.shape[1])).all()
     for b in range(scores.shape[0]):
         kept = set(keep[b][valid[b]].tolist())
+        assert (keep[b][valid[b]].diff() > 0).all()
         text = set((token[b] & ~visual[b]).nonzero().flatten().tolist())
         candidates = set((token[b] & visual[b]).nonzero().flatten().tolist())
         assert text <= kept
+        assert not text or not set(keep[b][~valid[b]].tolist()) & candidates
         assert kept <= text | candidates
         assert len(kept & candidates) == min(int(budget[b]), len(candidates))
 
@@ -125,4 +126,6 @@ def test_a_length_that_does_not_fit_stays_within_bounds(launch, length):
     assert ((keep >= 0) & (keep < 20)).all()
     assert torch.equal(kernel_keep, keep)
     assert torch.equal(kernel_valid, valid)
-    assert keep[:, :12].tolist() == [list(range(12))] * 2
+    wanted = (~visual).sum(1) + torch.minimum(budget, visual.sum(1))
+    assert valid.sum(1).tolist() == wanted.clamp_max(length).tolist()
+    assert all(keep[b][valid[b]][:12].tolist() == list(range(12)) for b in range(2))
