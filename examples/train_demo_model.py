@@ -185,7 +185,7 @@ def train(options: argparse.Namespace) -> tuple[Qwen2_5_VLForConditionalGenerati
         pin_memory=options.device != "cpu",
     )
     owners = [stage for stage in stages for _ in range(stage.steps)]
-    starts = {stage: owners.index(stage) for stage in stages if stage.steps}
+    starts = {stage: sum(other.steps for other in stages[:i]) for i, stage in enumerate(stages)}
     started = time.time() - state["seconds"]
     last_shown = (first, time.time())
     for step, batch in enumerate(loader, first):
