@@ -48,12 +48,10 @@ def test_video(name: str) -> None:
     check_greedy(name, prompt(name, Row(video=VIDEOS[name])), 4)
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.VIDEO_NAMES if name != "glm4v"])  # its batches hold one kind
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "llava_onevision"])
 def test_image_and_video(name: str) -> None:
-    inputs = prompt(name, Row(images=zoo.sizes(name)[0].images, video=VIDEOS[name]))
-    if name in ("internvl", "smolvlm"):  # a video is a run of images there
-        assert "pixel_values_videos" not in inputs
-    check_greedy(name, inputs, 4)
+    """Two merges, one for each modality; scored and pruned together."""
+    check_greedy(name, prompt(name, Row(images=zoo.sizes(name)[0].images, video=VIDEOS[name])), 4)
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -95,9 +93,9 @@ def test_beams(name: str) -> None:
 def test_beams_of_a_padded_batch_equal_those_of_its_rows() -> None:
     rows = [Row(images=((2, 2),)), Row(images=((4, 6), (1, 1)), after=2)]
     inputs = prompt("qwen2_5_vl", *rows)
-    out = generate(pruned("qwen2_5_vl"), inputs, 5, num_beams=3)
+    out = generate(pruned("qwen2_5_vl"), inputs, 5, num_beams=3, output_scores=True)
     for i, row in enumerate(split(inputs)):
-        alone = generate(pruned("qwen2_5_vl"), row, 5, num_beams=3)
+        alone = generate(pruned("qwen2_5_vl"), row, 5, num_beams=3, output_scores=True)
         assert new_tokens(alone, row) == new_tokens(out, inputs, i)
         torch.testing.assert_close(alone.sequences_scores[0], out.sequences_scores[i], atol=2e-5, rtol=1e-5)
 
@@ -137,7 +135,7 @@ def test_streaming() -> None:
     assert streamer.ended and streamer.ids == out.sequences[0].tolist()
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
 def test_scores_and_hidden_states(name: str) -> None:
     inputs = picture(name)
     out = generate(pruned(name), inputs, 3, output_scores=True, output_hidden_states=True)
@@ -166,7 +164,7 @@ def test_text_only(name: str) -> None:
     assert report.keep_indices[0].tolist() == list(range(inputs["input_ids"].shape[1]))
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "internvl"])
 def test_embeddings_as_prompt(name: str) -> None:
     """Placeholders and the ends of images and turns are known by their embeddings: the same tokens as with ids."""
     inputs = picture(name)

@@ -1,0 +1,79 @@
+"""A padded batch equals its rows run alone, and with ratio 0 an optimised model is the plain one, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hawk_compile
+from tests import zoo
+from tests.runtime.models import ROUNDING, generate, new_tokens, plain, prompt, pruned
+from tests.zoo import Row, rows
+
+
+def mixed(name: str) -> list[Row]:
+    """One image, another with other text, two images, none."""
+    one, other = zoo.sizes(name)[0], zoo.sizes(name)[4]
+    return [one, other, Row(images=one.images + other.images, after=2), Row(after=4)]
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_batch_equals_its_rows(name: str) -> None:
+    model = pruned(name)
+    batch = rows.encoded(plain(name), prompt(name, *mixed(name)))
+    singles = [rows.row(plain(name), batch, i) for i in range(4)]
+    out = generate(model, fresh(batch), 6)
+    report = hawk_compile.report(model)
+    counts = report.visual_tokens.tolist()
+    assert len({*counts}) >= 3 and counts[3] == 0
+    for i, single in enumerate(singles):
+        alone = generate(model, fresh(single), 6)
+        by_itself = hawk_compile.report(model)
+        padding = batch["input_ids"].shape[1] - single["input_ids"].shape[1]
+        assert report.keep_indices[i].equal(by_itself.keep_indices[0] + padding)
+        assert report.kept_visual_tokens[i] == by_itself.kept_visual_tokens[0]
+        assert new_tokens(out, batch, i) == new_tokens(alone, single)
+        for step, (together, apart) in enumerate(zip(out.logits, alone.logits, strict=True)):
+            torch.testing.assert_close(together[i], apart[0], **ROUNDING, msg=lambda m, at=(i, step): f"{at}: {m}")
+
+
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """generate and forward write into the features they are given."""
+    if "mm_encoder_outputs" not in inputs:
+        return dict(inputs)
+    outputs = {modality: type(output)(**output) for modality, output in inputs["mm_encoder_outputs"].items()}
+    return {**inputs, "mm_encoder_outputs": outputs}
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_ratio_0_is_the_plain_model(name: str) -> None:
+    """Bit for bit: a row, batches padded on the left and on the right, through forward and through generate."""
+    model = hawk_compile.optimize(pruned(name), ratio=0, backend="eager")
+    try:
+        for side in ("left", "right", None):
+            inputs = prompt(name, *mixed(name), padding_side=side) if side else prompt(name, zoo.sizes(name)[4])
+            with torch.no_grad():
+                found, expected = model(**inputs).logits, plain(name)(**inputs).logits
+            real = inputs["attention_mask"].bool()
+            assert found[real].equal(expected[real]), side
+            if side != "right":
+                out, wanted = generate(model, inputs, 4), generate(plain(name), inputs, 4)
+                assert out.sequences.equal(wanted.sequences)
+                assert all(a.equal(b) for a, b in zip(out.logits, wanted.logits, strict=True)), side
+        assert hawk_compile.report(model).reason.startswith("ratio=0 leaves all")
+    finally:
+        hawk_compile.optimize(model, ratio=0.6, backend="eager")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
+def test_ratio_0_beams_are_the_plain_beams(name: str) -> None:
+    model = hawk_compile.optimize(pruned(name), ratio=0, backend="eager")
+    try:
+        inputs = prompt(name, *mixed(name)[:2])
+        options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
+        out, wanted = generate(model, inputs, 5, **options), generate(plain(name), inputs, 5, **options)
+        assert out.sequences.equal(wanted.sequences) and out.sequences_scores.equal(wanted.sequences_scores)
+    finally:
+        hawk_compile.optimize(model, ratio=0.6, backend="eager")
