@@ -9,7 +9,7 @@ import torch
 
 import hawk_compile
 from tests import zoo
-from tests.runtime.models import ROUNDING, generate, new_tokens, plain, prompt, pruned
+from tests.runtime.models import MAIN, ROUNDING, generate, new_tokens, plain, prompt, pruned
 from tests.zoo import Row, rows
 
 
@@ -54,10 +54,11 @@ def test_ratio_0_is_the_plain_model(name: str) -> None:
     try:
         for side in ("left", "right", None):
             inputs = prompt(name, *mixed(name), padding_side=side) if side else prompt(name, zoo.sizes(name)[4])
-            with torch.no_grad():
-                found, expected = model(**inputs).logits, plain(name)(**inputs).logits
-            real = inputs["attention_mask"].bool()
-            assert found[real].equal(expected[real]), side
+            if side or name in MAIN:
+                with torch.no_grad():
+                    found, expected = model(**inputs).logits, plain(name)(**inputs).logits
+                real = inputs["attention_mask"].bool()
+                assert found[real].equal(expected[real]), side
             if side != "right":
                 out, wanted = generate(model, inputs, 4), generate(plain(name), inputs, 4)
                 assert out.sequences.equal(wanted.sequences)
