@@ -1,0 +1,106 @@
+"""The lower door: `torch.compile(model, backend="hawk", options=...)`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import hawk_compile
+from tests import zoo
+from tests.zoo import rows
+
+OPTIONS = {"ratio": 0.6, "backend": "eager"}
+
+
+def optimized_logits(model, inputs):
+    """What `optimize` gives where, as in the graph alone, no id says which text behind the image votes."""
+    hawk_compile.optimize(model, **OPTIONS, head_weights="uniform", end_of_turn_token_id=())
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    hawk_compile.restore(model)
+    return logits
+
+
+def through_the_door(model, inputs, **settings):
+    options = {**OPTIONS, **settings.pop("options", {})}
+    compiled = torch.compile(model, backend="hawk", options=options, isolate_recompiles=True, **settings)
+    with torch.no_grad():
+        return compiled(**inputs).logits
+
+
+def test_the_backend_is_known_without_importing_the_package():
+    code = (
+        "import sys, torch; assert 'hawk' in torch._dynamo.list_backends(exclude_tags=()); "
+        "assert 'hawk_compile' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_model_given_pixels_and_no_positions(dynamic):
+    """The graph counts positions itself; with dynamic=None its sizes are numbers."""
+    model = zoo.build("llava", layers=2)
+    for size in zoo.sizes("llava")[:3]:
+        inputs = zoo.inputs("llava", model, rows=[size])
+        expected = optimized_logits(model, inputs)
+        assert torch.equal(through_the_door(model, inputs, dynamic=dynamic), expected)
+        assert expected.shape[1] < inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_a_model_given_encoded_images_and_positions(name):
+    model = zoo.build(name, layers=2)
+    inputs = rows.encoded(model, zoo.inputs(name, model, rows=[zoo.sizes(name)[2]]))
+    expected = optimized_logits(model, {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])})
+    # Where a model's config names the id that closes an image, that id does not vote, which the graph cannot know.
+    result = through_the_door(model, inputs, dynamic=True)
+    assert result.shape == expected.shape
+
+
+def test_a_batch_with_equal_visual_counts():
+    model = zoo.build("llava", layers=2)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1),), after=9)])
+    expected = optimized_logits(model, inputs)
+    result = through_the_door(model, inputs, dynamic=True)
+    torch.testing.assert_close(result[:, -expected.shape[1] :][1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_with_unequal_visual_counts_are_refused():
+    model = zoo.build("llava", layers=2)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1), (1, 1), (1, 1)))])
+    with pytest.raises(RuntimeError, match="different numbers of visual tokens"):
+        through_the_door(model, inputs, dynamic=True)
+
+
+def test_a_graph_without_images_is_compiled_as_it_is():
+    linear = nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+    compiled = torch.compile(linear, backend="hawk", options=OPTIONS)
+    assert torch.equal(compiled(x), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.5}, "ratio is the fraction"),
+        ({"rate": 0.5}, "unknown setting rate"),
+        ({"backend": "gcc"}, "backend must be one of"),
+        ({"head_weights": [1.0, 2.0, 3.0]}, "query heads"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    model = zoo.build("llava", layers=1)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    with pytest.raises(BackendCompilerFailed, match=message):
+        through_the_door(model, inputs, dynamic=True, options=options)
+
+
+def test_a_break_between_merge_and_decoder_is_refused_with_the_remedy():
+    """Without position_ids this architecture reads image sizes back while it counts positions."""
+    model = zoo.build("qwen2_5_vl", layers=1)
+    inputs = zoo.inputs("qwen2_5_vl", model, rows=[zoo.sizes("qwen2_5_vl")[2]])
+    with pytest.raises(BackendCompilerFailed, match="mm_encoder_outputs"):
+        through_the_door(model, inputs, dynamic=True)
