@@ -152,7 +152,13 @@ def physical_mask(cache: PrunedCache, mask: Tensor | None, new_tokens: int) -> T
             f"attention_mask must cover the whole conversation, {expected} positions (cached ones included), got shape "
             f"{tuple(mask.shape)}"
         )
-    head = mask.gather(1, slots.positions.to(mask.device))
+    physical = of_slots(cache, mask)
     if slots.valid is not None:
-        head = head * slots.valid.to(head.device, head.dtype)
-    return torch.cat([head, mask[:, slots.logical :]], dim=1)
+        physical[:, : slots.valid.shape[1]] *= slots.valid.to(physical.device, physical.dtype)
+    return physical
+
+
+def of_slots(cache: PrunedCache, values: Tensor) -> Tensor:
+    """Values of every position of the conversation [B, L], cut to the cache's slots and the new tokens [B, P + ...]."""
+    slots = cache.hawk_slots
+    return torch.cat([values.gather(1, slots.positions.to(values.device)), values[:, slots.logical :]], dim=1)

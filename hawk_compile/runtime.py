@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile import capture
 from hawk_compile.backend import compile_graph
-from hawk_compile.cache import PrunedCache, mark_pruned, physical_length, physical_mask
+from hawk_compile.cache import PrunedCache, mark_pruned, of_slots, physical_length, physical_mask
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import GraphError, HawkError, InputError, UnsupportedCallError
 from hawk_compile.head_weights import HeadWeights
@@ -112,6 +112,9 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     new_tokens = tokens_of(kwargs).shape[1]
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         kwargs = {**kwargs, "attention_mask": physical_mask(cache, mask, new_tokens)}
+    kinds = kwargs.get("token_type_ids")
+    if kinds is not None and kinds.shape[1] != new_tokens:  # of the whole conversation: masks are built from them by slot
+        kwargs = {**kwargs, "token_type_ids": of_slots(cache, kinds)}
     if kwargs.get("position_ids") is None:
         with deltas_of(model, cache):
             return forward(**kwargs)
@@ -179,6 +182,11 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
         )
     cache = kwargs.get("past_key_values")
+    if physical_length(cache) and kwargs.get("token_type_ids") is not None:
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens cannot attend both ways (token_type_ids were given): prefill the "
+            "whole conversation at once"
+        )
     if physical_length(cache) and kwargs.get("position_ids") is None and hasattr(model.base_model, "rope_deltas"):
         raise UnsupportedCallError(
             "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would give "

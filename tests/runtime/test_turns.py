@@ -12,8 +12,9 @@ from transformers import Cache, DynamicCache
 
 import hawk_compile
 from tests import zoo
-from tests.runtime.models import MAIN, ROUNDING, conversation, generate, new_tokens, picture, plain, prompt, pruned
-from tests.zoo import Row, common
+from tests.runtime.models import ROUNDING, conversation, generate, new_tokens, picture, plain, prompt, pruned
+from tests.runtime.reference import Conversation
+from tests.zoo import Row
 
 QUESTION = [60, 61, 62, 63, 64]
 
@@ -99,10 +100,6 @@ def test_image_after_a_turn_of_text() -> None:
     ids = torch.cat([text["input_ids"], second["input_ids"]], 1)
     whole = {"input_ids": ids, "pixel_values": second["pixel_values"]}
     later = turn(pruned(name), whole, cache, 4)
-    by_hand = conversation(name, text, 0.6) if False else None
-    del by_hand
-    from tests.runtime.reference import Conversation
-
     reference = Conversation(plain(name), 0.6)
     with torch.no_grad():
         reference.feed(text["input_ids"][0].tolist())
@@ -240,4 +237,4 @@ def test_another_thread_has_no_report() -> None:
     thread.start()
     thread.join()
     assert "this thread has run no prefill" in str(raised[0])
-    assert common.PAD == 0 and MAIN
+
