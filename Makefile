@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --co
 
 .PHONY: demo test check bench clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
 
 test: export OMP_NUM_THREADS ?= 1
@@ -21,12 +21,16 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.demo
+bench: $(VENV)/.run
 	$(VENV)/bin/python benchmarks/prefill.py
 
 # A stamp is newer than what it was made from, so a second run installs nothing.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[$*]'
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[test]'
 	touch $@
 
 $(VENV)/bin/python:

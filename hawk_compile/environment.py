@@ -14,7 +14,7 @@ SWITCHES = {
 }
 """Every environment variable that this package reads, at each compilation."""
 
-PACKAGES = ("torch", "transformers", "triton", "tokenizers", "safetensors", "numpy", "pillow", "matplotlib")
+PACKAGES = ("torch", "transformers", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 RELATED = ("HAWK_", "TORCH", "TRITON_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
 """Variables, or beginnings of their names, that change how a model is compiled or loaded."""
 

@@ -131,8 +131,10 @@ def by_hand(model: Any, prompts: list[Prompt], ratio: float, score: Score) -> np
         embeds[0, start:stop] = prompt.features.to(embeds.dtype)
         best = score(prompt).topk(kept(prompt.visual)).indices.sort().values + start
         keep = torch.cat([torch.arange(start), best, torch.arange(stop, embeds.shape[1])])
+        # Without the text row: transformers would take a gap in it for the start of another packed sequence.
+        positions = prompt.positions[1:, :, keep]
         hidden = model.base_model.language_model(
-            inputs_embeds=embeds[:, keep], position_ids=prompt.positions[:, :, keep], use_cache=False
+            inputs_embeds=embeds[:, keep], position_ids=positions, use_cache=False
         ).last_hidden_state
         answers.append(int(model.lm_head(hidden[0, -1]).argmax()))
     return np.array(answers)
@@ -158,28 +160,32 @@ def another_question(prompts: list[Prompt], scores: list[Tensor]) -> Score:
     for scene in {id(prompt.scene): prompt.scene for prompt in prompts}.values():
         places = [place for place, prompt in enumerate(prompts) if prompt.scene is scene]
         if len(places) == 1:
-            raise ValueError(f"scene {scene.index} has one question, so there is no other question to borrow scores from")
-        borrowed |= {id(prompts[place]): scores[other] for place, other in zip(places, places[1:] + places[:1], strict=True)}
+            raise ValueError(f"scene {scene.index} has one question, and no other to borrow scores from")
+        for place, other in zip(places, places[1:] + places[:1], strict=True):
+            borrowed[id(prompts[place])] = scores[other]
     return lambda prompt: borrowed[id(prompt)]
 
 
-def diverse(prompt: Prompt) -> Tensor:
-    """DivPrune (arXiv 2503.02175): one token after the other, each the farthest (cosine) from those taken before.
+def diverse(prompts: list[Prompt]) -> Score:
+    """DivPrune's choice (arXiv 2503.02175), which looks at the picture alone: made once for each scene."""
+    made = {id(prompt.features): prompt.features for prompt in prompts}
+    ranked = {key: farthest_first(features) for key, features in made.items()}
+    return lambda prompt: ranked[id(prompt.features)]
 
-    The score falls from token to token as they are taken, so that any number of the best is DivPrune's choice.
+
+def farthest_first(features: Tensor) -> Tensor:
+    """[V] scores of features [V, D]: each token taken is the farthest (cosine) from all taken before it.
+
+    The first is the one whose nearest neighbour is farthest. Scores fall in the order of taking, so the best n of them
+    are the choice of n tokens, for every n.
     """
-    unit = torch.nn.functional.normalize(prompt.features.float(), dim=-1)
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
     distance = 1 - unit @ unit.T
-    # The first is the token whose nearest neighbour is farthest.
-    nearest = distance.clone().fill_diagonal_(math.inf).min(0).values
-    order = torch.empty(len(unit))
+    left = distance.clone().fill_diagonal_(math.inf).min(0).values
+    scores = torch.empty(len(unit))
     for rank in range(len(unit)):
-        taken = int(nearest.argmax())
-        order[taken] = -rank
-        nearest = distance[taken].clone() if rank == 0 else torch.minimum(nearest, distance[taken])
-        nearest[order_taken(order, rank)] = -math.inf
-    return order
-
-
-def order_taken(order: Tensor, rank: int) -> Tensor:
-    return order
+        taken = int(left.argmax())
+        scores[taken] = -rank
+        left = distance[taken].clone() if rank == 0 else torch.minimum(left, distance[taken])
+        left[taken] = -math.inf
+    return scores
