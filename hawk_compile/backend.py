@@ -33,8 +33,16 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     from hawk_compile.head_weights import explicit_weights
 
     config = make_config(None, dict(options or {}))
-    return compile_graph(gm, example_inputs, config, PassOptions(
-        normalization=config.normalization, head_weights=explicit_weights(config.head_weights), removed=config.removed))
+    return compile_graph(
+        gm,
+        example_inputs,
+        config,
+        PassOptions(
+            normalization=config.normalization,
+            head_weights=explicit_weights(config.head_weights),
+            removed=config.removed,
+        ),
+    )
 
 
 def compile_graph(
@@ -45,7 +53,7 @@ def compile_graph(
         gm = run_passes(gm, example_inputs, options)
     else:
         log.info("a graph of %d nodes merges no visual features and is compiled as it is", len(gm.graph.nodes))
-    with torch.compiler.config.patch(cache_key_tag=source_tag()):
+    with torch.compiler.config.patch(cache_key_tag=source_tag()):  # type: ignore[attr-defined]
         return inner_compiler(config.backend)(gm, example_inputs)
 
 

@@ -38,7 +38,8 @@ def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
         given: "auto", "uniform", a path, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
 
     Raises:
-        HeadWeightsError: a file that holds no weights, or weights of the wrong length, negative, all zero, or not finite.
+        HeadWeightsError: a file that holds no weights, or weights of the wrong length, negative, all zero or not
+            finite.
     """
     heads = model.config.get_text_config().num_attention_heads
     if isinstance(given, str) and given in ("auto", "uniform"):

@@ -27,6 +27,7 @@ from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
+from hawk_compile.passes.replace_masked_add import replace_masked_add
 from hawk_compile.passes.split_at_merge import split_at_merge
 
 log = logging.getLogger("hawk_compile")
@@ -49,6 +50,7 @@ class Step:
 
 PASSES = (
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
+    Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
     Step(insert_scoring, "score every visual token", ("normalization", "head_weights")),
     Step(insert_selection, "choose the positions that every row keeps", ("removed",)),

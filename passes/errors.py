@@ -1,4 +1,4 @@
-"""What a pass raises when it must refuse a graph. Each message names what was looked for, what was found and a remedy."""
+"""What a pass raises when it refuses a graph. Each message names what was looked for, what was found and a remedy."""
 
 
 class GraphError(RuntimeError):

@@ -3,10 +3,10 @@
     before: merged [B, S, D], positions [4, B, S], mask [B, S], deep [V, D], S   -> decoder
     after:  merged [B, S', D], positions [4, B, S'], mask [B, S'], deep [V', D], S' -> decoder
 
-A dimension equal to S is gathered by the kept positions (each row by its own: the dimension of size B left of it, or one
-that is shared by all rows and is expanded), a dimension equal to V by the kept visual tokens, a size computed from S or V
-is computed from S' and V'. The padding mask is also closed at positions that only fill a row up. No other node changes:
-masks, rotary tables and cache updates are built from these values and follow.
+A dimension equal to S is gathered by the kept positions (each row by its own: the dimension of size B left of it, or
+one that all rows share, which is expanded), a dimension equal to V by the kept visual tokens; a size computed from S or
+V is computed from S' and V'. The padding mask is also closed at positions that only fill a row up. No other node
+changes: masks, rotary tables and cache updates are built from these values and follow.
 """
 
 import operator
@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 
 import hawk_compile.kernels.gather.op  # noqa: F401  registers the operator
 from hawk_compile.passes.errors import ShapeError
-from hawk_compile.passes.graph import Builder, expr, output_node, same, sizes_equal_to, tensor, value
+from hawk_compile.passes.graph import Builder, expr, output_node, same, shape_of, sizes_equal_to, tensor, value
 from hawk_compile.passes.site import Site, site_of
 
 
@@ -53,6 +53,8 @@ class Crossing:
     def __init__(self, build: Builder, site: Site):
         self.build = build
         self.site = site
+        assert site.keep is not None
+        self.keep = site.keep
         self.made: dict[fx.Node, fx.Node] = {}
         self.kept_visual_index: fx.Node | None = None
 
@@ -79,7 +81,9 @@ class Crossing:
         if not self.depends_on_length(found):
             return node
         if not node.all_input_nodes or any(tensor(source) is not None for source in node.all_input_nodes):
-            raise ShapeError(f"{node.name} is the size {expr(found)}, which depends on the prompt length in an unknown way")
+            raise ShapeError(
+                f"{node.name} is the size {expr(found)}, which depends on the prompt length in an unknown way"
+            )
         copies = self.build.clone([node], {source: self.of(source) for source in node.all_input_nodes})
         return copies[node]
 
@@ -101,11 +105,11 @@ class Crossing:
         elif len(site.visual) == 1 and (dims := sizes_equal_to(found.shape, site.visual[0])) and is_features(found):
             result = self.gather_visual(node, found, dims)
             self.record(node, tuple(found.shape), "visual tokens", result)
-        for size in tensor(result).shape:  # type: ignore[union-attr]
+        for size in shape_of(result):
             if self.depends_on_length(size) and not self.is_kept(size):
                 raise ShapeError(
-                    f"{node.name} {tuple(found.shape)} crosses into the decoder with the size {expr(size)}, which depends "
-                    "on the prompt length but is not it; only S and V can be gathered"
+                    f"{node.name} {tuple(found.shape)} crosses into the decoder with the size {expr(size)}, which "
+                    "depends on the prompt length but is not it; only S and V can be gathered"
                 )
         return result
 
@@ -115,22 +119,22 @@ class Crossing:
 
     def gather_tokens(self, node: fx.Node, dim: int, first: int) -> fx.Node:
         """Gather dimension `dim` (size S) of a value by each row's kept positions."""
-        shape = tensor(node).shape  # type: ignore[union-attr]
+        shape = shape_of(node)
         if same(self.site.rows, 1):
-            return self.build.call(torch.index_select, node, dim, self.build.call(torch.select, self.site.keep, 0, 0))
+            return self.build.call(torch.index_select, node, dim, self.build.call(torch.select, self.keep, 0, 0))
         batch = next((left for left in reversed(range(first)) if same(shape[left], self.site.rows)), None)
         if batch is None:
             shared = next((left for left in reversed(range(first)) if same(shape[left], 1)), None)
             if shared is None:
                 raise ShapeError(
-                    f"{node.name} {tuple(shape)} is shared by all rows of a batch without a dimension for rows, so rows "
-                    "cannot keep different positions; give position_ids and attention_mask of shape [B, S]"
+                    f"{node.name} {tuple(shape)} is shared by all rows of a batch without a dimension for rows, so "
+                    "rows cannot keep different positions; give position_ids and attention_mask of shape [B, S]"
                 )
             sizes: list[Any] = [-1] * len(shape)
-            sizes[shared] = self.build.size_of(self.site.keep, 0)
+            sizes[shared] = self.build.size_of(self.keep, 0)
             node, batch = self.build.call(torch.ops.aten.expand.default, node, sizes), shared
         rows_first = self.build.call(torch.movedim, node, (batch, dim), (0, 1))
-        kept = self.build.call(torch.ops.hawk.gather.default, rows_first, self.site.keep)
+        kept = self.build.call(torch.ops.hawk.gather.default, rows_first, self.keep)
         return self.build.call(torch.movedim, kept, (0, 1), (batch, dim))
 
     def gather_visual(self, node: fx.Node, found: Tensor, dims: list[int]) -> fx.Node:
@@ -152,8 +156,8 @@ class Crossing:
         mask = call(torch.flatten, site.visual_mask)
         rank = call(torch.sub, call(torch.cumsum, mask, 0), 1)
         ranks = call(torch.reshape, rank, (self.build.size_of(site.merged, 0), self.build.size_of(site.merged, 1)))
-        kept_rank = call(torch.flatten, call(torch.ops.hawk.gather.default, ranks, site.keep))
-        kept_mask = call(torch.ops.hawk.gather.default, site.visual_mask, site.keep)
+        kept_rank = call(torch.flatten, call(torch.ops.hawk.gather.default, ranks, self.keep))
+        kept_mask = call(torch.ops.hawk.gather.default, site.visual_mask, self.keep)
         kept = call(torch.flatten, call(torch.logical_and, kept_mask, site.valid))
         order = call(torch.argsort, call(torch.logical_not, kept), dim=0, stable=True)
         first = call(operator.getitem, order, slice(None, site.kept_visual))

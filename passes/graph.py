@@ -16,6 +16,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
+from hawk_compile.passes.errors import ShapeError
+
 Size = fx.Node | int
 """A size in a graph: a node where it is symbolic, a number where it is fixed."""
 VALUE_KEYS = ("example_value", "val")
@@ -37,6 +39,14 @@ def tensor(node: Any) -> Tensor | None:
     """The node's fake tensor, or None if it is no node or no tensor."""
     found = value(node) if isinstance(node, fx.Node) else None
     return found if isinstance(found, Tensor) else None
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The shape of a node's tensor, of numbers and SymInts."""
+    found = tensor(node)
+    if found is None:
+        raise ShapeError(f"{node} has no tensor value in this graph, so nothing can be told from its shape")
+    return tuple(found.shape)
 
 
 def op_name(node: fx.Node) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 import hawk_compile.kernels.score.op  # noqa: F401  registers the operators
 from hawk_compile.passes.errors import GraphError
-from hawk_compile.passes.graph import Builder, ancestors, same, tensor
+from hawk_compile.passes.graph import Builder, ancestors, same, shape_of, tensor
 from hawk_compile.passes.site import Site, site_of
 
 
@@ -104,8 +104,11 @@ def argument(node: fx.Node, index: int, name: str) -> Any:
 
 def insert_folded(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
     assert site.normed is not None and site.query_linear is not None and site.key_linear is not None
-    parameters = [argument(linear, *which) for linear in (site.query_linear, site.key_linear)
-                  for which in ((1, "weight"), (2, "bias"))]
+    parameters = [
+        argument(linear, *which)
+        for linear in (site.query_linear, site.key_linear)
+        for which in ((1, "weight"), (2, "bias"))
+    ]
     needed = ancestors(site.normed, *(node for node in parameters if isinstance(node, fx.Node))) - site.full
     copies = build.clone(needed, {})
     hidden, *parameters = (copies.get(node, node) for node in (site.normed, *parameters))
@@ -117,11 +120,9 @@ def insert_folded(build: Builder, site: Site, votes: Any, weights: Any, normaliz
 def insert_projected(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
     copies = build.clone(ancestors(site.query, site.key) - site.full, {})
     heads_first = [
-        node if same(tensor(node).shape[2], site.length) else build.call(torch.transpose, node, 1, 2)  # type: ignore[union-attr]
+        node if same(shape_of(node)[2], site.length) else build.call(torch.transpose, node, 1, 2)
         for node in (copies[site.query], copies[site.key])
     ]
     return build.call(
         torch.ops.hawk.score_projected.default, *heads_first, site.visual_mask, votes, weights, normalization
     )
-
-

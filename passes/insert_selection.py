@@ -23,7 +23,9 @@ from hawk_compile.passes.graph import Builder, Size
 from hawk_compile.passes.site import Site, site_of
 
 
-def insert_selection(gm: fx.GraphModule, example_inputs: list[Any], *, removed: Fraction = Fraction(0)) -> fx.GraphModule:
+def insert_selection(
+    gm: fx.GraphModule, example_inputs: list[Any], *, removed: Fraction = Fraction(0)
+) -> fx.GraphModule:
     """Insert the selection; `site.keep` and `site.valid` name its results.
 
     Args:
@@ -65,8 +67,8 @@ def uniform_budget(build: Builder, site: Site, removed: Fraction) -> fx.Node:
     build.call(
         torch._assert_async,
         equal,
-        "the rows of this batch hold different numbers of visual tokens; use hawk_compile.optimize, which plans a budget "
-        "for each row, or batch rows with equal numbers",
+        "the rows of this batch hold different numbers of visual tokens; use hawk_compile.optimize, which plans a "
+        "budget for each row, or batch rows with equal numbers",
     )
     kept = kept_of(build, per_row, 1 - removed)
     site.kept_visual = build.size(operator.mul, kept, rows)

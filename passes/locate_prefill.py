@@ -28,6 +28,7 @@ from hawk_compile.passes.graph import (
     is_call,
     op_name,
     same,
+    shape_of,
     sizes_equal_to,
     tensor,
 )
@@ -50,7 +51,7 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         return gm
     merges = find_merges(gm.graph)
     merged = merges[-1]
-    rows, length, _ = tensor(merged).shape  # type: ignore[union-attr]
+    rows, length, _ = shape_of(merged)
     check_length(gm.graph, merged, length)
     after = dependents(merged)
     attention = find_attention(gm.graph, after)
@@ -119,7 +120,7 @@ def previous_merge(merge: fx.Node) -> fx.Node | None:
 def visual_count(merge: fx.Node) -> Any:
     """V of one merge: the rows of its features [V, D] (or [1, V, D], [images, tokens, D])."""
     count: Any = 1
-    for size in tensor(merge.args[2]).shape[:-1]:  # type: ignore[union-attr]
+    for size in shape_of(merge.args[2])[:-1]:
         count = count * size
     return count
 
@@ -128,7 +129,7 @@ def check_length(graph: fx.Graph, merged: fx.Node, length: Any) -> None:
     """A specialised S is told from other sizes by its number, which must then be no other size of the graph."""
     if isinstance(length, SymInt) and not expr(length).is_number:  # type: ignore[union-attr]
         return
-    fixed = {int(length)} & {int(size) for size in tensor(merged).shape[2:]}  # type: ignore[union-attr]
+    fixed = {int(length)} & {int(size) for size in shape_of(merged)[2:]}
     for node in graph.nodes:
         found = tensor(node)
         if found is not None and node.op in ("placeholder", "get_attr") and not found.dtype.is_floating_point:
@@ -147,9 +148,9 @@ def find_attention(graph: fx.Graph, after: set[fx.Node]) -> fx.Node:
         if node in after and is_call(node, "scaled_dot_product_attention"):
             return node
     raise AttentionNotFoundError(
-        "no scaled_dot_product_attention follows the merge in this graph. Either the model uses another attention (load "
-        'it with attn_implementation="sdpa"), or the graph breaks between merge and decoder (run the vision encoder '
-        "first and pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
+        "no scaled_dot_product_attention follows the merge in this graph. Either the model uses another attention "
+        '(load it with attn_implementation="sdpa"), or the graph breaks between merge and decoder (run the vision '
+        "encoder first and pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
     )
 
 
@@ -191,7 +192,7 @@ def before_position(graph: fx.Graph, merged: fx.Node, target: fx.Node, length: A
 
 def heads_of(node: fx.Node, length: Any) -> tuple[int, int]:
     """(heads, head width) of a [B, H, S, d] or [B, S, H, d] value."""
-    shape = tensor(node).shape  # type: ignore[union-attr]
+    shape = shape_of(node)
     return int(shape[1] if same(shape[2], length) else shape[2]), int(shape[3])
 
 
@@ -207,7 +208,7 @@ def projection(node: fx.Node, merged: fx.Node, length: Any) -> tuple[fx.Node | N
         sources = [source for source in current.all_input_nodes if tensor(source) is not None]
         hidden = [source for source in sources if source is merged or merged in ancestors(source)]
         found = tensor(current)
-        splits_heads = found is not None and found.ndim == 4 and all(tensor(source).ndim == 3 for source in hidden)  # type: ignore[union-attr]
+        splits_heads = found is not None and found.ndim == 4 and all(len(shape_of(source)) == 3 for source in hidden)  # type: ignore[union-attr]
         if not is_layout(current) or (splits_heads and not same(found.shape[1], length)):  # type: ignore[union-attr]
             between.append(op_name(current))
         if len(hidden) != 1 or hidden[0] is merged:
@@ -225,9 +226,9 @@ def is_layout(node: fx.Node) -> bool:
 def find_padding_mask(graph: fx.Graph, length: Any) -> fx.Node | None:
     for node in graph.nodes:
         found = tensor(node)
-        if node.op == "placeholder" and PADDING_MASK in node.name and found is not None:
-            if found.ndim == 2 and same(found.shape[1], length):
-                return node
+        named = node.op == "placeholder" and PADDING_MASK in node.name
+        if named and found is not None and found.ndim == 2 and same(found.shape[1], length):
+            return node
     return None
 
 

@@ -6,6 +6,7 @@
 Numerics are unchanged. A node that cannot run at the pruned length is named, and so is one that still sees S.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
 from hawk_compile.passes.errors import ShapeError
-from hawk_compile.passes.graph import Builder, expr, is_call, output_node, same, value
+from hawk_compile.passes.graph import Builder, dependents, expr, is_call, output_node, same, value
 from hawk_compile.passes.site import site_of
 
 
@@ -30,24 +31,19 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     if build.fake_mode is None:
         return gm
     shape_env = build.fake_mode.shape_env
+    fresh = contextlib.nullcontext() if shape_env is None else shape_env.ignore_fresh_unbacked_symbols()
     behind = False
-    with build.fake_mode, enable_python_dispatcher(), torch.no_grad(), shape_env.ignore_fresh_unbacked_symbols():
+    with build.fake_mode, enable_python_dispatcher(), torch.no_grad(), fresh:
         for node in gm.graph.nodes:
             behind = behind or node is site.boundary
             if behind and node is not output_node(gm.graph):
                 node.meta[build.key] = run(node)
     kept = value(site.kept_length) if isinstance(site.kept_length, fx.Node) else site.kept_length
-    for node in gm.graph.nodes:
-        if is_call(node, "scaled_dot_product_attention") and node in site_attentions(gm, site.boundary):
+    for node in dependents(site.merged):
+        if is_call(node, "scaled_dot_product_attention") and not same(value(node).shape[-2], kept):
             length = value(node).shape[-2]
-            if not same(length, kept):
-                raise ShapeError(f"{node.name} still runs over {expr(length)} positions instead of {expr(kept)}")
+            raise ShapeError(f"{node.name} still runs over {expr(length)} positions instead of {expr(kept)}")
     return gm
-
-
-def site_attentions(gm: fx.GraphModule, boundary: fx.Node) -> list[fx.Node]:
-    nodes = list(gm.graph.nodes)
-    return [node for node in nodes[nodes.index(boundary) :] if is_call(node, "scaled_dot_product_attention")]
 
 
 def run(node: fx.Node) -> Any:
@@ -61,5 +57,3 @@ def run(node: fx.Node) -> Any:
         raise ShapeError(
             f"{node.name} = {node.target} cannot run at the pruned length (inputs {shapes}): {error}"
         ) from error
-
-

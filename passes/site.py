@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from torch import fx
 
+from hawk_compile.passes.graph import Size
+
 KEY = "hawk_site"
 """Where the site stands in `GraphModule.meta`."""
 
@@ -54,8 +56,10 @@ class Site:
     scores: fx.Node | None = None
     keep: fx.Node | None = None
     valid: fx.Node | None = None
-    kept_length: fx.Node | int | None = None
-    kept_visual: fx.Node | int | None = None
+    kept_length: Size = 0
+    """S', once it is known."""
+    kept_visual: Size = 0
+    """V', the visual tokens kept over all rows, once it is known."""
     gathered: list[tuple[str, tuple[Any, ...], str]] = field(default_factory=list)
     """(value, shape, 'tokens' | 'visual tokens' | 'length') of everything that was gathered."""
 

@@ -3,9 +3,9 @@
     before: ids, mask_from(S), merged, decoder(merged, mask)      masks may be built before the merge
     after:  ids, merged | mask_from(S), decoder(merged, mask)     | = `site.boundary`
 
-At full length stay the inputs, the merge and what it depends on, checks of inputs, features of visual tokens, and positions that the
-graph counts itself. Everything else (masks, rotary tables, the decoder) moves behind. Numerics are unchanged: nodes only
-change places.
+At full length stay the inputs, the merge and what it depends on, checks of inputs, features of visual tokens, and
+positions that the graph counts itself. Everything else (masks, rotary tables, the decoder) moves behind. Numerics are
+unchanged: nodes only change places.
 """
 
 from typing import Any

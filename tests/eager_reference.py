@@ -30,7 +30,7 @@ def changed_inputs(module: nn.Module, change: Any) -> Iterator[None]:
 
 
 def merged_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the language model in an eager run: merged embeddings [B, S, D] and what goes with them."""
+    """What the language model is given in an eager run: merged embeddings [B, S, D] and what goes with them."""
     seen: dict[str, Any] = {}
 
     def look(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +48,7 @@ def first_layer_query_key(model: PreTrainedModel, merged: Tensor) -> tuple[Tenso
     attention = layer.self_attn
     normed = layer.input_layernorm(merged)
     width = attention.head_dim
-    query, key = (
-        projection(normed).unflatten(-1, (-1, width)) for projection in (attention.q_proj, attention.k_proj)
-    )
+    query, key = (projection(normed).unflatten(-1, (-1, width)) for projection in (attention.q_proj, attention.k_proj))
     if getattr(attention, "q_norm", None) is not None:
         query, key = attention.q_norm(query), attention.k_norm(key)
     return query.transpose(1, 2), key.transpose(1, 2)
@@ -88,7 +86,7 @@ def kept_positions(row_scores: Tensor, visual: Tensor, count: int) -> Tensor:
 def pruned_forward(
     model: PreTrainedModel, inputs: dict[str, Any], keep: Tensor, visual: Tensor, **kwargs: Any
 ) -> tuple[Any, DynamicCache]:
-    """The eager model on the kept positions [S'] of a one-row prompt with explicit position_ids: (output, filled cache).
+    """The eager model on the kept positions of a one-row prompt with explicit position_ids: (output, filled cache).
 
     The merged embeddings are gathered and given as inputs_embeds, so that masks are built anew by the model; features
     that later layers add are gathered too.

@@ -104,7 +104,7 @@ def test_kept_tokens_logits_and_cache_equal_the_hand_gathered_eager_model(name):
     for case in cases:
         hawk_compile.optimize(model, ratio=case.ratio, backend="eager", head_weights=head_weights(model))
         check(model, case, 0.0)
-    assert compilations(model) == graphs(model, [int(case.visual[case.keep].sum()) for case in cases])
+    assert compilations(model) == 1
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
@@ -113,8 +113,15 @@ def test_the_prefill_is_compiled_once_for_ten_shapes(name):
     hawk_compile.optimize(model, ratio=0.6, backend="eager")
     sizes = zoo.sizes(name)[:10]
     prompts = [zoo.inputs(name, model, rows=[size]) for size in sizes]
-    assert len({(zoo.visual_count(name, size), prompt["input_ids"].shape[1])
-                for size, prompt in zip(sizes, prompts, strict=True)}) == 10
+    assert (
+        len(
+            {
+                (zoo.visual_count(name, size), prompt["input_ids"].shape[1])
+                for size, prompt in zip(sizes, prompts, strict=True)
+            }
+        )
+        == 10
+    )
     for prompt in prompts:
         with torch.no_grad():
             model(**prompt)

@@ -18,6 +18,7 @@ def captured():
 def test_the_passes_read_as_one_list():
     assert [step.name for step in PASSES] == [
         "locate_prefill",
+        "replace_masked_add",
         "split_at_merge",
         "insert_scoring",
         "insert_selection",
@@ -52,8 +53,10 @@ def test_an_optional_pass_can_be_left_out_and_says_so(monkeypatch, caplog):
 
 def test_fuel_counts_optional_passes(monkeypatch):
     monkeypatch.setenv("HAWK_FUEL", "0")
-    assert disabled_passes() == {"refresh_values"}
+    assert disabled_passes() == {"replace_masked_add", "refresh_values"}
     monkeypatch.setenv("HAWK_FUEL", "1")
+    assert disabled_passes() == {"refresh_values"}
+    monkeypatch.setenv("HAWK_FUEL", "2")
     assert disabled_passes() == set()
 
 

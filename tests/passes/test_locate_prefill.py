@@ -54,6 +54,7 @@ def test_positions_that_the_graph_counts_itself_are_told_from_slots():
 
 def test_the_padding_mask_is_found_by_name_and_length():
     """Only equal symbols count, and a mask is as long as the prompt only if something says so."""
+
     def call(*inputs):
         torch._check(inputs[2].shape[1] == inputs[0].shape[1])
         return model(ids=inputs[0], features=inputs[1], attention_mask=inputs[2], positions=inputs[3])

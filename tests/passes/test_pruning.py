@@ -13,12 +13,21 @@ from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
+from hawk_compile.passes.replace_masked_add import replace_masked_add
 from hawk_compile.passes.site import site_of
 from hawk_compile.passes.split_at_merge import split_at_merge
 from hawk_compile.pipeline import PassOptions, run_passes
 from tests.passes import graphs
 
-PASSES = (locate_prefill, split_at_merge, insert_scoring, insert_selection, gather_by_shape, refresh_values)
+PASSES = (
+    locate_prefill,
+    replace_masked_add,
+    split_at_merge,
+    insert_scoring,
+    insert_selection,
+    gather_by_shape,
+    refresh_values,
+)
 
 
 def after(last, model=None, inputs=None, kept=2):
@@ -61,9 +70,14 @@ def inputs_of(gm, model, inputs):
     """The graph's placeholders, filled by what they are named after: weights, sizes, inputs."""
     parameters = {name.replace(".", "_"): parameter for name, parameter in model.named_parameters()}
     named = dict(zip(("ids", "features", "attention_mask", "positions"), inputs, strict=True))
-    shapes = {str(expr(size)): int(real) for node in gm.graph.nodes if node.op == "placeholder"
-              and isinstance(found := value(node), torch.Tensor) and (key := name_of(node, named)) is not None
-              for size, real in zip(found.shape, named[key].shape, strict=True)}
+    shapes = {
+        str(expr(size)): int(real)
+        for node in gm.graph.nodes
+        if node.op == "placeholder"
+        and isinstance(found := value(node), torch.Tensor)
+        and (key := name_of(node, named)) is not None
+        for size, real in zip(found.shape, named[key].shape, strict=True)
+    }
     filled = []
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -120,7 +134,7 @@ def test_selection_without_plan_keeps_an_expression_of_the_graphs_own_sizes():
     from fractions import Fraction
 
     gm = graphs.captured(graphs.Decoder(), *graphs.prompt())
-    for each in PASSES[:3]:
+    for each in PASSES[: PASSES.index(insert_selection)]:
         gm = each(gm, [])
     insert_selection(gm, [], removed=Fraction(3, 5))
     site = site_of(gm)
@@ -155,12 +169,15 @@ def test_symbolic_sizes_stay_symbolic():
 
 def pruned(model, rows=1):
     """A compiled, pruned version of the model: (inputs, plan) -> (output, keep, valid, scores)."""
+
     def backend(gm, example_inputs):
         return run_passes(gm, example_inputs, PassOptions())
 
     from hawk_compile import capture
 
-    compiled = torch.compile(graphs.planned(model), backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True)
+    compiled = torch.compile(
+        graphs.planned(model), backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True
+    )
 
     def call(inputs, kept):
         with torch.no_grad(), capture.settings():

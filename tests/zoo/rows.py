@@ -1,4 +1,4 @@
-"""Prompts whose images are encoded already, and single rows of them: a batch can then be compared with its rows alone."""
+"""Prompts whose images are encoded already, and single rows of them, to compare a batch with its rows alone."""
 
 from typing import Any
 
@@ -14,7 +14,9 @@ def encoded(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]
         kwargs["position_ids"] = model._prepare_position_ids_for_generation(kwargs["input_ids"], kwargs)
         kwargs = model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
         for modality, output in kwargs["mm_encoder_outputs"].items():
-            parts = {name: output[name] for name in ("pooler_output", "deepstack_features") if output.get(name) is not None}
+            parts = {
+                name: output[name] for name in ("pooler_output", "deepstack_features") if output.get(name) is not None
+            }
             kwargs["mm_encoder_outputs"][modality] = type(output)(**parts)
         kwargs = dict(model.prepare_inputs_for_generation(**kwargs, is_first_iteration=True))
     kwargs.pop("mm_token_type_ids", None)
