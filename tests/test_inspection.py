@@ -1,0 +1,69 @@
+"""`hawk_compile.inspect` finds without weights what `optimize` uses with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hawk_compile
+from hawk_compile.errors import InputError
+from tests import zoo
+from tests.zoo import Row, common
+
+
+def inspected(name: str, **settings: object) -> hawk_compile.Inspection:
+    settings = {"image_tokens": 64, "text_tokens": 20, "layers": 1} | settings
+    return hawk_compile.inspect(zoo.build(name).config, **settings)  # type: ignore[arg-type]
+
+
+def test_a_folded_model() -> None:
+    found = inspected("llava", ratio=0.8)
+    assert (found.heads, found.kv_heads, found.head_dim, found.width) == (4, 2, 16, 64)
+    assert found.form == "folded"
+    assert found.norm == "model.language_model.layers.0.input_layernorm"
+    assert found.query_projection == "model.language_model.layers.0.self_attn.q_proj"
+    assert (found.layers, found.captured_layers) == (3, 1)
+    assert (found.visual_tokens, found.kept_visual_tokens, found.prompt_tokens, found.kept_tokens) == (64, 13, 84, 33)
+    assert found.placeholders == (common.IMAGE,)
+    assert {"tokens", "length"} == {each.along for each in found.gathered}
+    assert ("1", "S", "64") in [each.shape for each in found.gathered]
+
+
+def test_norms_behind_the_projection_and_features_for_later_layers() -> None:
+    found = inspected("qwen3_vl")
+    assert found.form == "projected"
+    assert "q_norm" in found.why and "k_norm" in found.why
+    assert found.key_projection == "model.language_model.layers.0.self_attn.k_proj"
+    assert ("V", "64") in [each.shape for each in found.gathered if each.along == "visual tokens"]
+
+
+def test_features_as_one_tensor() -> None:
+    assert inspected("internvl").form == "folded"
+
+
+def test_flops_are_those_of_the_decoder() -> None:
+    found = inspected("qwen2_5_vl", image_tokens=100, text_tokens=28)
+    width, inner, heads, length = common.WIDTH, 96, common.HEADS * common.HEAD_DIM, 128
+    layer = 2 * length * width * (2 * heads + 2 * common.KV_HEADS * common.HEAD_DIM + 3 * inner)
+    layer += 4 * length * length * heads
+    assert found.flops == 3 * layer + 2 * width * common.VOCAB
+    assert found.kept_flops is not None and found.flop_ratio is not None
+    assert found.kept_flops < found.flops and 0 < found.flop_ratio < 1
+
+
+def test_a_model_is_left_as_it_is() -> None:
+    model = zoo.build("qwen2_5_vl")
+    inputs = zoo.inputs("qwen2_5_vl", model, rows=[Row(images=((4, 6),))])
+    hawk_compile.optimize(model, ratio=0.5, backend="eager")
+    held, before = set(model.__dict__), model(**inputs).logits
+    found = hawk_compile.inspect(model, image_tokens=64, text_tokens=20)
+    assert found.heads == 4
+    assert set(model.__dict__) == held
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("source", [3, None])
+def test_other_sources_are_refused(source: object) -> None:
+    with pytest.raises(InputError, match="config.json"):
+        hawk_compile.inspect(source)  # type: ignore[arg-type]
