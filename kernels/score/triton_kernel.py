@@ -1,9 +1,6 @@
 """HAWK's scores with one read of the visual rows (arXiv 2604.07812; the formulas stand in reference.py).
 
-    _sum_voters   sums over a chunk of the row's voting tokens; the loads of all other rows are masked off
-    _average      chunks -> mean_t(x_t), for `score_projected` mean_t(q_t)
-    _project      q_bar = W_q mean + b_q
-    _fold         u = W_k^T q_bar,  c = b_k . q_bar
+    triton_query  the query that all voting tokens share: u and c, for `score_projected` mean_t(q_t)
     _raw_scores   u . x_v for the visual rows: the only pass over the sequence, bound by memory: V * D elements
     _statistics   raw = (u . x_v + c) / sqrt(d) and what the normalisation needs of each block of positions
     _combine      score = sum_h w[h] * normalised raw
@@ -19,173 +16,12 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from hawk_compile.kernels.score import reference
+from hawk_compile.kernels.score.triton_query import CHUNKS, fold_query, mean_of_voters
 
-CHUNKS = 16  # parts of a row whose voters are summed side by side
 STATISTICS_BLOCK = 1024  # positions behind one partial statistic
 FLOOR = tl.constexpr(reference.FLOOR)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 L2, SOFTMAX, MINMAX = (tl.constexpr(reference.NORMALIZATIONS.index(name)) for name in ("l2", "softmax", "minmax"))
-
-
-@triton.jit
-def _sum_voters(
-    values,  # [B, H, S, D]
-    query_mask,  # [B, S] bool or float
-    sums,  # [B, H, CHUNKS, D] fp32
-    totals,  # [B, CHUNKS] fp32
-    heads,
-    size,
-    width,
-    values_batch,
-    values_head,
-    values_row,
-    values_column,
-    mask_batch,
-    mask_column,
-    CHUNKS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """sums[b, h, chunk] = sum_s m[s] x[s], totals[b, chunk] = sum_s m[s] over the chunk's positions."""
-    chunk = tl.program_id(1)
-    batch = (tl.program_id(2) // heads).to(tl.int64)
-    head = (tl.program_id(2) % heads).to(tl.int64)
-    values += batch * values_batch + head * values_head
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.cdiv(size, CHUNKS)
-    end = tl.minimum((chunk + 1) * rows, size)
-    total = tl.zeros((BLOCK_S,), tl.float32)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(chunk * rows, end, BLOCK_S):
-        s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
-        vote = tl.load(query_mask + batch * mask_batch + s * mask_column, mask=s < end, other=0).to(tl.float32)
-        total += vote
-        if tl.max(vote) > 0:
-            x = tl.load(
-                values + s[:, None] * values_row + d[None, :] * values_column,
-                mask=(vote > 0)[:, None] & (d < width)[None, :],
-                other=0.0,
-            ).to(tl.float32)  # [BLOCK_S, BLOCK_D]
-            acc += tl.sum(x * vote[:, None], 0)
-    tl.store(sums + (tl.program_id(2).to(tl.int64) * CHUNKS + chunk) * width + d, acc, mask=d < width)
-    if (tl.program_id(0) == 0) & (head == 0):
-        tl.store(totals + batch * CHUNKS + chunk, tl.sum(total))
-
-
-@triton.jit
-def _store_pieces(value, out, piece, inside, PIECES: tl.constexpr):
-    """Store fp32 as the sum of PIECES numbers of `out`'s dtype: three bf16 hold the 24 bits of an fp32."""
-    for i in tl.static_range(PIECES):
-        part = value.to(out.dtype.element_ty)
-        tl.store(out + i * piece, part, mask=inside)
-        value -= part.to(tl.float32)
-
-
-@triton.jit
-def _average(
-    sums,  # [B, H, CHUNKS, D] fp32
-    totals,  # [B, CHUNKS] fp32
-    mean,  # [B, PIECES, H, D]
-    heads,
-    width,
-    CHUNKS: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    chunk = tl.arange(0, CHUNKS)
-    part = tl.load(
-        sums + (tl.program_id(1).to(tl.int64) * CHUNKS + chunk[:, None]) * width + d[None, :],
-        mask=(d < width)[None, :],
-        other=0.0,
-    )  # [CHUNKS, BLOCK_D]
-    total = tl.sum(tl.load(totals + batch * CHUNKS + chunk))
-    value = tl.sum(part, 0) / tl.where(total > 0, total, 1.0)  # [BLOCK_D]
-    out = mean + (batch * PIECES * heads + head) * width + d
-    _store_pieces(value, out, heads * width, d < width, PIECES)
-
-
-@triton.jit
-def _project(
-    mean,  # [B, D] fp32
-    weight,  # [R, D]
-    bias,  # [R]
-    query,  # [B, R] fp32
-    rows,
-    width,
-    weight_row,
-    weight_column,
-    bias_row,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """query[b, r] = weight[r] . mean[b] + bias[r]."""
-    batch = tl.program_id(1).to(tl.int64)
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(mean + batch * width + d, mask=d < width, other=0.0)
-        w = tl.load(
-            weight + r[:, None] * weight_row + d[None, :] * weight_column,
-            mask=(r < rows)[:, None] & (d < width)[None, :],
-            other=0.0,
-        ).to(tl.float32)  # [BLOCK_R, BLOCK_D]
-        acc += w * x[None, :]
-    out = tl.sum(acc, 1)
-    if HAS_BIAS:
-        out += tl.load(bias + r * bias_row, mask=r < rows, other=0.0).to(tl.float32)
-    tl.store(query + batch * rows + r, out, mask=r < rows)
-
-
-@triton.jit
-def _fold(
-    query,  # [B, H, d] fp32
-    weight,  # [Hkv * d, D]
-    bias,  # [Hkv * d]
-    folded,  # [B, PIECES, H, D]
-    offset,  # [B, H] fp32
-    heads,
-    group,  # H // Hkv
-    head_dim,
-    width,
-    weight_row,
-    weight_column,
-    bias_row,
-    HAS_BIAS: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """folded[b, h] = weight[kv(h)]^T query[b, h], offset[b, h] = bias[kv(h)] . query[b, h]."""
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    query += (batch * heads + head) * head_dim
-    first = (head // group).to(tl.int64) * head_dim  # the KV head's first row
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, head_dim, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        q = tl.load(query + k, mask=k < head_dim, other=0.0)
-        w = tl.load(
-            weight + (first + k[:, None]) * weight_row + d[None, :] * weight_column,
-            mask=(k < head_dim)[:, None] & (d < width)[None, :],
-            other=0.0,
-        ).to(tl.float32)  # [BLOCK_K, BLOCK_D]
-        acc += tl.sum(q[:, None] * w, 0)
-    out = folded + (batch * PIECES * heads + head) * width + d
-    _store_pieces(acc, out, heads * width, d < width, PIECES)
-    if HAS_BIAS:  # noqa: SIM102 (known when the kernel is compiled; the next is not)
-        if tl.program_id(0) == 0:
-            total = tl.zeros((BLOCK_K,), tl.float32)
-            for start in range(0, head_dim, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                q = tl.load(query + k, mask=k < head_dim, other=0.0)
-                total += q * tl.load(bias + (first + k) * bias_row, mask=k < head_dim, other=0.0).to(tl.float32)
-            tl.store(offset + batch * heads + head, tl.sum(total))
 
 
 @triton.jit
@@ -379,52 +215,13 @@ def launch_folded(
     normalization: str,
 ) -> Tensor:
     """`reference.score_folded` by the kernels: [B, S] fp32."""
-    batch, width = hidden.shape[0], hidden.shape[2]
     heads = head_weights.shape[0]
-    rows = q_weight.shape[0]
-    head_dim = rows // heads
-    group = heads // (k_weight.shape[0] // head_dim)
+    head_dim = q_weight.shape[0] // heads
     values = hidden.unsqueeze(1)  # [B, 1, S, D]
 
-    mean, totals = _mean_of_voters(values, query_mask, torch.float32)  # [B, 1, 1, D], [B, CHUNKS]
-    query = hidden.new_empty((batch, rows), dtype=torch.float32)
-    wrap_triton(_project)[(triton.cdiv(rows, 16), batch)](
-        mean,
-        q_weight,
-        q_weight if q_bias is None else q_bias,
-        query,
-        rows,
-        width,
-        q_weight.stride(0),
-        q_weight.stride(1),
-        0 if q_bias is None else q_bias.stride(0),
-        HAS_BIAS=q_bias is not None,
-        BLOCK_R=16,
-        BLOCK_D=256,
-    )
-    pieces, dtype = _pieces(hidden.dtype)
-    folded = hidden.new_empty((batch, pieces, heads, width), dtype=dtype)
-    offset = hidden.new_empty((batch, heads), dtype=torch.float32)
-    wrap_triton(_fold)[(triton.cdiv(width, 128), heads, batch)](
-        query,
-        k_weight,
-        k_weight if k_bias is None else k_bias,
-        folded,
-        offset,
-        heads,
-        group,
-        head_dim,
-        width,
-        k_weight.stride(0),
-        k_weight.stride(1),
-        0 if k_bias is None else k_bias.stride(0),
-        HAS_BIAS=k_bias is not None,
-        PIECES=pieces,
-        BLOCK_K=32,
-        BLOCK_D=128,
-    )
-    offset_or_none = None if k_bias is None else offset
-    return _score(values, folded, offset_or_none, visual_mask, totals, head_weights, heads, head_dim, normalization)
+    mean, totals = mean_of_voters(values, query_mask, torch.float32)  # [B, 1, 1, D], [B, CHUNKS]
+    folded, offset = fold_query(mean, q_weight, q_bias, k_weight, k_bias, heads, hidden.dtype)
+    return _score(values, folded, offset, visual_mask, totals, head_weights, heads, head_dim, normalization)
 
 
 def launch_projected(
@@ -436,45 +233,9 @@ def launch_projected(
     normalization: str,
 ) -> Tensor:
     """`reference.score_projected` by the kernels: [B, S] fp32."""
-    mean, totals = _mean_of_voters(query, query_mask, key.dtype)  # [B, PIECES, H, d]
+    mean, totals = mean_of_voters(query, query_mask, key.dtype)  # [B, PIECES, H, d]
     group = query.shape[1] // key.shape[1]
     return _score(key, mean, None, visual_mask, totals, head_weights, group, query.shape[3], normalization)
-
-
-def _pieces(dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    """How many numbers of which dtype stand for an fp32 that is multiplied with values of `dtype`."""
-    return (3, torch.bfloat16) if dtype == torch.bfloat16 else (1, torch.float32)
-
-
-def _mean_of_voters(values: Tensor, query_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The mean over voting tokens in the pieces that `dtype` needs, [B, pieces, H, D], and the votes [B, CHUNKS]."""
-    batch, heads, size, width = values.shape
-    pieces, piece_dtype = _pieces(dtype)
-    sums = values.new_empty((batch, heads, CHUNKS, width), dtype=torch.float32)
-    totals = values.new_empty((batch, CHUNKS), dtype=torch.float32)
-    wrap_triton(_sum_voters)[(triton.cdiv(width, 128), CHUNKS, batch * heads)](
-        values,
-        query_mask,
-        sums,
-        totals,
-        heads,
-        size,
-        width,
-        values.stride(0),
-        values.stride(1),
-        values.stride(2),
-        values.stride(3),
-        query_mask.stride(0),
-        query_mask.stride(1),
-        CHUNKS=CHUNKS,
-        BLOCK_S=32,
-        BLOCK_D=128,
-    )
-    mean = values.new_empty((batch, pieces, heads, width), dtype=piece_dtype)
-    wrap_triton(_average)[(triton.cdiv(width, 256), batch * heads)](
-        sums, totals, mean, heads, width, CHUNKS=CHUNKS, PIECES=pieces, BLOCK_D=256
-    )
-    return mean, totals
 
 
 def _score(

@@ -6,7 +6,7 @@ worker process a session imports it with TRITON_INTERPRET=1 and takes calls over
 
 import contextlib
 import importlib
-import io
+import json
 import os
 import struct
 import subprocess
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -87,17 +88,45 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def _send(stream: IO[bytes], message: Any) -> None:
-    buffer = io.BytesIO()
-    torch.save(message, buffer)
-    stream.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
+    """A message of tuples, dicts, numbers, text and tensors: JSON that says where tensors stand, and their storages."""
+    storages: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = str(len(storages))
+            length = value.untyped_storage().nbytes() // value.itemsize
+            storages[name] = torch.as_strided(value, (length,), (1,), 0).clone()
+            return {"tensor": name, "layout": [list(value.shape), list(value.stride()), value.storage_offset()]}
+        if isinstance(value, dict):
+            return {"dict": {key: plain(item) for key, item in value.items()}}
+        return {"tuple": [plain(item) for item in value]} if isinstance(value, tuple) else value
+
+    for part in (json.dumps(plain(message)).encode(), safetensors.torch.save(storages)):
+        stream.write(struct.pack("<q", len(part)) + part)
     stream.flush()
 
 
 def _receive(stream: IO[bytes]) -> Any:
+    text, data = _read_part(stream), _read_part(stream)
+    storages = safetensors.torch.load(data)
+
+    def build(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return torch.as_strided(storages[value["tensor"]], *value["layout"])
+        if "dict" in value:
+            return {key: build(item) for key, item in value["dict"].items()}
+        return tuple(build(item) for item in value["tuple"])
+
+    return build(json.loads(text))
+
+
+def _read_part(stream: IO[bytes]) -> bytes:
     header = stream.read(8)
     if len(header) < 8:
         raise EOFError("the other process has ended")
-    return torch.load(io.BytesIO(stream.read(struct.unpack("<q", header)[0])), weights_only=False)
+    return stream.read(struct.unpack("<q", header)[0])
 
 
 def _multiply_bfloat16() -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hawk_compile.kernels.score import triton_query
+
 # Bytes of shared memory that a block of threads may have (CUDA C++ programming guide, "technical specifications").
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
@@ -88,7 +90,8 @@ def record(monkeypatch):
                     (self.kernel, {**dict(zip(self.kernel.arg_names, a, strict=False)), **k})
                 )
 
-        monkeypatch.setattr(module, "wrap_triton", Recorder)
+        for each in (module, triton_query):
+            monkeypatch.setattr(each, "wrap_triton", Recorder)
         getattr(module, function)(*arguments)
         return calls
 
