@@ -65,5 +65,5 @@ def test_a_model_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("source", [3, None])
 def test_other_sources_are_refused(source: object) -> None:
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         hawk_compile.inspect(source)  # type: ignore[arg-type]
