@@ -80,9 +80,13 @@ def read(path: Path) -> Tensor:
     if not path.is_file():
         raise HeadWeightsError(f"{rule}; there is no file {path}")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise HeadWeightsError(f"{rule}; {path} is not a safetensors file: {error}") from None
         if "weights" not in tensors:
             raise HeadWeightsError(f"{rule}; {path} holds no tensor 'weights' but {', '.join(tensors) or 'nothing'}")
         return as_tensor(tensors["weights"])

@@ -96,7 +96,11 @@ def check_model(model: Any) -> None:
         )
     if not any(hasattr(model.base_model, f"get_{modality}_features") for modality in ("image", "video")):
         raise UnsupportedModelError(f"{name} takes no images or videos, so it has no visual tokens to prune")
-    if not model.can_generate() or not model._supports_mm_encoder_outputs():
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language modelling head"
+        )
+    if not model._supports_mm_encoder_outputs():
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from its "
             "vision encoder; a model class from transformers 5.23 or newer is needed"
@@ -187,5 +191,9 @@ def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[st
         raise UnsupportedCallError(
             "assisted decoding (assistant_model, prompt_lookup_num_tokens and the like) puts drafted tokens into the "
             "prefill, where they would vote on the visual tokens: leave it out for prompts with images or videos"
+        )
+    if isinstance(model_kwargs.get("past_key_values"), PrunedCache):
+        raise UnsupportedCallError(
+            "assisted decoding runs the whole conversation again behind what the cache holds: leave it out in later turns"
         )
     return original(self, "_get_candidate_generator")(*args, model_kwargs=model_kwargs, **kwargs)

@@ -115,10 +115,23 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     kinds = kwargs.get("token_type_ids")
     if kinds is not None and kinds.shape[1] != new_tokens:  # of the whole conversation: masks are built from them by slot
         kwargs = {**kwargs, "token_type_ids": of_slots(cache, kinds)}
-    if kwargs.get("position_ids") is None:
-        with deltas_of(model, cache):
-            return forward(**kwargs)
+    if kwargs.get("position_ids") is None and cache.hawk_slots.rope_deltas is not None:
+        kwargs = {**kwargs, "position_ids": next_positions(cache, mask, new_tokens)}
     return step(runtime, forward, kwargs)
+
+
+def next_positions(cache: PrunedCache, mask: Tensor | None, new_tokens: int) -> Tensor:
+    """[3, B, new]: the positions of text tokens behind this conversation, with its own offset.
+
+    The model would add the offset that it remembers, which may be another conversation's.
+    """
+    deltas = cache.hawk_slots.rope_deltas
+    assert deltas is not None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        text = (mask.long().cumsum(1) - 1)[:, -new_tokens:]
+    else:
+        text = torch.arange(new_tokens, device=deltas.device)[None] + cache.get_seq_length()
+    return (text + deltas).expand(3, -1, -1)
 
 
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:

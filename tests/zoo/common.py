@@ -122,7 +122,8 @@ def tower_config(model_type: str, image_size: int, **overrides: Any) -> dict[str
 
 
 def build(architecture: Architecture, *, seed: int, layers: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):  # construction draws weights that `randomize` replaces
+    with torch.random.fork_rng(devices=[]):  # construction draws weights that `randomize` replaces or adds to
+        torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(
             architecture.config(layers), attn_implementation="sdpa", dtype=torch.float32
         )

@@ -1,0 +1,186 @@
+"""Every kind of cache after a pruned prompt: same logits as the hand-written loop, and its methods keep the state along."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+import hawk_compile
+from hawk_compile.errors import UnsupportedCallError
+from tests import zoo
+from tests.runtime.models import MAIN, ROUNDING, conversation, fresh, generate, new_tokens, picture, plain, prompt, pruned
+from tests.runtime.test_turns import QUESTION, check_logits, follow_up, turn
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_static_cache(name: str) -> None:
+    inputs = picture(name)
+    out = generate(pruned(name), inputs, 12, cache_implementation="static")
+    check_logits(out, conversation(name, inputs), inputs)
+    assert isinstance(out.past_key_values, StaticCache)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_own_static_cache_and_two_turns(name: str) -> None:
+    inputs = picture(name)
+    cache = StaticCache(config=plain(name).config.get_text_config(), max_cache_len=128)
+    out = turn(pruned(name), inputs, cache)
+    by_hand = conversation(name, inputs)
+    check_logits(out, by_hand, inputs)
+    second = follow_up(inputs, out)
+    later = turn(pruned(name), second, cache)
+    by_hand.feed(QUESTION)
+    check_logits(later, by_hand, second)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_static_cache_of_a_padded_batch(name: str) -> None:
+    inputs = prompt(name, *zoo.sizes(name)[:3])
+    out = generate(pruned(name), inputs, 6, cache_implementation="static")
+    expected = generate(pruned(name), inputs, 6)
+    assert out.sequences.equal(expected.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), **ROUNDING)
+
+
+def test_plain_cache_for_sliding_layers() -> None:
+    """A DynamicCache without a config keeps everything; masks slide all the same."""
+    inputs = picture("gemma3")
+    out = turn(pruned("gemma3"), inputs, DynamicCache(), 20)
+    check_logits(out, conversation("gemma3", inputs), inputs)
+
+
+def test_quantized_cache() -> None:
+    """fp8 needs no other package; the same keys and values are rounded the same way by hand."""
+    config = plain("llava").config.get_text_config()
+    inputs = picture("llava")
+    options: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    out = generate(pruned("llava"), inputs, 6, **options)
+    check_logits(out, conversation("llava", inputs, cache=QuantizedCache(backend="fp8", config=config)), inputs)
+    unrounded = generate(pruned("llava"), inputs, 6)
+    assert not torch.allclose(out.logits[-1], unrounded.logits[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "paligemma"])
+def test_without_cache(name: str) -> None:
+    """Each step prefills anew; what was generated must not vote, so the same tokens are kept each time."""
+    row = zoo.Row(images=zoo.sizes(name)[4].images, tail=None)  # no end of turn keeps generated text from voting
+    inputs = prompt(name, row)
+    expected, kept = generate(pruned(name), inputs, 5), hawk_compile.report(pruned(name)).keep_indices[0]
+    out = generate(pruned(name), inputs, 5, use_cache=False)
+    again = hawk_compile.report(pruned(name)).keep_indices[0]
+    assert out.past_key_values is None
+    assert again[: len(kept)].equal(kept) and len(again) == len(kept) + 4
+    if name != "paligemma":  # its whole prompt attends both ways, generated tokens too if they are prefilled
+        assert out.sequences.equal(expected.sequences)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), **ROUNDING)
+
+
+def test_forward_without_cache() -> None:
+    result = pruned("llava")(**picture("llava"), use_cache=False)
+    assert result.past_key_values is None
+    torch.testing.assert_close(result.logits[0], conversation("llava", picture("llava")).logits, **ROUNDING)
+
+
+def step(name: str, cache: Any, tokens: list[list[int]]) -> torch.Tensor:
+    """A step on an already padded batch's cache, with a mask over the whole conversation and no positions."""
+    ids = torch.tensor(tokens)
+    with torch.no_grad():
+        return pruned(name)(input_ids=ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_copies_are_independent(name: str) -> None:
+    cache = DynamicCache()
+    out = turn(pruned(name), picture(name), cache)
+    twin = copy.deepcopy(cache)
+    first = step(name, cache, [[70]])
+    step(name, cache, [[71]])
+    assert twin.get_seq_length() == out.sequences.shape[1] - 1 == cache.get_seq_length() - 2
+    torch.testing.assert_close(step(name, twin, [[70]]), first, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_rows_of_a_cache(name: str) -> None:
+    """Repeated, selected and reordered rows go on as the rows they came from."""
+    sizes = zoo.sizes(name)
+    inputs = prompt(name, zoo.Row(images=sizes[0].images), zoo.Row(images=sizes[0].images + sizes[4].images))
+    cache = DynamicCache()
+    out = turn(pruned(name), inputs, cache, 2)
+    last = out.sequences[:, -1:]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+
+    def go_on(held: Any, order: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return pruned(name)(input_ids=last[order], attention_mask=mask[order], past_key_values=held).logits
+
+    expected = go_on(copy.deepcopy(cache), [0, 1])
+    assert not torch.allclose(expected[0], expected[1])
+    for order, change in (
+        ([0, 0, 1, 1], lambda held: held.batch_repeat_interleave(2)),
+        ([1], lambda held: held.batch_select_indices(torch.tensor([1]))),
+        ([1, 0], lambda held: held.reorder_cache(torch.tensor([1, 0]))),
+        ([1, 1], lambda held: held.reorder_cache(torch.tensor([1, 1]))),
+    ):
+        held = copy.deepcopy(cache)
+        change(held)
+        torch.testing.assert_close(go_on(held, order), expected[order], **ROUNDING)
+
+
+def test_crop() -> None:
+    """What came after the prompt can be taken back; the pruned prompt cannot."""
+    name, cache = "qwen2_5_vl", DynamicCache()
+    out = turn(pruned(name), picture(name), cache, 5)  # 4 of the 5 new tokens are in the cache
+    untouched = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(UnsupportedCallError, match=r"crop\(-5\) would leave .* pruned prompt"):
+        cache.crop(-5)
+    assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, untouched, strict=True))
+    cache.crop(-3)
+    assert cache.get_seq_length() == out.sequences.shape[1] - 1 - 3
+    by_hand = conversation(name, picture(name))
+    by_hand.feed(new_tokens(out, picture(name))[:1])
+    torch.testing.assert_close(step(name, cache, [[90]])[0], by_hand.feed([90]), **ROUNDING)
+    cache.crop(0)
+
+
+def test_reset() -> None:
+    cache = DynamicCache()
+    turn(pruned("qwen2_5_vl"), picture("qwen2_5_vl"), cache)
+    assert type(cache) is not DynamicCache and isinstance(cache, DynamicCache)
+    cache.reset()
+    assert type(cache) is DynamicCache and cache.get_seq_length() == 0
+    out = turn(pruned("qwen2_5_vl"), picture("qwen2_5_vl", 2), cache)
+    check_logits(out, conversation("qwen2_5_vl", picture("qwen2_5_vl", 2)), picture("qwen2_5_vl", 2))
+
+
+def test_new_image_needs_plain_layers() -> None:
+    cache = DynamicCache(config=plain("gemma3").config.get_text_config())
+    out = turn(pruned("gemma3"), picture("gemma3"), cache)
+    ids = torch.cat([out.sequences, picture("gemma3")["input_ids"]], 1)
+    with pytest.raises(UnsupportedCallError, match="DynamicCache of plain layers, got DynamicLayer, DynamicSliding"):
+        generate(pruned("gemma3"), {"input_ids": ids, "pixel_values": picture("gemma3")["pixel_values"]}, 2,
+                 past_key_values=cache)
+
+
+def test_decode_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph of the decode step for prompts of any length; the tokens are those of uncompiled decoding."""
+    from torch._dynamo.backends import registry
+
+    graphs = []
+    real = registry.lookup_backend("eager")
+
+    def counting(gm: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Any:
+        graphs.append(gm)
+        return real(gm, example_inputs)
+
+    model = fresh("llava", compile_decode=True)
+    prompts = [picture("llava", which) for which in range(6)]
+    generate(model, prompts[0], 1)  # the prefill
+    monkeypatch.setitem(registry._COMPILER_FNS, "eager", counting)
+    for inputs in prompts:
+        assert generate(model, inputs, 8).sequences.equal(generate(pruned("llava"), inputs, 8).sequences)
+    assert model._hawk_runtime.compilations == 1
+    assert len(graphs) == 1

@@ -1,0 +1,255 @@
+"""What cannot run is refused by name, before anything runs or changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import hawk_compile
+from hawk_compile.errors import ConfigError, HawkError, HeadWeightsError, InputError, UnsupportedCallError
+from hawk_compile.errors import UnsupportedModelError as ModelError
+from tests import zoo
+from tests.runtime.models import ROUNDING, conversation, fresh, generate, picture, plain, prompt, pruned
+from tests.runtime.test_optimize import state
+from tests.runtime.test_turns import follow_up, turn
+from tests.zoo import Row, common
+
+
+def refused(model: Any, error: type[Exception], match: str, *args: Any, **settings: Any) -> None:
+    before = state(model) if hasattr(model, "base_model") else dict(vars(model))
+    with pytest.raises(error, match=match):
+        hawk_compile.optimize(model, *args, **settings)
+    assert (state(model) if hasattr(model, "base_model") else dict(vars(model))) == before
+
+
+RULE = "ratio is the fraction of visual tokens removed and must be a number in"
+
+
+@pytest.mark.parametrize(("settings", "error", "match"), [
+    ({"ratio": 1}, ConfigError, RULE + ".*got 1"),
+    ({"ratio": 1.0}, ConfigError, RULE + ".*got 1.0"),
+    ({"ratio": -0.1}, ConfigError, RULE + ".*got -0.1"),
+    ({"ratio": 80}, ConfigError, RULE + ".*got 80; to remove 80 %, give 0.8"),
+    ({"ratio": float("nan")}, ConfigError, RULE + ".*got nan"),
+    ({"ratio": float("inf")}, ConfigError, RULE + ".*got inf"),
+    ({"ratio": "0.8"}, ConfigError, RULE + ".*got '0.8'"),
+    ({"ratio": True}, ConfigError, RULE + ".*got True"),
+    ({"ratio": None}, ConfigError, RULE + ".*got None"),
+    ({"normalization": "L2"}, ConfigError, "normalization must be one of l2, softmax, minmax, got 'L2'"),
+    ({"backend": "cudagraphs"}, ConfigError, "backend must be one of inductor, aot_eager, eager, got 'cudagraphs'"),
+    ({"compile_decode": 1}, ConfigError, "compile_decode must be True or False, got 1"),
+    ({"rato": 0.5}, ConfigError, "unknown setting rato; the settings are ratio"),
+    ({"head_weights": [0.5, 0.5]}, HeadWeightsError, r"must be 4 finite numbers .* got shape \(2,\)"),
+    ({"head_weights": torch.ones(2, 2)}, HeadWeightsError, r"got shape \(2, 2\)"),
+    ({"head_weights": [1, 1, 1, -1]}, HeadWeightsError, "got the negative weight -1"),
+    ({"head_weights": [0, 0, 0, 0]}, HeadWeightsError, 'all are 0 .*"uniform" weighs all heads equally'),
+    ({"head_weights": [1, 1, 1, float("nan")]}, HeadWeightsError, "finite numbers .* got .*nan"),
+    ({"head_weights": [1, 1, 1, float("inf")]}, HeadWeightsError, "finite numbers .* got .*inf"),
+    ({"head_weights": ["a", "b", "c", "d"]}, HeadWeightsError, "a path, a tensor or numbers, got list"),
+    ({"head_weights": 3}, HeadWeightsError, "a path, a tensor or numbers, got int"),
+    ({"head_weights": "nowhere.json"}, HeadWeightsError, "there is no file nowhere.json"),
+])  # fmt: skip
+def test_settings(settings: dict[str, Any], error: type[Exception], match: str) -> None:
+    refused(plain("llava"), error, match, **settings)
+
+
+def test_config_and_settings() -> None:
+    refused(plain("llava"), ConfigError, "either a config or single settings", hawk_compile.HawkConfig(), ratio=0.5)
+    refused(plain("llava"), ConfigError, "config must be a HawkConfig, got float; give single settings by name", 0.5)
+
+
+@pytest.mark.parametrize(("name", "content", "match"), [
+    ("a.json", "not json", "is not JSON"),
+    ("a.json", "{}", 'has no "weights"'),
+    ("a.json", '{"weights": "high"}', "a tensor or numbers, got str"),
+    ("a.json", '{"weights": [1, 2, null, 4]}', "a tensor or numbers, got list"),
+    ("a.json", "[1, 2, 3]", r"got shape \(3,\)"),
+])  # fmt: skip
+def test_head_weight_files(tmp_path: Path, name: str, content: str, match: str) -> None:
+    (tmp_path / name).write_text(content)
+    refused(plain("llava"), HeadWeightsError, match, head_weights=tmp_path / name)
+
+
+def test_safetensors_of_something_else(tmp_path: Path) -> None:
+    save_file({"bias": torch.ones(4)}, tmp_path / "w.safetensors")
+    refused(plain("llava"), HeadWeightsError, "holds no tensor 'weights' but bias", head_weights=tmp_path / "w.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"not a safetensors file")
+    refused(plain("llava"), HeadWeightsError, "is not a safetensors file", head_weights=tmp_path / "x.safetensors")
+
+
+def test_head_weight_files_that_fit(tmp_path: Path) -> None:
+    wanted = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    (tmp_path / "a.json").write_text(json.dumps({"weights": [1, 2, 3, 4]}))
+    save_file({"weights": torch.tensor([2.0, 4, 6, 8])}, tmp_path / "w.safetensors")
+    for given in (tmp_path / "a.json", str(tmp_path / "w.safetensors"), wanted, (1, 2, 3, 4)):
+        model = fresh("llava", head_weights=given)
+        torch.testing.assert_close(model._hawk_runtime.head_weights.values, wanted)
+
+
+TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+         "patch_size": 4}
+
+
+def florence() -> Any:
+    return Florence2ForConditionalGeneration(Florence2Config(
+        text_config={"model_type": "bart", "vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+                     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                     "decoder_ffn_dim": 32},
+        vision_config={"embed_dim": [16, 32, 32, 32], "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4,
+                       "projection_dim": 32}))
+
+
+@pytest.mark.parametrize(("make", "match"), [
+    (lambda: LlamaForCausalLM(LlamaConfig(**TEXT)), "LlamaForCausalLM takes no images or videos"),
+    (lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)), "CLIPVisionModel takes no images or videos|cannot generate"),
+    (lambda: plain("llava").base_model.vision_tower, "cannot generate|takes no images or videos"),
+    (lambda: plain("llava").base_model, "LlavaModel cannot generate"),
+    (florence, "Florence2ForConditionalGeneration is an encoder-decoder"),
+    (lambda: BlipForConditionalGeneration(BlipConfig(text_config=TEXT, vision_config=TOWER)), "Blip"),
+    (lambda: torch.nn.Linear(2, 2), "must be a transformers.PreTrainedModel, got Linear"),
+    (lambda: llava_with("eager"), 'uses attn_implementation="eager", and only "sdpa"'),
+])  # fmt: skip
+def test_models(make: Callable[[], Any], match: str) -> None:
+    refused(make(), ModelError, match)
+
+
+def llava_with(implementation: str) -> Any:
+    model = zoo.build("llava", layers=2)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_features_and_placeholders_differ(name: str) -> None:
+    one, two = picture(name, 0), prompt(name, Row(images=zoo.sizes(name)[0].images * 2))
+    visual = zoo.visual_mask(name, plain(name), one)
+    fewer = one["input_ids"].masked_fill(visual & (visual.cumsum(1) == 1), common.FIRST_TEXT)
+    more = torch.cat([two["input_ids"][:, :3], torch.full((1, 1), common.IMAGE), two["input_ids"][:, 3:]], 1)
+    for inputs, ids in ((one, fewer), (two, more)):
+        broken = {key: value for key, value in inputs.items() if key.startswith(("pixel", "image_", "batch_"))}
+        kept = torch.arange(ids.shape[1]).expand(3, 1, -1) if name in MROPE else torch.arange(ids.shape[1])[None]
+        with pytest.raises(InputError, match=r"has \d+ placeholders .* but \d+ visual features were encoded: give the"):
+            pruned(name)(input_ids=ids, position_ids=kept, **broken)
+
+
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+
+
+def call(match: str, error: type[Exception] = UnsupportedCallError, name: str = "llava", **arguments: Any) -> None:
+    inputs = picture(name) | arguments
+    with pytest.raises(error, match=match):
+        pruned(name)(**inputs)
+    check = generate(pruned(name), picture(name), 1)  # and the model goes on
+    torch.testing.assert_close(check.logits[0][0], conversation(name, picture(name)).logits[-1], **ROUNDING)
+
+
+def test_calls() -> None:
+    ids = picture("llava")["input_ids"]
+    length = ids.shape[1]
+    call("labels were given to a pruned prefill.*restore", labels=ids)
+    call("output_attentions=True needs attention matrices", output_attentions=True)
+    call(r"attention_mask must have shape \[B, S\] .* got \(1, 1, ", attention_mask=torch.ones(1, 1, length, length))
+    call("attention_mask must have shape .* got dict", attention_mask={"full_attention": None})
+    call("attention_mask must have shape .* got", InputError, attention_mask=torch.ones(1, length + 3).long())
+    call("logits_to_keep was given as positions", logits_to_keep=torch.tensor([1, 2]))
+    call("must cover the whole conversation", InputError, past_key_values=filled(), attention_mask=torch.ones(1, 3).long())
+
+
+def filled() -> DynamicCache:
+    cache = DynamicCache()
+    generate(pruned("llava"), zoo.text_only("llava", plain("llava")), 1, past_key_values=cache)
+    return cache
+
+
+def test_training() -> None:
+    model = fresh("llava")
+    model.train()
+    with pytest.raises(UnsupportedCallError, match="training mode.*model.eval"):
+        model(**picture("llava"))
+    model.eval()
+    logits = model(**picture("llava")).logits
+    with pytest.raises(UnsupportedCallError, match="gradients were asked of a pruned prefill"):
+        logits.sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        assert not model(**picture("llava")).logits.requires_grad
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_row_without_text(name: str) -> None:
+    """Nothing could score its image."""
+    inputs = picture(name)
+    visual = zoo.visual_mask(name, plain(name), inputs)
+    cut = {key: value[visual][None] for key, value in inputs.items() if key in ("input_ids", "mm_token_type_ids")}
+    pixels = {key: value for key, value in inputs.items() if key.startswith(("pixel", "image_"))}
+    with pytest.raises(InputError, match="row 0 of the prompt has .* and no text token that could score them: add a"):
+        pruned(name)(**cut, **pixels)
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"prefill_chunk_size": 8}, "prefill_chunk_size=8 cuts the prompt"),
+    ({"prompt_lookup_num_tokens": 3}, "assisted decoding .* prompt_lookup_num_tokens .*leave it out"),
+    ({"output_attentions": True}, "output_attentions=True needs attention matrices"),
+])  # fmt: skip
+def test_generate(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UnsupportedCallError, match=match):
+        generate(pruned("llava"), picture("llava"), 4, **options)
+    assert generate(pruned("llava"), picture("llava"), 1).sequences.shape[0] == 1
+
+
+def test_assistant_is_refused_and_prompts_of_text_are_not() -> None:
+    text = zoo.text_only("llava", plain("llava"))
+    with pytest.raises(UnsupportedCallError, match="assisted decoding"):
+        generate(pruned("llava"), picture("llava"), 4, assistant_model=plain("llava"))
+    for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
+        out, expected = generate(pruned("llava"), text, 6, **options), generate(plain("llava"), text, 6, **options)
+        assert out.sequences.equal(expected.sequences)
+
+
+def test_prompt_lookup_in_a_later_turn() -> None:
+    """transformers 5.23 prefills the whole conversation behind the filled cache there, the plain model's too."""
+    inputs, cache = picture("llava"), DynamicCache()
+    out = turn(pruned("llava"), inputs, cache)
+    with pytest.raises(UnsupportedCallError, match="runs the whole conversation again .* leave it out in later turns"):
+        turn(pruned("llava"), follow_up(inputs, out), cache, prompt_lookup_num_tokens=3)
+
+
+def test_new_image_on_a_cache() -> None:
+    """Where the model would misplace or mask it wrongly, the user is told what to give."""
+    for name, match in (("qwen2_5_vl", "need position_ids"), ("paligemma", "cannot attend both ways")):
+        cache = DynamicCache()
+        generate(pruned(name), picture(name), 2, past_key_values=cache)
+        held = [layer.keys.clone() for layer in cache.layers]
+        inputs = {key: value for key, value in picture(name).items() if key != "attention_mask"}
+        with pytest.raises(UnsupportedCallError, match=match):
+            pruned(name)(**inputs, past_key_values=cache)
+        assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
+
+
+def test_image_and_video_with_features_for_later_layers() -> None:
+    """Two kinds of features that later layers add together cannot be told apart in the graph yet."""
+    inputs = prompt("qwen3_vl", Row(images=((2, 2),), video=(3, 2, 2)))
+    with pytest.raises(Exception, match="only S and V can be gathered"):
+        pruned("qwen3_vl")(**inputs)
+
+
+def test_errors_have_one_base() -> None:
+    assert all(issubclass(each, HawkError) for each in (ConfigError, HeadWeightsError, InputError, UnsupportedCallError))
