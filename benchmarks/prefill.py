@@ -4,9 +4,9 @@
 
 A Qwen2.5-VL with random weights (times do not depend on them), one prompt with one encoded image: the vision tower is
 not timed, since pruning leaves it as it is. Called in turns in one process, medians given: the plain model through
-`torch.compile(dynamic=True)` ("compiled"), the optimised model with ratio=0 ("ratio 0") and with each ratio. Each call is
-the whole forward: planning, graph, and filling the cache. Nothing is timed before the pruned logits have been compared
-with a plain decoder that runs on inputs gathered by hand.
+`torch.compile(dynamic=True)` ("compiled"), the optimised model with ratio=0 ("ratio 0") and with each ratio. Each call
+is the whole forward: planning, graph, and filling the cache. Nothing is timed before the pruned logits have been
+compared with a plain decoder that runs on inputs gathered by hand.
 """
 
 import argparse
