@@ -31,8 +31,9 @@ SIDES = (16, 24, 32)
 RATIOS = (0.5, 0.8, 0.9)
 TEXT = 64
 """Text tokens of the prompt: half before the image, half behind it."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest difference of the logits that the check allows, over the largest logit."""
+DTYPES = ("float32", "bfloat16", "float16")
+NOISE_FACTOR = 3
+"""How much more than compiling alone pruning may change the logits: it sums over other tokens in another order."""
 IMAGE, VISION_START, VISION_END, END_OF_TURN, VOCABULARY = 1, 2, 3, 4, 1024
 
 
@@ -81,8 +82,17 @@ def prompt(model: Any, side: int) -> Callable[[], dict[str, Any]]:
     return arguments
 
 
-def check(model: Any, plain: Any, arguments: Callable[[], dict[str, Any]], tolerance: float) -> None:
-    """Stop if the optimised model's logits are not those of the plain decoder on the tokens that it kept."""
+def distance(found: Any, expected: Any) -> float:
+    """The largest difference of logits over the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def check(model: Any, plain: Any, compiled: Any, arguments: Callable[[], dict[str, Any]]) -> None:
+    """Stop if the optimised model's logits are not those of the plain decoder on the tokens that it kept.
+
+    What rounding does in this dtype is measured, not assumed: by how much compiling the plain model changes its logits.
+    """
+    noise = distance(compiled(**arguments()).logits, plain(**arguments()).logits)
     logits = model(**arguments()).logits
     given = arguments()
     embeds = plain.get_input_embeddings()(given["input_ids"])
@@ -91,10 +101,9 @@ def check(model: Any, plain: Any, arguments: Callable[[], dict[str, Any]], toler
     hidden = plain.model.language_model(
         inputs_embeds=embeds[:, keep], position_ids=given["position_ids"][:, :, keep], use_cache=False
     ).last_hidden_state
-    expected = plain.lm_head(hidden[:, -1:])
-    off = float((logits - expected).abs().max() / expected.abs().max())
-    if not off <= tolerance:
-        sys.exit(f"the pruned logits are off by {off:.1e} of the largest (allowed: {tolerance:g}): nothing is timed")
+    off = distance(logits, plain.lm_head(hidden[:, -1:]))
+    if not off <= NOISE_FACTOR * noise + torch.finfo(logits.dtype).eps:
+        sys.exit(f"the pruned logits are off by {off:.1e}, those of compiling alone by {noise:.1e}: nothing is timed")
 
 
 def measure(model: Any, plain: Any, compiled: Any, side: int, rounds: int, backend: str) -> dict[float | None, float]:
@@ -102,7 +111,7 @@ def measure(model: Any, plain: Any, compiled: Any, side: int, rounds: int, backe
     arguments = prompt(model, side)
     for ratio in (0.0, *RATIOS):
         hawk_compile.optimize(model, ratio=ratio, backend=backend)
-        check(model, plain, arguments, TOLERANCE[model.dtype])
+        check(model, plain, compiled, arguments)
     spent: dict[float | None, list[float]] = {None: [], **{ratio: [] for ratio in (0.0, *RATIOS)}}
     for number in range(rounds + 3):
         for ratio, seconds in spent.items():
@@ -159,7 +168,7 @@ def machine(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=[str(each).removeprefix("torch.") for each in TOLERANCE])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager", "eager"])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
