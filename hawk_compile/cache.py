@@ -2,7 +2,7 @@
 
 The *logical* length counts every token of the conversation, as `generate`, position ids and attention masks do; the
 *physical* length counts the cache's slots. `Cache.get_seq_length` stays logical, so that a second turn slices its ids
-rightly; `get_query_offset` and the layers are physical, so that masks fit the slots. The state lies on the cache: caches
+rightly; `get_query_offset` and the layers are physical, so that masks fit the slots. The state lies on the cache: those
 of two conversations never mix, and it follows beams, copies and crops.
 """
 
@@ -59,7 +59,7 @@ class PrunedCache(Cache):
         return super().get_seq_length(layer_idx)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.hawk_slots = self.hawk_slots.rows(lambda held: held.index_select(0, beam_idx.to(held.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -80,8 +80,8 @@ class PrunedCache(Cache):
         held = self.hawk_slots.positions.shape[1]
         if tokens_to_remove and left < held:
             raise UnsupportedCallError(
-                f"crop({tokens_to_remove}) would leave {left} slots of a pruned prompt that holds {held}; crop only what "
-                "came after the prompt, or prefill again"
+                f"crop({tokens_to_remove}) would leave {left} slots of a pruned prompt that holds {held}; crop only "
+                "what came after the prompt, or prefill again"
             )
         super().crop(tokens_to_remove)
 
@@ -125,7 +125,7 @@ def mark_pruned(
                  every[:, : keep.shape[1]] if valid is None else valid]
         valid = torch.cat(parts, dim=1)
     if not isinstance(cache, PrunedCache):
-        cache.__class__ = pruned_class(type(cache))
+        cache.__class__ = pruned_class(type(cache))  # type: ignore[arg-type]
     cache.hawk_slots = PrunedSlots(positions, valid, logical_past + length, rope_deltas)  # type: ignore[attr-defined]
 
 

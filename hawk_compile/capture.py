@@ -4,7 +4,7 @@ Three things keep a prefill from being one such graph, and each has a general re
 
 - the vision encoder depends on image sizes: it runs before, and its features enter as `mm_encoder_outputs`, joined into
   one tensor, so that neither the number of images nor their sizes are part of the graph's structure;
-- the model's own check of feature count against placeholder count formats the number of features into its message, which
+- the model's own check of feature count against placeholder count formats the number of features into its message, and
   fixes that number in the graph: the check is made on the host, and inside the graph it is asked about empty tensors;
 - Dynamo's defaults break at values read from tensors and give equal sizes one symbol: `settings` changes them while a
   prefill is compiled, and only then.
@@ -13,7 +13,7 @@ Three things keep a prefill from being one such graph, and each has a general re
 import contextlib
 import inspect
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ PIXEL_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "i
 """The arguments under which Hugging Face models take images and videos, as `generate` knows them."""
 
 RECOMPILE_LIMIT = 64
-"""Compilations that one model may need: one for each structure of its calls (a batch, padding, video, hidden states, ...)."""
+"""Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""
 
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
@@ -47,9 +47,14 @@ def settings() -> Iterator[None]:
             recompile_limit=RECOMPILE_LIMIT,
             accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),
-        fx_config.patch(use_duck_shape=False),
+        fx_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
     ):
         yield
+
+
+def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """torch.compile with graphs that count towards no other model's limit. Its annotations do not know the argument."""
+    return torch.compile(function, **{"dynamic": True, "isolate_recompiles": True, **settings})
 
 
 def has_pixels(kwargs: dict[str, Any]) -> bool:
@@ -68,20 +73,22 @@ def encode(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     all others count positions in their own forward, as they would without us.
     """
     kwargs = dict(kwargs)
-    base = model.base_model
+    base: Any = model.base_model
     if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
-        kwargs["position_ids"] = positions_of(model, base, kwargs)
+        kwargs["position_ids"] = positions_of(base, kwargs)
     return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
 
 
 def install_recorders(model: PreTrainedModel) -> None:
-    """Put on the hooks that record hidden states: the model does so at its first such call, under a lock, which no graph holds."""
-    decoder = model.base_model.get_decoder()
+    """Put on the hooks that record hidden states: the model does so at its first such call, under a lock, which no
+    graph can take."""
+    base: Any = model.base_model
+    decoder = base.get_decoder()
     if isinstance(decoder, PreTrainedModel):
         maybe_install_capturing_hooks(decoder)
 
 
-def positions_of(model: PreTrainedModel, base: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+def positions_of(base: Any, kwargs: dict[str, Any]) -> Tensor | None:
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = kwargs["input_ids"].new_empty((*kwargs["input_ids"].shape, 0))
@@ -99,7 +106,7 @@ def join_features(outputs: dict[str, Any]) -> dict[str, ModelOutput]:
     for modality, output in outputs.items():
         if output is None:
             continue
-        parts = {FEATURES: join(output[FEATURES])}
+        parts: dict[str, Any] = {FEATURES: join(output[FEATURES])}
         if output.get(LAYER_FEATURES) is not None:
             parts[LAYER_FEATURES] = [join(level) for level in output[LAYER_FEATURES]]
         joined[modality] = type(output)(**parts)
@@ -120,7 +127,7 @@ def cut_extra_rows(outputs: dict[str, ModelOutput]) -> dict[str, ModelOutput]:
     """
     cut = {}
     for modality, output in outputs.items():
-        parts = {FEATURES: without_extra(output[FEATURES])}
+        parts: dict[str, Any] = {FEATURES: without_extra(output[FEATURES])}
         if output.get(LAYER_FEATURES) is not None:
             parts[LAYER_FEATURES] = [without_extra(level) for level in output[LAYER_FEATURES]]
             for level in parts[LAYER_FEATURES]:
@@ -138,7 +145,7 @@ def without_extra(features: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 def equate_lengths(inputs: dict[str, Any], votes: Tensor) -> None:
     """Tell the capture which inputs run along the prompt, so that their lengths are one symbol S, and their rows one B.
 
-    Only such inputs have the names below; a mask is known by them to be as long as the prompt, since no operator says so.
+    Only such inputs have the names below; by them a mask is known to be as long as the prompt; no operator says so.
     """
     for name in PER_TOKEN_INPUTS:
         given = inputs.get(name)
@@ -156,8 +163,8 @@ def feature_count(outputs: dict[str, ModelOutput]) -> int:
 
 def placeholder_ids(model: PreTrainedModel) -> list[int]:
     """The ids that wait for visual features, of any modality."""
-    named = {getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")}
-    return sorted(named - {None})
+    named = (getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video"))
+    return sorted({each for each in named if each is not None})
 
 
 def known_ids(model: PreTrainedModel, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:
@@ -170,9 +177,11 @@ def known_ids(model: PreTrainedModel, inputs_embeds: Tensor, wanted: Iterable[in
     return ids
 
 
-def get_placeholder_mask(self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any) -> Any:
+def get_placeholder_mask(
+    self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any
+) -> Any:
     """Stands in for the method of this name while a graph is captured: the same masks, a check that always holds."""
-    original = type(self).get_placeholder_mask
+    original: Any = type(self).get_placeholder_mask  # type: ignore[attr-defined]
     if input_ids is None or not torch.compiler.is_compiling():
         return original(self, input_ids, inputs_embeds, *args, **features)
     nothing = inputs_embeds.new_empty(0, 1)

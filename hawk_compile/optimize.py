@@ -98,12 +98,12 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(f"{name} takes no images or videos, so it has no visual tokens to prune")
     if not model.can_generate():
         raise UnsupportedModelError(
-            f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language modelling head"
+            f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
         )
-    if not model._supports_mm_encoder_outputs():
+    if not model._supports_mm_encoder_outputs():  # type: ignore[operator]
         raise UnsupportedModelError(
-            f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from its "
-            "vision encoder; a model class from transformers 5.23 or newer is needed"
+            f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
+            "its vision encoder; a model class from transformers 5.23 or newer is needed"
         )
     implementation = model.config.get_text_config()._attn_implementation
     if implementation != "sdpa":
@@ -116,7 +116,7 @@ def check_model(model: Any) -> None:
 def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     """Each attribute that an optimised model shadows: name -> (the module it is put on, what is put there)."""
     found: dict[str, tuple[Any, Any]] = {
-        "forward": (model, types.MethodType(forward_of(type(model)), model)),
+        "forward": (model, types.MethodType(forward_of(type(model)), model)  # type: ignore[arg-type]),
         "create_masks_for_generate": (model, types.MethodType(masks_for_generate, model)),
         "get_compiled_call": (model, types.MethodType(uncompiled_call, model)),
         "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
@@ -144,7 +144,7 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         named = signature.bind(self, *args, **kwargs).arguments
-        named = {**named, **named.pop(rest, {})}
+        named = {**named, **named.pop(str(rest), {})}
         del named[next(iter(named))]  # self
         return run(self, self.__dict__[RUNTIME], original(self, "forward"), named)
 
@@ -173,12 +173,14 @@ def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, mo
         return original(self, "_prepare_position_ids_for_generation")(inputs_tensor, model_kwargs)
 
 
-def prefill_whole(self: PreTrainedModel, input_ids: Tensor, generation_config: Any, model_kwargs: Any, **kwargs: Any) -> Any:
+def prefill_whole(
+    self: PreTrainedModel, input_ids: Tensor, generation_config: Any, model_kwargs: Any, **kwargs: Any
+) -> Any:
     """generate's prefill, which must see the whole prompt at once to score it."""
     if generation_config.prefill_chunk_size is not None and capture.has_features(model_kwargs):
         raise UnsupportedCallError(
-            f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can be "
-            "scored against the question: leave it out"
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can "
+            "be scored against the question: leave it out"
         )
     if generation_config.use_cache is False and capture.has_features(model_kwargs):
         model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far
@@ -194,6 +196,7 @@ def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[st
         )
     if isinstance(model_kwargs.get("past_key_values"), PrunedCache):
         raise UnsupportedCallError(
-            "assisted decoding runs the whole conversation again behind what the cache holds: leave it out in later turns"
+            "assisted decoding runs the whole conversation again behind what the cache holds: leave it out in later "
+            "turns"
         )
     return original(self, "_get_candidate_generator")(*args, model_kwargs=model_kwargs, **kwargs)

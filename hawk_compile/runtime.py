@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -29,7 +29,7 @@ from hawk_compile.report import PrefillRecord
 Forward = Callable[..., Any]
 
 PROMPT_LENGTH = "hawk_prompt_length"
-"""An argument that generate carries where it has no cache: what stands behind that length was generated, and votes never."""
+"""An argument that generate carries where it has no cache: what stands behind that length was generated: no voters."""
 
 capture_lock = threading.RLock()
 """Held while a prefill runs: capturing changes Dynamo's settings, which all threads share."""
@@ -41,9 +41,7 @@ class CompiledPrefill:
     def __init__(self, backend: str, normalization: str):
         self.config = HawkConfig(backend=backend, normalization=normalization)
         self.compilations = 0
-        self.function = torch.compile(
-            planned_forward, backend=self.compile, dynamic=True, fullgraph=True, isolate_recompiles=True
-        )
+        self.function = capture.compile_alone(planned_forward, backend=self.compile, fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
@@ -113,7 +111,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         kwargs = {**kwargs, "attention_mask": physical_mask(cache, mask, new_tokens)}
     kinds = kwargs.get("token_type_ids")
-    if kinds is not None and kinds.shape[1] != new_tokens:  # of the whole conversation: masks are built from them by slot
+    if kinds is not None and kinds.shape[1] != new_tokens:  # of the whole conversation; masks read them by slot
         kwargs = {**kwargs, "token_type_ids": of_slots(cache, kinds)}
     if kwargs.get("position_ids") is None and cache.hawk_slots.rope_deltas is not None:
         kwargs = {**kwargs, "position_ids": next_positions(cache, mask, new_tokens)}
@@ -164,9 +162,7 @@ def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     if not runtime.config.compile_decode or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
         return forward(**kwargs)
     if runtime.compiled_decode is None:
-        runtime.compiled_decode = torch.compile(
-            forward, backend=runtime.config.backend, dynamic=True, isolate_recompiles=True
-        )
+        runtime.compiled_decode = capture.compile_alone(forward, backend=runtime.config.backend)
     return runtime.compiled_decode(**kwargs)
 
 
@@ -197,19 +193,19 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if physical_length(cache) and kwargs.get("token_type_ids") is not None:
         raise UnsupportedCallError(
-            "new images on a cache that already holds tokens cannot attend both ways (token_type_ids were given): prefill the "
-            "whole conversation at once"
+            "new images on a cache that already holds tokens cannot attend both ways (token_type_ids were given): "
+            "prefill the whole conversation at once"
         )
     if physical_length(cache) and kwargs.get("position_ids") is None and hasattr(model.base_model, "rope_deltas"):
         raise UnsupportedCallError(
-            "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would give "
-            "them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
+            "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would "
+            "give them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
         )
     if physical_length(cache) and not all(type(layer) is DynamicLayer for layer in cache.layers):  # type: ignore[union-attr]
         kinds = sorted({type(layer).__name__ for layer in cache.layers})  # type: ignore[union-attr]
         raise UnsupportedCallError(
-            f"new images on a cache that already holds tokens need a DynamicCache of plain layers, got {', '.join(kinds)}: "
-            "prefill the whole conversation at once"
+            "new images on a cache that already holds tokens need a DynamicCache of plain layers, got "
+            f"{', '.join(kinds)}: prefill the whole conversation at once"
         )
 
 
@@ -285,8 +281,8 @@ def split_mask(
         whole = torch.ones((rows, past + length), dtype=torch.long, device=cache.layers[0].keys.device)  # type: ignore[union-attr]
     if whole.shape[1] != past + length:
         raise InputError(
-            f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got shape "
-            f"{tuple(whole.shape)}"
+            f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got "
+            f"shape {tuple(whole.shape)}"
         )
     return whole[:, past:].contiguous(), whole[:, :past].contiguous()
 
@@ -301,10 +297,16 @@ def scratch_cache(target: Cache | None) -> DynamicCache:
 
 
 def call_compiled(
-    runtime: Runtime, forward: Forward, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, device: torch.device
+    runtime: Runtime,
+    forward: Forward,
+    inputs: dict[str, Any],
+    past_mask: Tensor | None,
+    plan: Plan,
+    device: torch.device,
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """Run the compiled prefill: (model output, keep [B, S'], valid [B, S'], scores [B, S])."""
-    planned = (plan.votes, plan.budget, runtime.weights(device), slots(plan.length, device), slots(sum(plan.kept), device))
+    lengths = slots(plan.length, device), slots(sum(plan.kept), device)
+    planned = (plan.votes, plan.budget, runtime.weights(device), *lengths)
     with capture_lock, capture.settings():
         try:
             return runtime.prefill.function(forward, inputs, past_mask, planned)
@@ -333,14 +335,14 @@ def planned_forward(
 def fill_cache(
     model: PreTrainedModel, target: Cache | None, scratch: DynamicCache, past: int, use_cache: bool | None
 ) -> Cache | None:
-    """The caller's cache with the new keys and values, by its own `update`; a new one where the model would make one."""
+    """The caller's cache with the new keys and values, by its own `update`; a new one if the model would make one."""
     config = model.config.get_text_config()
     if target is None:
         if use_cache is False or (use_cache is None and not getattr(config, "use_cache", True)):
             return None
         target = DynamicCache(config=config)
     for index, layer in enumerate(scratch.layers):
-        keys, values = layer.keys, layer.values
+        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
         assert keys is not None and values is not None
         target.update(keys[:, :, past:], values[:, :, past:], index)
     return target
@@ -372,7 +374,7 @@ def deltas_of(model: PreTrainedModel, cache: Any) -> Iterator[None]:
 
     A cache that was filled before the model was optimised carries none: then the model's own are left as they are.
     """
-    base: nn.Module = model.base_model
+    base: Any = model.base_model
     with capture_lock:
         if hasattr(base, "rope_deltas"):
             if isinstance(cache, PrunedCache):

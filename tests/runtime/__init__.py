@@ -1,1 +1,1 @@
-"""An optimised model against hand-written pruned decoding: generate, caches, batches, conversations, and what is refused."""
+"""An optimised model against hand-written pruned decoding: caches, batches, conversations, refusals."""

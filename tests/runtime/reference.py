@@ -24,8 +24,8 @@ class Conversation:
 
     Attributes:
         keep: positions of the last prompt that were kept, [S'] int64.
-        kept_slots: for each prompt and each fed text, how many slots it takes in the cache.
         next_position: the position of the next text token (the same in all dimensions of mRoPE).
+        seen: tokens of the conversation so far, removed ones included.
         logits: [n, VOCAB], of what ran last.
     """
 
@@ -118,7 +118,7 @@ class Conversation:
 
 @torch.no_grad()
 def decoder_inputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What generate makes the plain model hand to its decoder in the prefill: merged embeddings, positions, features."""
+    """What generate makes the plain model hand to its decoder in the prefill: embeddings, positions, features."""
     seen: dict[str, Any] = {}
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of cache after a pruned prompt: same logits as the hand-written loop, and its methods keep the state along."""
+"""Every kind of cache after a pruned prompt: the hand-written loop's logits, and its methods keep the state along."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
 from tests import zoo
-from tests.runtime.models import MAIN, ROUNDING, conversation, fresh, generate, new_tokens, picture, plain, prompt, pruned
+from tests.runtime.models import (
+    MAIN,
+    ROUNDING,
+    conversation,
+    fresh,
+    generate,
+    new_tokens,
+    picture,
+    plain,
+    prompt,
+    pruned,
+)
 from tests.runtime.test_turns import QUESTION, check_logits, follow_up, turn
 
 

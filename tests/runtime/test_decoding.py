@@ -7,7 +7,18 @@ import torch
 
 import hawk_compile
 from tests import zoo
-from tests.runtime.models import MAIN, ROUNDING, conversation, generate, new_tokens, picture, plain, prompt, pruned
+from tests.runtime.models import (
+    MAIN,
+    ROUNDING,
+    conversation,
+    generate,
+    new_tokens,
+    picture,
+    plain,
+    prompt,
+    pruned,
+    rows_alone,
+)
 from tests.zoo import Row
 
 TWO_IMAGES = {name: Row(images=zoo.sizes(name)[0].images + zoo.sizes(name)[4].images) for name in zoo.NAMES}
@@ -94,25 +105,10 @@ def test_beams_of_a_padded_batch_equal_those_of_its_rows() -> None:
     rows = [Row(images=((2, 2),)), Row(images=((4, 6), (1, 1)), after=2)]
     inputs = prompt("qwen2_5_vl", *rows)
     out = generate(pruned("qwen2_5_vl"), inputs, 5, num_beams=3, output_scores=True)
-    for i, row in enumerate(split(inputs)):
+    for i, row in enumerate(rows_alone("qwen2_5_vl", inputs, rows)):
         alone = generate(pruned("qwen2_5_vl"), row, 5, num_beams=3, output_scores=True)
         assert new_tokens(alone, row) == new_tokens(out, inputs, i)
         torch.testing.assert_close(alone.sequences_scores[0], out.sequences_scores[i], atol=2e-5, rtol=1e-5)
-
-
-def split(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The two rows of the batch above, with their own pixels: one image and two."""
-    patches = inputs["image_grid_thw"].prod(1).tolist()
-    result, taken = [], 0
-    for row, images in enumerate((1, 2)):
-        real = inputs["attention_mask"][row].bool()
-        count = sum(patches[taken : taken + images])
-        start = sum(patches[:taken])
-        result.append({name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-                      | {"pixel_values": inputs["pixel_values"][start : start + count],
-                         "image_grid_thw": inputs["image_grid_thw"][taken : taken + images]})
-        taken += images
-    return result
 
 
 class Collector:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from hawk_compile.query import QuerySource, SpecialIds, voting_text
 
 VISUAL, VISION_END, TURN, OTHER_TURN, PAD = 4, 7, 3, 1, 0
 IDS = SpecialIds(vision_end=(VISION_END,), end_of_turn=(TURN, OTHER_TURN), special=(PAD, OTHER_TURN, 2, TURN, 4, 6, 7))
-row_ids = st.lists(st.sampled_from([PAD, OTHER_TURN, 2, TURN, VISUAL, VISUAL, VISUAL, 6, VISION_END, 50, 51, 52]), max_size=24)
+a_row = st.lists(
+    st.sampled_from([PAD, OTHER_TURN, 2, TURN, VISUAL, VISUAL, VISUAL, 6, VISION_END, 50, 51, 52]), max_size=24
+)
 
 
 def oracle(ids: list[int], real: list[bool], special: SpecialIds) -> tuple[set[int], QuerySource]:
@@ -39,7 +43,7 @@ def oracle(ids: list[int], real: list[bool], special: SpecialIds) -> tuple[set[i
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(row_ids, min_size=1, max_size=4), st.data())
+@given(st.lists(a_row, min_size=1, max_size=4), st.data())
 def test_voting_text(rows: list[list[int]], data: st.DataObject) -> None:
     length = max(1, *map(len, rows))
     ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
@@ -112,13 +116,26 @@ def test_later_positions_do_not_vote() -> None:
     assert plan.votes.nonzero()[:, 1].tolist() == [3]
 
 
-def test_golden_voters() -> None:
-    """The reference implementation keeps the voters out of its kept visual tokens' choice exactly as written here."""
-    import json
-    from pathlib import Path
-
-    path = Path(__file__).parents[1] / "golden" / "layer0.safetensors"
-    with safe_open(path, "pt") as file:
-        cases = {name.rsplit("/", 1)[0] for name in file.keys() if "/" in name}  # noqa: SIM118
-        assert file.metadata() and all(isinstance(json.loads(text), (dict, list)) for text in file.metadata().values())
-        assert cases or list(file.keys())
+@pytest.mark.parametrize("case", ["case00", "case01", "case02", "case03"])
+def test_golden_voters(case: str) -> None:
+    """With these voters, the formula in float64 keeps what the reference implementation kept."""
+    with safe_open(Path(__file__).parents[1] / "golden" / "layer0.safetensors", "pt") as file:
+        named = json.loads(file.metadata()[case])
+        names = [name for name in file.keys() if name.startswith(case)]  # noqa: SIM118
+        held = {name.split(".")[1]: file.get_tensor(name) for name in names}
+    ids = held.pop("input_ids")
+    visual = ids == named["image_token_id"]
+    special = SpecialIds((named["vision_end_token_id"],), (named["end_of_turn_token_id"],), ())
+    votes, source = voting_text(ids, visual, torch.ones_like(visual), special)
+    assert source.tolist() == [QuerySource.AFTER_IMAGE]
+    hidden = held["hidden"][0].double()
+    normed = hidden * (hidden.square().mean(-1, keepdim=True) + named["rms_eps"]).rsqrt() * held["norm_weight"].double()
+    heads, kv_heads = named["heads"], named["kv_heads"]
+    query = (normed[votes[0]].mean(0) @ held["wq"].double().T + held["bq"].double()).unflatten(0, (heads, -1))
+    key = (normed[visual[0]] @ held["wk"].double().T + held["bk"].double()).unflatten(1, (kv_heads, -1))
+    raw = torch.einsum("hd,vhd->vh", query, key.repeat_interleave(heads // kv_heads, 1))
+    total = (raw / raw.norm(dim=0)) @ held["head_weights"].double()
+    count = HawkConfig(ratio=float(1 - Decimal(str(named["keep_ratio"])))).kept(len(total))
+    places = visual[0].nonzero()[:, 0][total.topk(count).indices]
+    keep = (~visual[0]).index_fill(0, places, True).nonzero()[:, 0]
+    assert keep.equal(held["keep_indices"].flatten().long())

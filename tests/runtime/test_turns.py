@@ -12,7 +12,17 @@ from transformers import Cache, DynamicCache
 
 import hawk_compile
 from tests import zoo
-from tests.runtime.models import ROUNDING, conversation, generate, new_tokens, picture, plain, prompt, pruned
+from tests.runtime.models import (
+    ROUNDING,
+    conversation,
+    generate,
+    new_tokens,
+    picture,
+    plain,
+    prompt,
+    pruned,
+    rows_alone,
+)
 from tests.runtime.reference import Conversation
 from tests.zoo import Row
 
@@ -62,7 +72,7 @@ def test_second_turn_of_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
 def test_second_turn_with_a_new_image(name: str) -> None:
-    """Only the new image is encoded, scored by the new question and pruned; the first turn's tokens stay as they were."""
+    """Only the new image is encoded, scored by the new question and pruned; the first turn stays as it was."""
     first, cache = picture(name), DynamicCache()
     out = turn(pruned(name), first, cache)
     by_hand = conversation(name, first)
@@ -121,25 +131,6 @@ def test_two_turns_of_a_batch(name: str) -> None:
         check_logits(out, by_hand, inputs, i)
         by_hand.feed(QUESTION)
         check_logits(later, by_hand, second, i)
-
-
-def rows_alone(name: str, inputs: dict[str, Tensor], rows: list[Row]) -> list[dict[str, Tensor]]:
-    """The rows of a batch with their own pixels (images lie one after another, patches or whole)."""
-    taken, result = 0, []
-    per_image = inputs["image_grid_thw"].prod(1).tolist() if "image_grid_thw" in inputs else None
-    for i, row in enumerate(rows):
-        real = inputs["attention_mask"][i].bool()
-        last = taken + len(row.images)
-        single = {key: value[i : i + 1, real] for key, value in inputs.items()
-                  if key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")}
-        if per_image is None:
-            single["pixel_values"] = inputs["pixel_values"][taken:last]
-        else:
-            single["pixel_values"] = inputs["pixel_values"][sum(per_image[:taken]) : sum(per_image[:last])]
-            single["image_grid_thw"] = inputs["image_grid_thw"][taken:last]
-        taken = last
-        result.append(single)
-    return result
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
