@@ -116,7 +116,7 @@ def check_model(model: Any) -> None:
 def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     """Each attribute that an optimised model shadows: name -> (the module it is put on, what is put there)."""
     found: dict[str, tuple[Any, Any]] = {
-        "forward": (model, types.MethodType(forward_of(type(model)), model)  # type: ignore[arg-type]),
+        "forward": (model, types.MethodType(forward_of(type(model)), model)),  # type: ignore[arg-type]
         "create_masks_for_generate": (model, types.MethodType(masks_for_generate, model)),
         "get_compiled_call": (model, types.MethodType(uncompiled_call, model)),
         "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
