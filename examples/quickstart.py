@@ -1,10 +1,11 @@
 """Prune visual tokens of a vision-language model, here the small one that comes with the package.
 
-python examples/quickstart.py [CHECKPOINT_FOLDER PICTURE QUESTION]
+    python examples/quickstart.py [CHECKPOINT_FOLDER PICTURE QUESTION]
 """
 
 import sys
 from importlib import resources
+from typing import Any
 
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -21,7 +22,7 @@ def main() -> None:
         folder = str(resources.files("hawk_compile.demo").joinpath("model"))
         picture, question = scene.pil(), scene.questions[0].text
         print(f"The right answer to {question!r} is {scene.questions[0].answer!r}.")
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)

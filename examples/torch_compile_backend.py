@@ -8,6 +8,7 @@ the same, and all text behind the picture votes, the chat template's tail includ
 """
 
 from importlib import resources
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,7 +21,8 @@ def main() -> None:
     folder = str(resources.files("hawk_compile.demo").joinpath("model"))
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    compiled = torch.compile(model, backend="hawk", options={"ratio": 0.8, "backend": "eager"}, dynamic=True)
+    options: dict[str, Any] = {"ratio": 0.8, "backend": "eager"}
+    compiled = torch.compile(model, backend="hawk", options=options, dynamic=True)
     for index in range(3):
         scene = make_scene("test", index)
         question = scene.questions[1]
