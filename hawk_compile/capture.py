@@ -76,7 +76,7 @@ def encode(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     base: Any = model.base_model
     if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
         kwargs["position_ids"] = positions_of(base, kwargs)
-    return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
+    return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)  # type: ignore[operator]
 
 
 def install_recorders(model: PreTrainedModel) -> None:

@@ -4,7 +4,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,9 +20,10 @@ from hawk_compile.report import Report
 from hawk_compile.runtime import PROMPT_LENGTH, Runtime, deltas_of, run
 
 RUNTIME = "_hawk_runtime"
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def optimize(model: PreTrainedModel, config: HawkConfig | None = None, **settings: Any) -> PreTrainedModel:
+def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) -> Model:
     """Let a vision-language model prune visual tokens in every prefill, inside its compiled graph.
 
     Args:
@@ -58,7 +59,7 @@ def optimize(model: PreTrainedModel, config: HawkConfig | None = None, **setting
     return model
 
 
-def restore(model: PreTrainedModel) -> PreTrainedModel:
+def restore(model: Model) -> Model:
     """Undo `optimize`: the model is exactly what it was. A model that was never optimised is returned as it is."""
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
