@@ -18,4 +18,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def model_of(item: pytest.Item) -> str:
     """The architecture a test is about, "" where the test names it itself."""
-    return getattr(item, "callspec", None) and str(item.callspec.params.get("name", "")) or ""
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("name", "")) if callspec else ""
