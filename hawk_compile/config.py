@@ -48,6 +48,8 @@ class HawkConfig:
         check_ratio(self.ratio)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_choice("backend", self.backend, BACKENDS)
+        check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
+        check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
         if not isinstance(self.compile_decode, bool):
             raise ConfigError(f"compile_decode must be True or False, got {self.compile_decode!r}")
 
@@ -68,6 +70,15 @@ def check_ratio(ratio: Any) -> None:
     if not 0 <= ratio < 1:
         hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
         raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+
+
+def check_ids(name: str, given: Any, several: bool) -> None:
+    each = given if several and isinstance(given, tuple) else () if given is None else (given,)
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in each):
+        kind = "an id (int) or a tuple of ids" if several else "an id (int)"
+        raise ConfigError(
+            f"{name} must be {kind} or None, got {given!r}; tokenizer.convert_tokens_to_ids gives the id of a token"
+        )
 
 
 def check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:

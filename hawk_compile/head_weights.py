@@ -44,7 +44,10 @@ def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
     heads = model.config.get_text_config().num_attention_heads
     if isinstance(given, str) and given in ("auto", "uniform"):
         found = automatic(model) if given == "auto" else None
-        return normalised(*found, heads) if found else HeadWeights(torch.full((heads,), 1.0 / heads), "uniform")
+        if found and len(found[0]) == heads:
+            return normalised(*found, heads)
+        unfit = f" ({len(found[0])} weights, {found[1]}, do not fit {heads} heads)" if found else ""
+        return HeadWeights(torch.full((heads,), 1.0 / heads), f"uniform{unfit}")
     if isinstance(given, (str, os.PathLike)):
         return normalised(read(Path(given)), f"file {os.fspath(given)}", heads)
     return normalised(as_tensor(given), "given", heads)

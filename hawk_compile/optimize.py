@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hawk_compile import capture
-from hawk_compile.cache import PrunedCache, physical_mask
+from hawk_compile.cache import PrunedCache, physical_length, physical_mask
 from hawk_compile.config import HawkConfig, make_config
 from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedModelError
 from hawk_compile.head_weights import resolve
@@ -182,6 +182,12 @@ def prefill_whole(
         raise UnsupportedCallError(
             f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can "
             "be scored against the question: leave it out"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if capture.has_features(model_kwargs) and physical_length(cache) and hasattr(self.base_model, "rope_deltas"):
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens: in models with mRoPE generate gives them positions of text, so "
+            "prefill the whole conversation at once, or call the model with position_ids of your own"
         )
     if generation_config.use_cache is False and capture.has_features(model_kwargs):
         model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far

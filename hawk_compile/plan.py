@@ -70,7 +70,7 @@ def make_plan(
             "encoded: give the images and videos that belong to exactly these placeholders"
         )
     for row, (count, voting) in enumerate(zip(tokens, voters, strict=True)):
-        if count and not voting:
+        if config.kept(count) < count and not voting:
             raise InputError(
                 f"row {row} of the prompt has {count} visual tokens and no text token that could score them: add a "
                 "question, or call the model with ratio=0"

@@ -209,9 +209,18 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         )
 
 
+def refuse_two_kinds_of_layer_features(outputs: dict[str, ModelOutput]) -> None:
+    if len(outputs) > 1 and any(output.get(capture.LAYER_FEATURES) is not None for output in outputs.values()):
+        raise UnsupportedCallError(
+            f"{' and '.join(outputs)} in one call: this model adds features of both to later layers, which the graph "
+            "cannot tell apart; give them in separate calls"
+        )
+
+
 def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """Encode, plan, run the pruned graph, and hand its keys and values to the caller's cache."""
-    grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    asked = tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
+    grad = torch.is_grad_enabled() and asked
     with torch.no_grad():
         if capture.has_pixels(kwargs):
             with deltas_of(model, kwargs.get("past_key_values")):
@@ -220,6 +229,7 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwar
             capture.install_recorders(model)
         kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
         outputs = capture.join_features(kwargs.pop("mm_encoder_outputs"))
+        refuse_two_kinds_of_layer_features(outputs)
         tokens = tokens_of(kwargs)
         rows, length = tokens.shape[:2]
         target = kwargs.pop("past_key_values", None)

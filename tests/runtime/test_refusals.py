@@ -55,6 +55,8 @@ RULE = "ratio is the fraction of visual tokens removed and must be a number in"
     ({"normalization": "L2"}, ConfigError, "normalization must be one of l2, softmax, minmax, got 'L2'"),
     ({"backend": "cudagraphs"}, ConfigError, "backend must be one of inductor, aot_eager, eager, got 'cudagraphs'"),
     ({"compile_decode": 1}, ConfigError, "compile_decode must be True or False, got 1"),
+    ({"end_of_turn_token_id": "<|im_end|>"}, ConfigError, "tuple of ids or None, got '<.im_end.>'; tokenizer.convert"),
+    ({"vision_end_token_id": (3,)}, ConfigError, r"an id \(int\) or None, got \(3,\)"),
     ({"rato": 0.5}, ConfigError, "unknown setting rato; the settings are ratio"),
     ({"head_weights": [0.5, 0.5]}, HeadWeightsError, r"must be 4 finite numbers .* got shape \(2,\)"),
     ({"head_weights": torch.ones(2, 2)}, HeadWeightsError, r"got shape \(2, 2\)"),
@@ -204,6 +206,8 @@ def test_a_row_without_text(name: str) -> None:
     pixels = {key: value for key, value in inputs.items() if key.startswith(("pixel", "image_"))}
     with pytest.raises(InputError, match=r"row 0 of the prompt has .* and no text token that could score them: add a"):
         pruned(name)(**cut, **pixels)
+    with torch.no_grad():
+        assert torch.equal(pruned(name, ratio=0.0)(**cut, **pixels).logits, plain(name)(**cut, **pixels).logits)
 
 
 @pytest.mark.parametrize(("options", "match"), [
@@ -249,7 +253,7 @@ def test_new_image_on_a_cache() -> None:
 def test_image_and_video_with_features_for_later_layers() -> None:
     """Two kinds of features that later layers add together cannot be told apart in the graph yet."""
     inputs = prompt("qwen3_vl", Row(images=((2, 2),), video=(3, 2, 2)))
-    with pytest.raises(Exception, match="only S and V can be gathered"):
+    with pytest.raises(UnsupportedCallError, match=r"image and video in one call.*give them in separate calls"):
         pruned("qwen3_vl")(**inputs)
 
 
