@@ -186,8 +186,8 @@ def prefill_whole(
     cache = model_kwargs.get("past_key_values")
     if capture.has_features(model_kwargs) and physical_length(cache) and hasattr(self.base_model, "rope_deltas"):
         raise UnsupportedCallError(
-            "new images on a cache that already holds tokens: in models with mRoPE generate gives them positions of text, so "
-            "prefill the whole conversation at once, or call the model with position_ids of your own"
+            "new images on a cache that already holds tokens: in models with mRoPE generate gives them positions of "
+            "text, so prefill the whole conversation at once, or call the model with position_ids of your own"
         )
     if generation_config.use_cache is False and capture.has_features(model_kwargs):
         model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far
