@@ -28,7 +28,9 @@ def optimized_logits(model, inputs):
 def through_the_door(model, inputs, **settings):
     options = {**OPTIONS, **settings.pop("options", {})}
     compiled = torch.compile(model, backend="hawk", options=options, isolate_recompiles=True, **settings)
-    with torch.no_grad():
+    # A test process compiles more models than Dynamo allows one, and beyond its limit it would run them as they are.
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
+    with torch.no_grad(), torch._dynamo.config.patch(**limits):
         return compiled(**inputs).logits
 
 
