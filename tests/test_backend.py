@@ -15,6 +15,12 @@ from tests.zoo import rows
 OPTIONS = {"ratio": 0.6, "backend": "eager"}
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """What Dynamo has learnt of a class's forward in other tests (limits, sizes that changed) must not decide here."""
+    torch._dynamo.reset()
+
+
 def optimized_logits(model, inputs):
     """What `optimize` gives where, as in the graph alone, no id says which text behind the image votes."""
     ids = {"vision_end_token_id": -1, "end_of_turn_token_id": ()}
