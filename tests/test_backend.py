@@ -70,6 +70,7 @@ def test_a_model_given_encoded_images_and_positions(name):
 def test_a_batch_with_equal_visual_counts():
     model = zoo.build("llava", layers=2)
     inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1),), after=9)])
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).repeat(2, 1)
     expected = optimized_logits(model, inputs)
     result = through_the_door(model, inputs, dynamic=True)
     torch.testing.assert_close(result[:, -expected.shape[1] :][1], expected[1], atol=1e-5, rtol=1e-5)
