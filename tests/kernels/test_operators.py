@@ -77,11 +77,12 @@ class Prune(torch.nn.Module):
         return score, same, keep, valid, ops.gather(hidden, keep), ops.gather(token, keep)
 
 
+# This cache goes by the operators' names: it would answer from the disk with what an older body compiled to. Not by
+# monkeypatch, whose undoing takes the setting out of torch's config module for the rest of the process.
+@torch._functorch.config.patch(enable_autograd_cache=False)
 @torch.no_grad()
-def test_one_compilation_serves_all_sizes(device, monkeypatch):
+def test_one_compilation_serves_all_sizes(device):
     """Through Inductor, in one graph, with symbolic B, S and S'."""
-    # This cache goes by the operators' names: it would answer from the disk with what an older body compiled to.
-    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = None
