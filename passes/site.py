@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from hawk_compile.passes.graph import Size
+from hawk_compile.passes.graph import Size, same
 
 KEY = "hawk_site"
 """Where the site stands in `GraphModule.meta`."""
@@ -62,6 +62,12 @@ class Site:
     """V', the visual tokens kept over all rows, once it is known."""
     gathered: list[tuple[str, tuple[Any, ...], str]] = field(default_factory=list)
     """(value, shape, 'tokens' | 'visual tokens' | 'length') of everything that was gathered."""
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether S and a V are one symbol: Dynamo gives equal sizes of its first call one, and in a batch both can be
+        equal. Dynamo then guards that they are, so the graph is right; but no shape tells features from tokens."""
+        return any(same(count, self.length) for count in self.visual)
 
 
 def site_of(gm: fx.GraphModule) -> Site | None:

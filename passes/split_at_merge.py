@@ -43,7 +43,7 @@ def full_length_nodes(graph: fx.Graph, site: Site) -> set[fx.Node]:
 def holds_features(node: fx.Node, site: Site) -> bool:
     """Whether the node's value has one row per visual token, as features that later layers add."""
     found = tensor(node)
-    if found is None or not found.is_floating_point():
+    if found is None or not found.is_floating_point() or site.ambiguous:
         return False
     return any(isinstance(count, SymInt) and sizes_equal_to(found.shape, count) for count in site.visual)
 

@@ -246,6 +246,31 @@ def test_a_value_whose_length_is_a_multiple_of_the_prompt_is_refused():
         after(gather_by_shape, DoubledInput())
 
 
+class EqualSizes(graphs.Decoder):
+    """V and S are one symbol, as Dynamo's default gives equal sizes; features enter the decoder once more if asked."""
+
+    def __init__(self, later=False):
+        super().__init__(own_positions=True)
+        self.later = later
+
+    def forward(self, ids, features, attention_mask, positions):
+        torch._check(features.shape[0] == ids.shape[1])
+        result = super().forward(ids, features, attention_mask, positions)
+        return result + (result.amax() * features).amax() if self.later else result
+
+
+def test_as_many_visual_tokens_as_positions_are_pruned_like_any_other_number():
+    model, inputs = EqualSizes(), graphs.prompt(rows=2, length=12, visual=6)
+    output, keep, valid, _ = pruned(model)(inputs, 2)
+    assert valid.all() and keep.shape == (2, 8)
+    assert torch.equal(output, gathered_by_hand(model, inputs, keep))
+
+
+def test_features_for_later_layers_are_refused_where_no_size_tells_them_from_tokens():
+    with pytest.raises(ShapeError, match="as many visual tokens as positions"):
+        after(gather_by_shape, EqualSizes(later=True), graphs.prompt(rows=2, length=12, visual=6))
+
+
 def test_refresh_names_the_node_that_still_sees_the_full_length():
     gm = after(gather_by_shape)
     site = site_of(gm)
