@@ -12,6 +12,7 @@ Three things keep a prefill from being one such graph, and each has a general re
 
 import contextlib
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from hawk_compile.errors import InputError
+
 FEATURES = "pooler_output"
 LAYER_FEATURES = "deepstack_features"
 EXTRA_ROWS = 2
@@ -31,6 +34,9 @@ PIXEL_INPUTS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "i
 
 RECOMPILE_LIMIT = 64
 """Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""
+
+capture_lock = threading.RLock()
+"""Held while a prefill runs: capturing changes Dynamo's settings, which all threads share."""
 
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
@@ -55,6 +61,17 @@ def settings() -> Iterator[None]:
 def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """torch.compile with graphs that count towards no other model's limit. Its annotations do not know the argument."""
     return torch.compile(function, **{"dynamic": True, "isolate_recompiles": True, **settings})
+
+
+def tokens_of(kwargs: dict[str, Any]) -> Tensor:
+    """input_ids [B, S] or inputs_embeds [B, S, D], whichever was given."""
+    found = [each for each in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None]
+    if len(found) != 1:
+        raise InputError(
+            "a call takes either input_ids [B, S] or inputs_embeds [B, S, D], got "
+            f"{'both' if found else 'neither'}: give one of them"
+        )
+    return found[0]
 
 
 def has_pixels(kwargs: dict[str, Any]) -> bool:
@@ -161,13 +178,13 @@ def feature_count(outputs: dict[str, ModelOutput]) -> int:
     return sum(part.shape[-2] - EXTRA_ROWS for output in outputs.values() for part in output[FEATURES])
 
 
-def placeholder_ids(model: PreTrainedModel) -> list[int]:
+def placeholder_ids(model: Any) -> list[int]:
     """The ids that wait for visual features, of any modality."""
     named = (getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video"))
     return sorted({each for each in named if each is not None})
 
 
-def known_ids(model: PreTrainedModel, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:
+def known_ids(model: Any, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:
     """[B, S] int64: those of the wanted ids whose embeddings stand in a prompt of embeddings, -1 elsewhere."""
     embed = model.get_input_embeddings()
     ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
@@ -182,8 +199,10 @@ def get_placeholder_mask(
 ) -> Any:
     """Stands in for the method of this name while a graph is captured: the same masks, a check that always holds."""
     original: Any = type(self).get_placeholder_mask  # type: ignore[attr-defined]
-    if input_ids is None or not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         return original(self, input_ids, inputs_embeds, *args, **features)
+    if input_ids is None:
+        input_ids = known_ids(self, inputs_embeds, placeholder_ids(self))
     nothing = inputs_embeds.new_empty(0, 1)
     args = tuple(None if each is None else nothing for each in args)
     features = {name: None if each is None else nothing for name, each in features.items()}

@@ -106,6 +106,10 @@ def read(path: Path) -> Tensor:
 
 def as_tensor(given: Any) -> Tensor:
     if isinstance(given, Tensor):
+        if given.ndim != 1:
+            raise HeadWeightsError(
+                f"head_weights must have shape [H], one weight for each query head; got shape {tuple(given.shape)}"
+            )
         return given.detach().to("cpu", torch.float32)
     numbers = isinstance(given, Sequence) and all(
         isinstance(each, (int, float)) and not isinstance(each, bool) for each in given
@@ -120,7 +124,7 @@ def as_tensor(given: Any) -> Tensor:
 def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:
     """Checked and divided by their sum."""
     rule = f"head_weights must be {heads} finite numbers >= 0, one for each query head, not all 0"
-    if values.ndim != 1 or len(values) != heads:
+    if len(values) != heads:
         raise HeadWeightsError(f"{rule}; got shape {tuple(values.shape)} ({origin})")
     if not values.isfinite().all():
         raise HeadWeightsError(f"{rule}; got {values.tolist()} ({origin})")

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
+from hawk_compile.capture import capture_lock
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import AttentionNotFoundError, GraphError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.kernels.plan.op import slots
@@ -27,8 +28,8 @@ from hawk_compile.optimize import check_model, restore
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Site, site_of
 from hawk_compile.pipeline import PassOptions, run_passes
+from hawk_compile.prefill import planned_forward
 from hawk_compile.query import SpecialIds, special_ids
-from hawk_compile.runtime import capture_lock, planned_forward
 
 META = torch.device("meta")
 CAPTURED_LAYERS = 2

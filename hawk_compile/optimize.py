@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
@@ -15,9 +16,11 @@ from hawk_compile.cache import PrunedCache, physical_length, physical_mask
 from hawk_compile.config import HawkConfig, make_config
 from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedModelError
 from hawk_compile.head_weights import resolve
+from hawk_compile.positions import deltas_of
+from hawk_compile.prefill import PROMPT_LENGTH
 from hawk_compile.query import special_ids
 from hawk_compile.report import Report
-from hawk_compile.runtime import PROMPT_LENGTH, Runtime, deltas_of, run
+from hawk_compile.runtime import Runtime, run
 
 RUNTIME = "_hawk_runtime"
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -89,7 +92,10 @@ def check_model(model: Any) -> None:
     """Refuse, before anything is changed, what cannot be pruned."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"model must be a transformers.PreTrainedModel, got {name}")
+        raise UnsupportedModelError(
+            f"model must be a transformers.PreTrainedModel, got {name}: give the model that "
+            "AutoModelForImageTextToText.from_pretrained returns; of a wrapper, the model inside it"
+        )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder, whose decoder reads images through cross-attention: only decoders that "
@@ -138,10 +144,14 @@ def original(model: PreTrainedModel, name: str) -> Any:
 
 @functools.cache
 def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
-    """The forward of optimised models of one class; its signature is that of the class."""
+    """The forward of optimised models of one class; its signature is that of the class.
+
+    A torch.compile around the whole model leaves it alone: it compiles what can be compiled itself.
+    """
     signature = inspect.signature(kind.forward)
     rest = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
 
+    @torch.compiler.disable(reason="an optimised model compiles its own prefill")
     @functools.wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         named = signature.bind(self, *args, **kwargs).arguments

@@ -98,7 +98,7 @@ class Crossing:
         lengths = sizes_equal_to(found.shape, site.length)
         if lengths and site.ambiguous and is_features(found) and not sizes_equal_to(found.shape, site.rows):
             raise ShapeError(
-                f"{node.name} {tuple(found.shape)} crosses into the decoder, and this batch has as many visual tokens as "
+                f"{node.name} {tuple(found.shape)} crosses into the decoder; this batch has as many visual tokens as "
                 "positions, so it cannot be told whether it has one row per visual token: pad the prompts by one "
                 "position, or use hawk_compile.optimize, which keeps the two sizes apart"
             )

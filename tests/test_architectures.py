@@ -1,5 +1,6 @@
 """Every architecture through the same passes, held to the eager model on hand-gathered inputs."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,28 @@ def test_kept_tokens_logits_and_cache_equal_the_hand_gathered_eager_model(name):
     assert compilations(model) == 1
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast", "inference_mode"])
+def test_other_precisions_and_modes(name, precision):
+    """Bit for bit on the tokens that were kept; at half precision these are not held to the fp64 reference."""
+    model = zoo.build(name, layers=2)
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    size = zoo.sizes(name)[2]
+    mode = {"autocast": torch.autocast("cpu", torch.bfloat16), "inference_mode": torch.inference_mode()}
+    with mode.get(precision, torch.no_grad()):
+        inputs = zoo.inputs(name, model, rows=[size])
+        pixels = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        inputs = rows.encoded(model, pixels)
+        hawk_compile.optimize(model, ratio=0.6, backend="eager", head_weights="uniform")
+        output = model(**fresh(inputs))
+        keep = hawk_compile.report(model).keep_indices[0]
+        hawk_compile.restore(model)
+        expected, _ = reference.pruned_forward(model, fresh(inputs), keep, zoo.visual_mask(name, model, inputs)[0])
+        assert difference(output.logits, expected.logits) == 0
+        assert len(keep) < inputs["input_ids"].shape[1]
+
+
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_the_prefill_is_compiled_once_for_ten_shapes(name):
     model = zoo.build(name, layers=2)
@@ -126,6 +149,21 @@ def test_the_prefill_is_compiled_once_for_ten_shapes(name):
         with torch.no_grad():
             model(**prompt)
     assert compilations(model) == graphs(model, [zoo.visual_count(name, size) for size in sizes])
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_prompts_of_embeddings_are_compiled_once(name):
+    """The same logits as from ids, at the positions that the ids would have."""
+    model = zoo.build(name, layers=1)
+    hawk_compile.optimize(model, ratio=0.6, backend="eager")
+    sizes = zoo.sizes(name)[1:5]
+    for size in sizes:
+        with_ids = rows.encoded(model, zoo.inputs(name, model, rows=[size]))
+        with_embeds = copy.copy(with_ids)
+        with_embeds["inputs_embeds"] = model.get_input_embeddings()(with_embeds.pop("input_ids"))
+        with torch.no_grad():
+            assert torch.equal(model(**with_embeds).logits, model(**with_ids).logits)
+    assert compilations(model) == 2  # one for ids, one for embeddings
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

@@ -176,7 +176,8 @@ def test_new_image_needs_plain_layers() -> None:
                  past_key_values=cache)
 
 
-def test_decode_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_decode_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph of the decode step for prompts of any length; the tokens are those of uncompiled decoding."""
     from torch._dynamo.backends import registry
 
@@ -187,9 +188,9 @@ def test_decode_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs.append(gm)
         return real(gm, example_inputs)
 
-    model = fresh("llava", compile_decode=True)
-    prompts = [picture("llava", which) for which in range(6)]
-    expected = [generate(pruned("llava"), inputs, 8).sequences for inputs in prompts]
+    model = fresh(name, compile_decode=True)
+    prompts = [picture(name, which) for which in range(6)]
+    expected = [generate(pruned(name), inputs, 8).sequences for inputs in prompts]
     generate(model, prompts[0], 1)  # the prefill, which is not counted
     monkeypatch.setitem(registry._COMPILER_FNS, "eager", counting)
     assert all(generate(model, inputs, 8).sequences.equal(e) for inputs, e in zip(prompts, expected, strict=True))

@@ -140,3 +140,17 @@ def test_one_model_meets_many_structures() -> None:
 def test_settings() -> None:
     with pytest.raises(ConfigError, match="unknown setting ration; the settings are ratio, head_weights"):
         hawk_compile.optimize(plain("llava"), ration=0.5)
+
+
+def test_an_optimized_model_inside_torch_compile() -> None:
+    """What is compiled around the model leaves it alone, and leaves nothing behind."""
+    model = fresh("llava")
+    inputs = picture("llava")
+    expected = model(**inputs).logits
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", isolate_recompiles=True)
+        assert torch.equal(compiled(**inputs).logits, expected)
+    report = hawk_compile.report(model)
+    assert 0 < report.kept_visual_tokens.item() < report.visual_tokens.item()
+    assert torch.equal(model(**inputs).logits, expected)
+    assert model._hawk_runtime.compilations == 1

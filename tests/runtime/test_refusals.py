@@ -60,6 +60,7 @@ RULE = "ratio is the fraction of visual tokens removed and must be a number in"
     ({"rato": 0.5}, ConfigError, "unknown setting rato; the settings are ratio"),
     ({"head_weights": [0.5, 0.5]}, HeadWeightsError, r"must be 4 finite numbers .* got shape \(2,\)"),
     ({"head_weights": torch.ones(2, 2)}, HeadWeightsError, r"got shape \(2, 2\)"),
+    ({"head_weights": torch.tensor(1.0)}, HeadWeightsError, r"must have shape \[H\].* got shape \(\)"),
     ({"head_weights": [1, 1, 1, -1]}, HeadWeightsError, "got the negative weight -1"),
     ({"head_weights": [0, 0, 0, 0]}, HeadWeightsError, 'all are 0 .*"uniform" weighs all heads equally'),
     ({"head_weights": [1, 1, 1, float("nan")]}, HeadWeightsError, "finite numbers .* got .*nan"),
@@ -192,9 +193,20 @@ def test_training() -> None:
     logits = model(**picture("llava")).logits
     with pytest.raises(UnsupportedCallError, match="gradients were asked of a pruned prefill"):
         logits.sum().backward()
+    with pytest.raises(UnsupportedCallError, match="gradients were asked of a pruned prefill"):
+        model(**picture("llava"), output_hidden_states=True).hidden_states[-1].sum().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():
         assert not model(**picture("llava")).logits.requires_grad
+
+
+def test_ids_and_embeddings_at_once() -> None:
+    inputs = picture("llava")
+    embeds = plain("llava").get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(InputError, match=r"either input_ids .* or inputs_embeds .* got both"):
+        pruned("llava")(**inputs, inputs_embeds=embeds)
+    with pytest.raises(InputError, match="got neither"):
+        pruned("llava")(pixel_values=inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

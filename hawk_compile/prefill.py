@@ -1,0 +1,208 @@
+"""One pruned prefill: encode, plan, run the compiled graph, hand keys and values to the caller's cache."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hawk_compile import capture
+from hawk_compile.backend import compile_graph
+from hawk_compile.cache import PrunedCache, mark_pruned, physical_length, physical_mask
+from hawk_compile.capture import capture_lock, tokens_of
+from hawk_compile.config import HawkConfig
+from hawk_compile.errors import GraphError, HawkError, InputError, UnsupportedCallError
+from hawk_compile.kernels.plan.op import slots
+from hawk_compile.passes.errors import AttentionNotFoundError
+from hawk_compile.pipeline import PassOptions
+from hawk_compile.plan import Plan, make_plan
+from hawk_compile.positions import deltas_after, deltas_of
+from hawk_compile.refusals import refuse_two_kinds_of_layer_features, refuse_unsupported
+from hawk_compile.report import PrefillRecord
+
+if TYPE_CHECKING:
+    from hawk_compile.runtime import Runtime
+
+PROMPT_LENGTH = "hawk_prompt_length"
+"""An argument that generate carries where it has no cache: what stands behind that length was generated: no voters."""
+
+
+class CompiledPrefill:
+    """A model's prefill, compiled on its first call. Ratio and head weights are inputs of it, not part of it."""
+
+    def __init__(self, backend: str, normalization: str):
+        self.config = HawkConfig(backend=backend, normalization=normalization)
+        self.compilations = 0
+        self.function = capture.compile_alone(planned_forward, backend=self.compile, fullgraph=True)
+
+    def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self.compilations += 1
+        return compile_graph(gm, example_inputs, self.config, PassOptions(normalization=self.config.normalization))
+
+
+def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """Encode, plan, run the pruned graph, and hand its keys and values to the caller's cache."""
+    refuse_unsupported(model, kwargs)
+    asked = tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
+    grad = torch.is_grad_enabled() and asked
+    with torch.no_grad():
+        if capture.has_pixels(kwargs):
+            with deltas_of(model, kwargs.get("past_key_values")):
+                kwargs = capture.encode(model, kwargs)
+        if kwargs.get("output_hidden_states"):
+            capture.install_recorders(model)
+        kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
+        outputs = capture.join_features(kwargs.pop("mm_encoder_outputs"))
+        refuse_two_kinds_of_layer_features(outputs)
+        tokens = tokens_of(kwargs)
+        rows, length = tokens.shape[:2]
+        target = kwargs.pop("past_key_values", None)
+        use_cache, return_dict = kwargs.pop("use_cache", None), kwargs.pop("return_dict", None)
+        past = physical_length(target)
+        whole_mask = kwargs.pop("attention_mask", None)
+        mask, past_mask = split_mask(target, whole_mask, past, length)
+        deltas = deltas_after(model, target, kwargs.get("position_ids"), whole_mask, rows, length)
+        placeholders = capture.placeholder_ids(model)
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
+        visual = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
+        features = capture.feature_count(outputs)
+        prompt = kwargs.pop(PROMPT_LENGTH, None)
+        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt)
+        needs_mask = plan.padded or plan.filled or past_mask is not None
+        if not needs_mask:
+            mask = None
+        elif mask is None:
+            mask = torch.ones((rows, length), dtype=torch.long, device=tokens.device)
+        scratch = scratch_cache(target)
+        inputs = {name: given for name, given in kwargs.items() if given is not None}
+        inputs |= {"mm_encoder_outputs": outputs, "attention_mask": mask, "past_key_values": scratch, "use_cache": True}
+        result, keep, valid, scores = call_compiled(runtime, forward, inputs, past_mask, plan, tokens.device)
+        target = fill_cache(model, target, scratch, past, use_cache)
+        if target is not None:
+            mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
+    runtime.note(PrefillRecord(
+        plan.visual, plan.kept, keep, valid, scores, reason_of(runtime.config, plan), plan.source,
+        runtime.head_weights.origin, length, plan.length))
+    if "past_key_values" in result:
+        result["past_key_values"] = target
+    if grad:
+        refuse_gradients(result)
+    return result if return_dict in (None, True) else result.to_tuple()
+
+
+def split_mask(
+    cache: Cache | None, mask: Tensor | None, past: int, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mask of the new tokens [B, S], mask of the cache's slots [B, P] or None if there are none)."""
+    if not past:
+        if mask is not None and mask.shape[1] != length:
+            raise InputError(f"attention_mask must have shape [B, {length}] like the prompt, got {tuple(mask.shape)}")
+        return mask, None
+    assert cache is not None
+    whole = physical_mask(cache, mask, length) if isinstance(cache, PrunedCache) else mask
+    if whole is None:
+        rows = cache.layers[0].keys.shape[0]  # type: ignore[union-attr]
+        whole = torch.ones((rows, past + length), dtype=torch.long, device=cache.layers[0].keys.device)  # type: ignore[union-attr]
+    if whole.shape[1] != past + length:
+        raise InputError(
+            f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got "
+            f"shape {tuple(whole.shape)}"
+        )
+    return whole[:, past:].contiguous(), whole[:, :past].contiguous()
+
+
+def scratch_cache(target: Cache | None) -> DynamicCache:
+    """A plain cache for the graph to fill: whatever the caller's kind, one graph serves it."""
+    scratch = DynamicCache()
+    if physical_length(target):
+        for index, layer in enumerate(target.layers):  # type: ignore[union-attr]
+            scratch.update(layer.keys, layer.values, index)
+    return scratch
+
+
+def call_compiled(
+    runtime: "Runtime",
+    forward: Callable[..., Any],
+    inputs: dict[str, Any],
+    past_mask: Tensor | None,
+    plan: Plan,
+    device: torch.device,
+) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
+    """Run the compiled prefill: (model output, keep [B, S'], valid [B, S'], scores [B, S])."""
+    lengths = slots(plan.length, device), slots(sum(plan.kept), device)
+    planned = (plan.votes, plan.budget, runtime.weights(device), *lengths)
+    with capture_lock, capture.settings():
+        try:
+            return runtime.prefill.function(forward, inputs, past_mask, planned)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, (GraphError, HawkError)):
+                raise error.inner_exception from None
+            raise
+        except Unsupported as error:
+            raise AttentionNotFoundError(
+                f"the model's forward cannot be captured as one graph between merge and decoder: {error}"
+            ) from error
+
+
+def planned_forward(
+    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Tensor, ...]
+) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
+    """What Dynamo captures: the model's own forward with the plan beside it."""
+    keep, valid, scores = torch.ops.hawk.plan(*planned)
+    inputs = {**inputs, "mm_encoder_outputs": capture.cut_extra_rows(inputs["mm_encoder_outputs"])}
+    capture.equate_lengths(inputs, planned[0])
+    if past_mask is not None:
+        inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
+    return forward(**inputs, return_dict=True), keep, valid, scores
+
+
+def fill_cache(
+    model: PreTrainedModel, target: Cache | None, scratch: DynamicCache, past: int, use_cache: bool | None
+) -> Cache | None:
+    """The caller's cache with the new keys and values, by its own `update`; a new one if the model would make one."""
+    config = model.config.get_text_config()
+    if target is None:
+        if use_cache is False or (use_cache is None and not getattr(config, "use_cache", True)):
+            return None
+        target = DynamicCache(config=config)
+    for index, layer in enumerate(scratch.layers):
+        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
+        assert keys is not None and values is not None
+        target.update(keys[:, :, past:], values[:, :, past:], index)
+    return target
+
+
+def reason_of(config: HawkConfig, plan: Plan) -> str:
+    total, kept = sum(plan.visual), sum(plan.kept)
+    if kept == total:
+        return f"ratio={config.ratio:g} leaves all {total} visual tokens"
+    return f"ratio={config.ratio:g} removes {total - kept} of {total} visual tokens"
+
+
+def refuse_gradients(result: ModelOutput) -> None:
+    """Let logits and hidden states say why they have no gradients when these are asked for."""
+    def refusing(value: Tensor) -> Tensor:
+        return RefuseBackward.apply(value.detach().requires_grad_())
+
+    result["logits"] = refusing(result["logits"])
+    if "hidden_states" in result:
+        result["hidden_states"] = tuple(refusing(each) for each in result["hidden_states"])
+
+
+class RefuseBackward(torch.autograd.Function):
+    """Values that can be read as always, and that say so when gradients are asked of them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise UnsupportedCallError(
+            "gradients were asked of a pruned prefill, which has none: hawk_compile.restore the model to train it"
+        )
