@@ -5,13 +5,28 @@
     hawk_compile.report(model)                        # what the last prefill kept
     model = hawk_compile.restore(model)               # exactly the model it was
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
+    hawk_compile.export(model, inputs, "out/", format="onnx", ratio=0.8)
+    hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
 """
 
 from hawk_compile.config import HawkConfig
+from hawk_compile.exporting.runner import Runner, load
+from hawk_compile.exporting.write import export
 from hawk_compile.inspection import Inspection
 from hawk_compile.inspection import inspect_model as inspect
 from hawk_compile.optimize import optimize, report, restore
 from hawk_compile.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["HawkConfig", "Inspection", "Report", "inspect", "optimize", "report", "restore"]
+__all__ = [
+    "HawkConfig",
+    "Inspection",
+    "Report",
+    "Runner",
+    "export",
+    "inspect",
+    "load",
+    "optimize",
+    "report",
+    "restore",
+]

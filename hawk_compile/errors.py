@@ -27,13 +27,23 @@ class InputError(HawkError, ValueError):
     """The inputs of a call contradict each other."""
 
 
+class ExportError(HawkError, RuntimeError):
+    """A model that cannot be exported, or a package that exporting needs and that is not installed."""
+
+
+class ManifestError(HawkError, ValueError):
+    """A folder that is no export, or whose files are not those that were written."""
+
+
 __all__ = [
     "AttentionNotFoundError",
     "ConfigError",
+    "ExportError",
     "GraphError",
     "HawkError",
     "HeadWeightsError",
     "InputError",
+    "ManifestError",
     "MergeNotFoundError",
     "ShapeError",
     "UnsupportedCallError",

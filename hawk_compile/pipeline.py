@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,11 +23,14 @@ from torch import Tensor, fx
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.passes.gather_by_shape import gather_by_shape
+from hawk_compile.passes.inline_operators import inline_operators
 from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
+from hawk_compile.passes.remove_assertions import remove_assertions
 from hawk_compile.passes.replace_masked_add import replace_masked_add
+from hawk_compile.passes.replace_masked_scatter import replace_masked_scatter
 from hawk_compile.passes.split_at_merge import split_at_merge
 
 log = logging.getLogger("hawk_compile")
@@ -59,6 +62,19 @@ PASSES = (
 )
 
 
+EXPORT_PASSES = (
+    Step(remove_assertions, "remove torch.export's checks, which pin values at full length"),
+    *PASSES,
+)
+"""The same passes on torch.export's graph."""
+
+PORTABLE_PASSES = (
+    Step(inline_operators, "compute the hawk operators by their definitions", ("selection",)),
+    Step(replace_masked_scatter, "merge with fixed shapes, without NonZero"),
+)
+"""What targets need that know ATen operators only, and no data-dependent shape; run behind EXPORT_PASSES."""
+
+
 @dataclass(frozen=True)
 class PassOptions:
     """What the passes may be told. See the passes for the meaning of each."""
@@ -66,10 +82,13 @@ class PassOptions:
     normalization: str = "l2"
     head_weights: Tensor | None = None
     removed: Fraction = Fraction(0)
+    selection: str = "sort"
 
 
-def run_passes(gm: fx.GraphModule, example_inputs: list[Any], options: PassOptions) -> fx.GraphModule:
-    """Run every pass on a graph. On an error the graph must be thrown away: it may be half rewritten.
+def run_passes(
+    gm: fx.GraphModule, example_inputs: list[Any], options: PassOptions, passes: Sequence[Step] = PASSES
+) -> fx.GraphModule:
+    """Run every pass of a list on a graph. On an error the graph must be thrown away: it may be half rewritten.
 
     Raises:
         GraphError: a pass refuses the graph.
@@ -78,7 +97,7 @@ def run_passes(gm: fx.GraphModule, example_inputs: list[Any], options: PassOptio
     left_out = disabled_passes()
     serial = next(dumped)
     dump(gm, serial, 0, "captured")
-    for number, step in enumerate(PASSES, start=1):
+    for number, step in enumerate(passes, start=1):
         if step.name in left_out:
             log.warning("%d. %s: left out (HAWK_DISABLE or HAWK_FUEL)", number, step.name)
             continue

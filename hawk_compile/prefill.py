@@ -42,6 +42,29 @@ class CompiledPrefill:
         self.compilations += 1
         return compile_graph(gm, example_inputs, self.config, PassOptions(normalization=self.config.normalization))
 
+    def run(
+        self,
+        forward: Callable[..., Any],
+        inputs: dict[str, Any],
+        past_mask: Tensor | None,
+        plan: Plan,
+        head_weights: Tensor,
+    ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
+        """(model output, keep [B, S'], valid [B, S'], scores [B, S]); fills the cache among the inputs."""
+        device = head_weights.device
+        planned = (plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device))
+        with capture_lock, capture.settings():
+            try:
+                return self.function(forward, inputs, past_mask, planned)
+            except BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, (GraphError, HawkError)):
+                    raise error.inner_exception from None
+                raise
+            except Unsupported as error:
+                raise AttentionNotFoundError(
+                    f"the model's forward cannot be captured as one graph between merge and decoder: {error}"
+                ) from error
+
 
 def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """Encode, plan, run the pruned graph, and hand its keys and values to the caller's cache."""
@@ -81,7 +104,8 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         scratch = scratch_cache(target)
         inputs = {name: given for name, given in kwargs.items() if given is not None}
         inputs |= {"mm_encoder_outputs": outputs, "attention_mask": mask, "past_key_values": scratch, "use_cache": True}
-        result, keep, valid, scores = call_compiled(runtime, forward, inputs, past_mask, plan, tokens.device)
+        weights = runtime.weights(tokens.device)
+        result, keep, valid, scores = runtime.prefill.run(forward, inputs, past_mask, plan, weights)
         target = fill_cache(model, target, scratch, past, use_cache)
         if target is not None:
             mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
@@ -123,30 +147,6 @@ def scratch_cache(target: Cache | None) -> DynamicCache:
         for index, layer in enumerate(target.layers):  # type: ignore[union-attr]
             scratch.update(layer.keys, layer.values, index)
     return scratch
-
-
-def call_compiled(
-    runtime: "Runtime",
-    forward: Callable[..., Any],
-    inputs: dict[str, Any],
-    past_mask: Tensor | None,
-    plan: Plan,
-    device: torch.device,
-) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
-    """Run the compiled prefill: (model output, keep [B, S'], valid [B, S'], scores [B, S])."""
-    lengths = slots(plan.length, device), slots(sum(plan.kept), device)
-    planned = (plan.votes, plan.budget, runtime.weights(device), *lengths)
-    with capture_lock, capture.settings():
-        try:
-            return runtime.prefill.function(forward, inputs, past_mask, planned)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, (GraphError, HawkError)):
-                raise error.inner_exception from None
-            raise
-        except Unsupported as error:
-            raise AttentionNotFoundError(
-                f"the model's forward cannot be captured as one graph between merge and decoder: {error}"
-            ) from error
 
 
 def planned_forward(

@@ -73,7 +73,8 @@ def voting_text(
     after = text & (position > start) & (position < stop)
     turn = plain & (position > turn_start) & (position < stop)
     has_after, has_turn = after.any(1, keepdim=True), turn.any(1, keepdim=True)
-    votes = torch.where(has_after, after, torch.where(has_turn, turn, text))
+    # Logic, not torch.where: some runtimes that this is exported to choose between numbers only.
+    votes = (after & has_after) | (~has_after & ((turn & has_turn) | (text & ~has_turn)))
     source = torch.where(has_after, QuerySource.AFTER_IMAGE,
                          torch.where(has_turn, QuerySource.TURN, QuerySource.ANY_TEXT)).squeeze(1)
     return votes, source

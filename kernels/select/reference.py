@@ -12,7 +12,6 @@ def select(
     length: int,
 ) -> tuple[Tensor, Tensor]:
     """Kept positions [B, length] int64 and which are real [B, length]; see `hawk_compile.kernels.select.op.select`."""
-    batch, size = scores.shape
     candidate = visual_mask & token_mask
 
     # A stable sort of the row, then a running count of the candidates in it: the rank of each among candidates, with
@@ -21,7 +20,47 @@ def select(
     order = torch.where(scores.isnan(), 0.0, scores).argsort(dim=1, descending=True, stable=True)  # [B, S]
     sorted_candidate = candidate.gather(1, order)
     best = sorted_candidate & (sorted_candidate.long().cumsum(1) <= budget.unsqueeze(1))
-    wanted = torch.zeros_like(candidate).scatter(1, order, best) | (token_mask & ~visual_mask)  # [B, S], class 2
+    return compact(torch.zeros_like(candidate).scatter(1, order, best), visual_mask, token_mask, length)
+
+
+BISECTIONS = 40
+"""Halvings of the range of a row's scores: what lies closer together than 2^-40 of it counts as equal."""
+
+
+def select_by_threshold(
+    scores: Tensor,  # [B, S] float
+    visual_mask: Tensor,  # [B, S] bool
+    token_mask: Tensor,  # [B, S] bool
+    budget: Tensor,  # [B] int64
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """The same selection without a sort, for targets that limit the length of one.
+
+    Bisection finds two neighbours, low < high: at least `budget` candidates of the row score `low` or more, fewer score
+    `high` or more. Those of the second kind are kept; of the ties in between, the lower positions.
+    """
+    candidate = visual_mask & token_mask
+    scores = scores.float()
+    scores = torch.where(scores.isnan(), 0.0, scores)
+    wanted = budget.unsqueeze(1)  # [B, 1]
+    largest = torch.finfo(torch.float32).max
+    low = torch.where(candidate, scores, largest).amin(1, keepdim=True)
+    high = torch.where(candidate, scores, -largest).amax(1, keepdim=True)
+    high = high + (high - low).clamp_min(1e-6)  # above every score
+    for _ in range(BISECTIONS):
+        middle = low + (high - low) * 0.5
+        enough = (candidate & (scores >= middle)).long().sum(1, keepdim=True) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    above = candidate & (scores >= high)
+    tied = candidate & (scores >= low) & ~above
+    left = wanted - above.long().sum(1, keepdim=True)
+    return compact(above | (tied & (tied.long().cumsum(1) <= left)), visual_mask, token_mask, length)
+
+
+def compact(best: Tensor, visual_mask: Tensor, token_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The slots of the chosen visual tokens `best` [B, S] and of all other tokens: (keep, valid), both [B, length]."""
+    batch, size = best.shape
+    wanted = best | (token_mask & ~visual_mask)  # [B, S]
 
     # What the wanted leave free goes to the row's padding, the lower position first, and what even that leaves free to
     # fill slots ahead of the row.
@@ -33,7 +72,7 @@ def select(
     # Compaction: the n-th chosen position goes to the n-th slot behind the filling; the others go to one slot more,
     # which is cut off.
     slot = torch.where(chosen, fill + chosen.long().cumsum(1) - 1, length).clamp_max(length)
-    position = torch.arange(size, device=scores.device).expand(batch, size)
+    position = torch.arange(size, device=best.device).expand(batch, size)
     text = (token_mask & ~visual_mask).long().argmax(1, keepdim=True)  # the first non-visual token, or 0
     keep = text.repeat(1, length + 1).scatter(1, slot, position)[:, :length]
     valid = wanted.new_zeros(batch, length + 1).scatter(1, slot, wanted)[:, :length]

@@ -1,0 +1,25 @@
+"""AOTInductor packages (`.pt2`): compiled code and weights, loaded by torch without any Python of the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_compile.exporting.components import Component
+
+PACKAGES: tuple[str, ...] = ()
+EXTRA = ""
+
+
+def write(component: Component, folder: Path, options: Any) -> list[str]:
+    """Compile one component; returns the names of its files, the one to open first."""
+    name = f"{component.name}.pt2"
+    torch._inductor.aoti_compile_and_package(component.trace(), package_path=str(folder / name))
+    return [name]
+
+
+def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    run = torch._inductor.aoti_load_package(str(folder / file))
+    return lambda inputs: run(**inputs)

@@ -1,0 +1,198 @@
+"""The parts of a model that are exported, as modules with tensors in and tensors out.
+
+    encoder   the modules that `get_image_features` runs, see `encoder.py`
+    prefill   input_ids [B, S], features [V, D], budget [B] -> logits [B, vocabulary], keys and values [B, Hkv, S', d]
+    decode    input_ids [B, T], past keys and values [B, Hkv, P, d] -> logits, keys and values [B, Hkv, P + T, d]
+
+In the prefill's graph the passes have put scoring, selection and gather; which text votes is computed in it from the
+ids. S' enters as the length of `kept_slots` (and V' as that of `kept_visual_slots`), so no shape depends on data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hawk_compile import capture
+from hawk_compile.kernels.plan.op import SLOT_OFFSET
+from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, PassOptions, run_passes
+from hawk_compile.query import SpecialIds, is_any, voting_text
+
+FEATURES = "{}_features"
+LAYER_FEATURES = "{}_layer_features_{}"
+KEY, VALUE = "key_{}", "value_{}"
+PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
+
+NAMED = {
+    name: Dim(name, min=least)
+    for name, least in {"batch": 1, "prompt": 2, "visual": 1, "kept": 2, "kept_visual": 1, "new": 1, "past": 0}.items()
+}
+"""Sizes that are equal wherever they have the same name, with the least value of each."""
+
+RELATED = {"total", "patches", "merged_patches", "tiles", "segments", "longest_segment", "windows", "longest_window"}
+"""Sizes that may depend on one another (patches on merged patches); torch.export finds out how."""
+
+Shape = tuple[str | int, ...]
+
+
+@dataclass
+class Component:
+    """One part of a model, ready to be exported.
+
+    Attributes:
+        name: 'prefill', 'decode', or that of an encoder.
+        module: takes `sample` as keyword arguments and returns a dict of tensors.
+        sample: inputs to trace it with: no two symbolic sizes are equal by need, none is 0 or 1.
+        shapes: of each input: numbers, and names from `NAMED` or `RELATED` where it is symbolic.
+        around: a context that tracing the module needs.
+    """
+
+    name: str
+    module: nn.Module
+    sample: dict[str, Tensor]
+    shapes: dict[str, Shape]
+    around: Callable[[], Any] = field(default=torch.no_grad)
+
+    @property
+    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        return {
+            name: {dim: NAMED.get(size, Dim.DYNAMIC) for dim, size in enumerate(shape) if isinstance(size, str)}
+            for name, shape in self.shapes.items()
+        }
+
+    def trace(self) -> ExportedProgram:
+        """The module as an ExportedProgram, by transformers' exporter and its patches."""
+        from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+        config = DynamoConfig(
+            dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        with self.around():
+            program, _ = DynamoExporter().export_program(self.module, dict(self.sample), config)  # type: ignore[arg-type]
+        return program
+
+
+class Prefill(nn.Module):
+    """A model's prefill with the plan beside it, as the passes expect it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        ids: SpecialIds,
+        head_weights: Tensor,
+        outputs: dict[str, ModelOutput],
+    ):
+        super().__init__()
+        self.model = model
+        self.run = forward
+        self.ids = ids
+        self.register_buffer("head_weights", head_weights)
+        self.placeholders = tuple(capture.placeholder_ids(model))
+        self.kinds = {modality: type(output) for modality, output in outputs.items()}
+        self.one_tensor = {
+            modality: isinstance(output[capture.FEATURES], Tensor) for modality, output in outputs.items()
+        }
+        self.levels = {modality: len(output.get(capture.LAYER_FEATURES) or ()) for modality, output in outputs.items()}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, budget: Tensor, kept_slots: Tensor, **given: Tensor
+    ) -> Any:
+        visual = is_any(input_ids, self.placeholders)
+        votes, _ = voting_text(input_ids, visual, attention_mask != 0, self.ids)
+        kept_visual = given.pop("kept_visual_slots", kept_slots)
+        keep, valid, scores = torch.ops.hawk.plan(
+            votes,
+            budget,
+            self.head_weights,
+            carried(kept_slots),
+            carried(kept_visual),  # type: ignore[arg-type]
+        )
+        outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
+        capture.equate_lengths(inputs, votes)
+        torch._check(budget.shape[0] == votes.shape[0])
+        cache = DynamicCache()
+        result = self.run(
+            **inputs,
+            mm_encoder_outputs=outputs,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        return {"logits": result.logits[:, -1], "keep": keep, "valid": valid, "scores": scores, **held(cache)}
+
+    def encoded(self, modality: str, given: dict[str, Tensor]) -> ModelOutput:
+        """The encoder's output in the structure that the model expects, from features [V, D]."""
+        features = given.pop(FEATURES.format(modality))
+        parts: dict[str, Any] = {capture.FEATURES: features.unsqueeze(0) if self.one_tensor[modality] else [features]}
+        if self.levels[modality]:
+            levels = [given.pop(LAYER_FEATURES.format(modality, level)) for level in range(self.levels[modality])]
+            for level in levels:
+                torch._check(level.shape[0] == features.shape[0])
+            parts[capture.LAYER_FEATURES] = levels
+        return self.kinds[modality](**parts)
+
+
+def carried(slots: Tensor) -> Tensor:
+    """The carrier of a length for `hawk::plan`, from a tensor that long."""
+    return slots.new_empty((slots.shape[0] + SLOT_OFFSET, 0))
+
+
+class Decode(nn.Module):
+    """Text behind a filled cache: one token per row and step, or a whole text turn."""
+
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]):
+        super().__init__()
+        self.model = model
+        self.run = forward
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **past: Tensor) -> Any:
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[PAST_KEY.format(layer)], past[PAST_VALUE.format(layer)], layer)
+        result = self.run(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True, logits_to_keep=1, return_dict=True,
+        )  # fmt: skip
+        return {"logits": result.logits[:, -1], **held(cache)}
+
+
+def held(cache: DynamicCache) -> dict[str, Tensor]:
+    """The keys and values of every layer by name."""
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        found[KEY.format(index)], found[VALUE.format(index)] = layer.keys, layer.values  # type: ignore[assignment,union-attr]
+    return found
+
+
+class Rewritten(nn.Module):
+    """A rewritten graph as a module like any other: exporters replace a module's forward; a GraphModule has none."""
+
+    def __init__(self, graph: fx.GraphModule):
+        super().__init__()
+        self.graph_module = graph
+
+    def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
+        return self.graph_module(**tensors)
+
+
+def prune(component: Component, normalization: str, portable: bool) -> Component:
+    """The prefill with the passes run on its graph.
+
+    Args:
+        portable: leave no operator that is not PyTorch's own, and no data-dependent shape.
+
+    Raises:
+        GraphError: the graph cannot be pruned.
+    """
+    graph = component.trace().module(check_guards=False)
+    options = PassOptions(normalization=normalization)
+    graph = run_passes(graph, [], options, (*EXPORT_PASSES, *PORTABLE_PASSES) if portable else EXPORT_PASSES)
+    return Component(component.name, Rewritten(graph), component.sample, component.shapes, component.around)

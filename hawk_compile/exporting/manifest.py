@@ -1,0 +1,127 @@
+"""`manifest.json`: what an exported folder holds, and how to run it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hawk_compile.errors import ManifestError
+
+FILE_NAME = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: its name, its dtype as torch names it, and its shape; symbolic sizes are names."""
+
+    name: str
+    dtype: str
+    shape: list[str | int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One exported component: the file that is opened first, all its files with their SHA-256, and its tensors."""
+
+    name: str
+    file: str
+    sha256: dict[str, str]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `hawk_compile.load` reads.
+
+    Attributes:
+        format: 'onnx', 'aoti', 'openvino' or 'tensorrt'.
+        ratio: fraction of visual tokens removed unless a request says otherwise.
+        selector, normalization, head_weights, head_weights_origin: how visual tokens are scored and chosen.
+        dtype: of weights and activations.
+        model: class of the exported model.
+        encoders: names of the components that encode images, in the order they run.
+        parts: every component by its role: the encoders, 'prefill', 'decode'.
+        ids: special ids that bound the voting text: vision_end, end_of_turn, special; and the placeholders.
+        versions: of the software that exported.
+    """
+
+    format: str
+    ratio: float
+    selector: str
+    normalization: str
+    head_weights: list[float]
+    head_weights_origin: str
+    dtype: str
+    device: str
+    model: str
+    encoders: list[str]
+    parts: dict[str, Part]
+    ids: dict[str, list[int]]
+    versions: dict[str, str]
+    manifest_version: int = VERSION
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder, its files checked against their hashes.
+
+    Raises:
+        ManifestError: no export, one of another version, or a file that is missing or not the one that was written.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ManifestError(
+            f"{folder} is no export: it holds no {FILE_NAME}; give a folder that hawk_compile.export wrote"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("manifest_version")
+        if version != VERSION:
+            raise ManifestError(
+                f"{path} has manifest_version {version}, and this release reads {VERSION}: export again"
+            )
+        parts = {
+            role: Part(**{**part, "inputs": specs(part["inputs"]), "outputs": specs(part["outputs"])})
+            for role, part in content.pop("parts").items()
+        }
+        manifest = Manifest(**content, parts=parts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(
+            f"{path} is no manifest of hawk_compile ({type(error).__name__}: {error}): export again"
+        ) from None
+    for part in manifest.parts.values():
+        check_files(folder, part)
+    return manifest
+
+
+def specs(given: list[dict[str, Any]]) -> list[TensorSpec]:
+    return [TensorSpec(**each) for each in given]
+
+
+def check_files(folder: Path, part: Part) -> None:
+    for name, expected in part.sha256.items():
+        path = folder / name
+        if path.parent.resolve() != folder.resolve():
+            raise ManifestError(f"the manifest names {name}, which lies outside {folder}: do not load it")
+        if not path.is_file():
+            raise ManifestError(
+                f"{folder} lacks {name} of component {part.name}: copy the whole folder, or export again"
+            )
+        found = digest(path)
+        if found != expected:
+            raise ManifestError(
+                f"{name} of component {part.name} is not the file that was exported (SHA-256 {found[:12]}..., the "
+                f"manifest says {expected[:12]}...): copy the folder again, or export again"
+            )
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,72 @@
+"""ONNX models by transformers' exporter, run by ONNX Runtime. Weights lie beside the graph as external data.
+
+Wrapped, because the exporter of transformers 5.23 needs it:
+
+- its rewrite of a stable sort makes a node without a value, which torch.onnx then misses: ONNX's TopK is stable by
+  definition (the lower index wins), so the sort is translated to it directly.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_compile.exporting.components import Component
+
+PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+EXTRA = "onnx"
+OPSET = 20
+
+
+def write(component: Component, folder: Path, options: Any) -> list[str]:
+    """Write one component; returns the names of its files, the one to open first."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    config = OnnxConfig(
+        dynamic=True, dynamic_shapes=component.dynamic_shapes, opset_version=OPSET,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )  # fmt: skip
+    with component.around(), stable_sort():
+        program, _ = OnnxExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
+    name = f"{component.name}.onnx"
+    OnnxExporter.save_program(program, folder / name)
+    return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()]
+
+
+@contextlib.contextmanager
+def stable_sort() -> Iterator[None]:
+    """Let torch.onnx translate aten.sort.stable itself."""
+    from onnxscript import onnx_opset
+    from transformers.exporters import exporter_onnx, utils
+
+    op: Any = onnx_opset.opset18
+
+    def sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_ints=[dim])), op.Constant(value_ints=[-1]))
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    fixes, table = utils._FX_NODE_FIXES["onnx"], exporter_onnx._ONNX_TRANSLATION_TABLE
+    utils._FX_NODE_FIXES["onnx"] = [fix for fix in fixes if getattr(fix, "__name__", "") != "_fix_sort_stable"]
+    exporter_onnx._ONNX_TRANSLATION_TABLE = {**table, torch.ops.aten.sort.stable: sort}
+    try:
+        yield
+    finally:
+        utils._FX_NODE_FIXES["onnx"] = fixes
+        exporter_onnx._ONNX_TRANSLATION_TABLE = table
+
+
+def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
+    taken = [each.name for each in session.get_inputs()]
+    given = [each.name for each in session.get_outputs()]
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        results = session.run(None, {name: inputs[name].numpy() for name in taken})
+        return {name: torch.from_numpy(result) for name, result in zip(given, results, strict=True)}
+
+    return run

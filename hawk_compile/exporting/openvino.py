@@ -1,0 +1,42 @@
+"""OpenVINO IR by transformers' exporter, run on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_compile.exporting.components import Component
+
+PACKAGES: tuple[str, ...] = ("openvino",)
+EXTRA = "openvino"
+
+
+def write(component: Component, folder: Path, options: Any) -> list[str]:
+    """Write one component; returns the names of its files, the one to open first."""
+    from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
+
+    config = OpenVINOConfig(
+        dynamic=True, dynamic_shapes=component.dynamic_shapes, stateful=False, compress_to_fp16=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )  # fmt: skip
+    with component.around():
+        program, _ = OpenVINOExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
+    name = f"{component.name}.xml"
+    OpenVINOExporter.save_program(program, folder / name)
+    return [name, f"{component.name}.bin"]
+
+
+def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    import openvino
+
+    model = openvino.Core().compile_model(str(folder / file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    taken = {name: port for port in model.inputs for name in port.get_names()}
+    given = {name: port for port in model.outputs for name in port.get_names()}
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        results = model({port: inputs[name].numpy() for name, port in taken.items() if name in inputs})
+        return {name: torch.from_numpy(results[port].copy()) for name, port in given.items()}
+
+    return run

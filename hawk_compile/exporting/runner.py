@@ -1,0 +1,271 @@
+"""`load`: an exported folder as something that generates, by transformers' own `generate` around the exported graphs.
+
+A skeleton of the model is made from its configuration, without weights; its prefill, its decode step and the modules of
+its encoder are then the exported components. What models do between them in Python (positions, packing of tiles) is
+their own code, and what surrounds a pruned prefill (lengths, masks, caches) is that of an optimised model.
+"""
+
+import inspect
+import os
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from hawk_compile import capture
+from hawk_compile.cache import physical_length
+from hawk_compile.config import HawkConfig
+from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
+from hawk_compile.exporting import manifest as manifests
+from hawk_compile.exporting.components import FEATURES, KEY, LAYER_FEATURES, PAST_KEY, PAST_VALUE, VALUE
+from hawk_compile.exporting.encoder import flat, prepared, unnamed
+from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
+from hawk_compile.exporting.write import DECODE, HOST_WEIGHTS, PREFILL, target_of
+from hawk_compile.head_weights import HeadWeights
+from hawk_compile.optimize import RUNTIME, overrides_of, report
+from hawk_compile.plan import Plan
+from hawk_compile.query import SpecialIds
+from hawk_compile.report import Report
+from hawk_compile.runtime import Runtime
+
+Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Runner:
+    """An exported model. Its `generate` is called as that of the model it was exported from.
+
+    Attributes:
+        manifest: what was exported, and how.
+    """
+
+    def __init__(self, manifest: Manifest, model: PreTrainedModel, runtime: Runtime):
+        self.manifest = manifest
+        self.model: Any = model
+        self.runtime = runtime
+        self.lock = threading.Lock()
+
+    def generate(self, *args: Any, ratio: float | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`: greedy, sampling, beams, streaming, batches.
+
+        Args:
+            ratio: fraction of visual tokens removed in this request, in [0, 1); None: that of the manifest.
+
+        Raises:
+            ConfigError: a ratio out of range.
+            UnsupportedCallError: a call that an exported model does not support, such as another kind of cache.
+            InputError: inputs that contradict each other or do not fit the exported components.
+        """
+        with self.lock:
+            self.runtime.config = HawkConfig(ratio=self.manifest.ratio if ratio is None else ratio)
+            if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+                kwargs["past_key_values"] = DynamicCache()
+            return self.model.generate(*args, **kwargs)
+
+    def report(self) -> Report:
+        """What the last prefill of this thread did; see `hawk_compile.report`."""
+        return report(self.model)
+
+
+def load(path: str | os.PathLike[str]) -> Runner:
+    """Open an exported folder in the runtime that its manifest names.
+
+    Raises:
+        ManifestError: no export, or files that are not those that were written.
+        ExportError: a package that the format needs is not installed.
+    """
+    folder = Path(path)
+    manifest = manifests.read(folder)
+    target = target_of(manifest.format)
+    if not hasattr(target, "open_session"):
+        raise ManifestError(f'{folder} holds format="{manifest.format}", which is built here and run elsewhere')
+    model = skeleton(folder, manifest)
+    sessions = {
+        name: checked(part, target.open_session(folder, part.file, part)) for name, part in manifest.parts.items()
+    }
+    for name in manifest.encoders:
+        child = model.base_model.get_submodule(name)
+        child.forward = encoder_call(child, sessions[name])  # type: ignore[method-assign]
+    config = HawkConfig(ratio=manifest.ratio, normalization=manifest.normalization)
+    weights = HeadWeights(torch.tensor(manifest.head_weights), manifest.head_weights_origin)
+    ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
+    runtime = Runtime(config, weights, ids, {"forward": decode_call(sessions[DECODE], manifest.parts[DECODE])})
+    runtime.prefill = ExportedPrefill(sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
+    for name, (owner, method) in overrides_of(model).items():
+        owner.__dict__[name] = method
+    model.__dict__[RUNTIME] = runtime
+    return Runner(manifest, model, runtime)
+
+
+def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
+    """The model without weights, but for the few parameters that its own code reads on the host."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    dtype = getattr(torch, manifest.dtype)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    if type(model).__name__ != manifest.model:
+        raise ManifestError(
+            f"{folder} was exported from {manifest.model}, but its config.json makes {type(model).__name__}"
+        )
+    model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.requires_grad_(False).eval()
+    if (folder / HOST_WEIGHTS).is_file():
+        for name, value in load_file(folder / HOST_WEIGHTS).items():
+            setattr(model.base_model, name, nn.Parameter(value, requires_grad=False))
+    model.__class__ = type(type(model).__name__, (type(model),), {"device": torch.device("cpu")})
+    return model
+
+
+def checked(part: Part, session: Session) -> Session:
+    """The session behind a check of its inputs, which says what was expected."""
+    expected = {each.name: each for each in part.inputs}
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if inputs.keys() != expected.keys():
+            missing, unknown = sorted(expected.keys() - inputs.keys()), sorted(inputs.keys() - expected.keys())
+            raise UnsupportedCallError(
+                f"{part.name} was exported with the inputs {', '.join(expected)}; this call lacks {missing or 'none'} "
+                f"and also gives {unknown or 'none'}: call it as at export, or export again with such a prompt"
+            )
+        sizes: dict[str, int] = {}
+        for name, given in inputs.items():
+            wanted = expected[name].shape
+            fits = len(wanted) == given.ndim and all(
+                size == (one if isinstance(one, int) else sizes.setdefault(one, size))
+                for one, size in zip(wanted, given.shape, strict=True)
+            )
+            if not fits:
+                raise InputError(
+                    f"{name} of {part.name} must have shape {wanted}, got {list(given.shape)} (sizes: {sizes})"
+                )
+        return session(
+            {name: given.to(getattr(torch, expected[name].dtype)).contiguous() for name, given in inputs.items()}
+        )
+
+    return run
+
+
+def encoder_call(child: nn.Module, session: Session) -> Callable[..., Any]:
+    """What stands in for the forward of one of the encoder's modules."""
+    signature = inspect.signature(type(child).forward)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = flat(signature.bind(self, *args, **kwargs))
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        return unnamed(session(prepared(child, tensors)))
+
+    return types.MethodType(forward, child)
+
+
+class ExportedPrefill:
+    """Runs the exported prefill where an optimised model would run its compiled one."""
+
+    compilations = 0
+
+    def __init__(self, session: Session, part: Part):
+        self.session = session
+        self.inputs = {each.name: each for each in part.inputs}
+
+    def run(
+        self, forward: Any, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, head_weights: Tensor
+    ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
+        if past_mask is not None or physical_length(inputs["past_key_values"]):
+            raise UnsupportedCallError(
+                "new images on a cache that already holds tokens: an exported prefill starts a conversation, so "
+                "give the whole conversation at once"
+            )
+        refuse_hidden(inputs)
+        ids = inputs["input_ids"]
+        rows, length = ids.shape
+        feed: dict[str, Tensor] = {
+            name: inputs[name] for name in ("input_ids", "position_ids", "token_type_ids") if name in inputs
+        }
+        if feed.get("position_ids") is None:
+            raise InputError("position_ids are needed where the model is called without generate: give them, [B, S]")
+        feed["position_ids"] = counted(feed["position_ids"], self.inputs["position_ids"])
+        mask = inputs.get("attention_mask")
+        feed["attention_mask"] = ids.new_ones((rows, length)) if mask is None else mask
+        for modality, output in inputs["mm_encoder_outputs"].items():
+            named = [(FEATURES.format(modality), output[capture.FEATURES])]
+            levels = output.get(capture.LAYER_FEATURES) or []
+            named += [(LAYER_FEATURES.format(modality, level), features) for level, features in enumerate(levels)]
+            feed |= {name: joined(features) for name, features in named}
+        feed |= {"budget": plan.budget, "kept_slots": torch.arange(plan.length)}
+        if "kept_visual_slots" in self.inputs:
+            feed["kept_visual_slots"] = torch.arange(sum(plan.kept))
+        found = self.session(feed)
+        for layer in range(sum(name.startswith("key_") for name in found)):
+            inputs["past_key_values"].update(found[KEY.format(layer)], found[VALUE.format(layer)], layer)
+        result = CausalLMOutputWithPast(
+            logits=found["logits"].unsqueeze(1),
+            past_key_values=inputs["past_key_values"],  # type: ignore[arg-type]
+        )
+        return result, found["keep"], found["valid"].bool(), found["scores"]
+
+
+def joined(features: Any) -> Tensor:
+    """[V, D] without the extra rows that a captured graph needs."""
+    rows = features[0]
+    return rows[: rows.shape[0] - capture.EXTRA_ROWS]
+
+
+def counted(positions: Tensor, spec: TensorSpec) -> Tensor:
+    """Positions as the component counts them: without the row of text positions that generate puts ahead of mRoPE's."""
+    return positions[-spec.shape[0] :] if len(spec.shape) == positions.ndim == 3 else positions  # type: ignore[operator]
+
+
+def refuse_hidden(inputs: dict[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        if inputs.get(name):
+            raise UnsupportedCallError(f"{name}=True: an exported model gives logits only; leave it out")
+    if inputs.get("input_ids") is None:
+        raise UnsupportedCallError("inputs_embeds: an exported model takes input_ids; give those")
+
+
+def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
+    """The model's forward behind (or without) a cache: text only."""
+    empty = {each.name: each for each in part.inputs if each.name.startswith("past_")}
+    where = next(each for each in part.inputs if each.name == "position_ids")
+
+    def forward(
+        input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> ModelOutput:  # fmt: skip
+        refuse_hidden({"input_ids": input_ids, **kwargs})
+        assert input_ids is not None
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
+            raise UnsupportedCallError(
+                f"an exported model keeps its keys and values in a plain DynamicCache(), got {kinds}"
+            )
+        if position_ids is None:
+            raise InputError("position_ids are needed where the model is called without generate: give them, [B, S]")
+        rows, new = input_ids.shape
+        past = physical_length(cache)
+        feed: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": counted(position_ids, where)}
+        feed["attention_mask"] = input_ids.new_ones((rows, past + new)) if attention_mask is None else attention_mask
+        for layer in range(len(empty) // 2):
+            for name, attribute in ((PAST_KEY.format(layer), "keys"), (PAST_VALUE.format(layer), "values")):
+                spec = empty[name]
+                shape = (rows, spec.shape[1], 0, spec.shape[3])
+                dtype = getattr(torch, spec.dtype)
+                feed[name] = getattr(cache.layers[layer], attribute) if past else torch.zeros(shape, dtype=dtype)  # type: ignore[arg-type]
+        found = session(feed)
+        for layer in range(len(empty) // 2):
+            keys, values = found[KEY.format(layer)], found[VALUE.format(layer)]
+            if past:
+                cache.layers[layer].keys, cache.layers[layer].values = keys, values  # type: ignore[union-attr]
+            else:
+                cache.update(keys, values, layer)
+        return CausalLMOutputWithPast(logits=found["logits"].unsqueeze(1), past_key_values=cache)  # type: ignore[arg-type]
+
+    return forward

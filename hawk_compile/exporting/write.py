@@ -1,0 +1,330 @@
+"""`export`: a model's components, pruned, written in one format with a manifest; all of it or nothing."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hawk_compile import capture
+from hawk_compile.config import HawkConfig, make_config
+from hawk_compile.errors import ExportError, GraphError, HawkError, InputError
+from hawk_compile.exporting.components import (
+    FEATURES,
+    LAYER_FEATURES,
+    PAST_KEY,
+    PAST_VALUE,
+    Component,
+    Decode,
+    Prefill,
+    Shape,
+    prune,
+)
+from hawk_compile.exporting.encoder import encoder_components
+from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, digest
+from hawk_compile.head_weights import resolve
+from hawk_compile.optimize import RUNTIME, check_model, original
+from hawk_compile.plan import make_plan
+from hawk_compile.query import special_ids
+
+FORMATS = ("onnx", "aoti", "openvino", "tensorrt")
+PREFILL, DECODE = "prefill", "decode"
+OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
+HOST_WEIGHTS = "host.safetensors"
+"""Parameters of the model's body itself (as a newline between rows of tiles), which packing on the host needs."""
+
+Progress = Callable[[str], None]
+
+
+def export(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    ratio: float = 0.8,
+    overwrite: bool = False,
+    processor: Any = None,
+    progress: Progress = lambda line: None,
+    **settings: Any,
+) -> Manifest:
+    """Write a model with pruning inside its prefill to a folder, for a runtime without PyTorch.
+
+    Args:
+        model: an image-text-to-text model, optimised or not; it is left as it was.
+        inputs: one prompt with at least one image, as for `generate` (input_ids [B, S], pixel_values, ...). It only
+            shows which inputs the model takes: batch, prompt length, number and sizes of images are symbolic.
+        path: the folder to write; it must not exist, unless `overwrite`.
+        format: 'onnx', 'aoti', 'openvino' or 'tensorrt'.
+        ratio: fraction of visual tokens removed, in [0, 1): the default of requests, each of which may set its own.
+        overwrite: replace the folder if it is an export.
+        processor: saved beside the model, if given.
+        progress: told in a line what has been done.
+        **settings: `head_weights`, `normalization`, `vision_end_token_id`, `end_of_turn_token_id`, as for `optimize`;
+            for TensorRT also `sizes`, `compute_capabilities`, see `hawk_compile.exporting.tensorrt`.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ConfigError, HeadWeightsError, UnsupportedModelError, GraphError: as `optimize`.
+        ExportError: an unknown format, a package that is missing, or a component that the format cannot take.
+        InputError: inputs without an image, or a folder that is in the way.
+    """
+    target = target_of(format)
+    options = target.options(settings) if hasattr(target, "options") else None
+    config = make_config(None, {"ratio": ratio, **settings})
+    check_model(model)
+    with written_whole(Path(path), overwrite) as folder:
+        parts, encoders = {}, []
+        weights = resolve(config.head_weights, model)
+        for component in components(model, inputs, config, weights.values, portable=format != "aoti"):
+            started = time.perf_counter()
+            parts[component.name] = write_part(target, component, folder, options)
+            if component.name not in (PREFILL, DECODE):
+                encoders.append(component.name)
+            size = sum((folder / name).stat().st_size for name in parts[component.name].sha256)
+            progress(f"{component.name}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+        ids = special_ids(model, config)
+        save_beside(model, processor, folder)
+        manifest = Manifest(
+            format=format,
+            ratio=config.ratio,
+            selector="hawk",
+            normalization=config.normalization,
+            head_weights=weights.values.tolist(),
+            head_weights_origin=weights.origin,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            model=type(model).__name__,
+            encoders=encoders,
+            parts=parts,
+            ids={
+                "vision_end": list(ids.vision_end), "end_of_turn": list(ids.end_of_turn), "special": list(ids.special),
+                "placeholders": capture.placeholder_ids(model),
+            },
+            versions={name: importlib.metadata.version(name) for name in (*OWN_PACKAGES, *target.PACKAGES)},
+        )  # fmt: skip
+        manifest.write(folder)
+    return manifest
+
+
+def target_of(format: str) -> Any:
+    """The module of a format, its packages imported."""
+    if format not in FORMATS:
+        raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    target = importlib.import_module(f"hawk_compile.exporting.{format}")
+    for package in target.PACKAGES:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ExportError(
+                f'format="{format}" needs the package {package}, which is not installed: pip install '
+                f'"hawk-compile[{target.EXTRA}]"'
+            ) from None
+    return target
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder that takes the place of `path` at the end, and leaves nothing behind if that is not reached."""
+    from hawk_compile.exporting.manifest import FILE_NAME
+
+    if path.exists() and not (overwrite and (path / FILE_NAME).is_file()):
+        remedy = "give another folder" if overwrite else "give another folder, or overwrite=True for an earlier export"
+        raise InputError(f"path must be a folder that does not exist yet, got {path}: {remedy}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield folder
+        if path.exists():
+            shutil.rmtree(path)
+        folder.rename(path)
+    except OSError as error:
+        raise ExportError(f"{path} could not be written ({error}): nothing is left of it") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def components(
+    model: PreTrainedModel, inputs: dict[str, Any], config: HawkConfig, head_weights: Tensor, portable: bool
+) -> Iterator[Component]:
+    """Encoders, prefill and decode, in this order, ready to be written.
+
+    Raises:
+        GraphError: the prefill cannot be pruned.
+        ExportError: a component cannot be traced.
+    """
+    if not capture.has_pixels(inputs):
+        raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
+    training = model.training
+    model.eval()
+    try:
+        yield from encoder_components(model, inputs)
+        prefill = prefill_component(model, inputs, config, head_weights)
+        yield prune(prefill, config.normalization, portable)
+        yield decode_component(model, prefill)
+    finally:
+        model.train(training)
+
+
+def prefill_component(
+    model: PreTrainedModel, inputs: dict[str, Any], config: HawkConfig, head_weights: Tensor
+) -> Component:
+    """The prefill with a sample of two rows, each the first row of the inputs."""
+    with torch.no_grad():
+        encoded = capture.encode(model, dict(inputs))
+    outputs = {name: output for name, output in encoded["mm_encoder_outputs"].items() if output is not None}
+    ids, rows = inputs["input_ids"], len(inputs["input_ids"])
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = encoded.get("position_ids")
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(rows, 1)
+    sample = {"input_ids": twice(ids, 0), "attention_mask": twice(mask, 0), "position_ids": twice(positions, -2)}
+    shapes: dict[str, Shape] = dict.fromkeys(("input_ids", "attention_mask"), ("batch", "prompt"))
+    shapes["position_ids"] = ("batch", "prompt") if positions.ndim == 2 else (len(positions), "batch", "prompt")
+    if inputs.get("token_type_ids") is not None:
+        sample["token_type_ids"], shapes["token_type_ids"] = twice(inputs["token_type_ids"], 0), ("batch", "prompt")
+    layered = False
+    for modality, output in outputs.items():
+        named = {FEATURES.format(modality): output[capture.FEATURES]}
+        levels = output.get(capture.LAYER_FEATURES) or []
+        named |= {LAYER_FEATURES.format(modality, level): features for level, features in enumerate(levels)}
+        layered = layered or bool(levels)
+        for name, features in named.items():
+            sample[name] = twice(rows_of(features), 0)
+            shapes[name] = ("visual", sample[name].shape[1])
+    visual = torch.isin(sample["input_ids"], torch.tensor(capture.placeholder_ids(model), device=ids.device))
+    count = sum(sample[FEATURES.format(modality)].shape[0] for modality in outputs)
+    special = special_ids(model, config)
+    plan = make_plan(sample["input_ids"], visual, sample["attention_mask"], count, special, config)
+    sample["budget"], shapes["budget"] = plan.budget, ("batch",)
+    sample["kept_slots"], shapes["kept_slots"] = torch.arange(plan.length, device=ids.device), ("kept",)
+    if layered:
+        sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
+        shapes["kept_visual_slots"] = ("kept_visual",)
+    module = Prefill(model, forward_of(model), special, head_weights.to(ids.device), outputs)
+    return Component(PREFILL, module.eval(), sample, shapes)
+
+
+def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
+    """The decode step; its sample stands behind a cache of three slots."""
+    text = model.config.get_text_config()
+    rows, new, past = 2, 2, 3
+    positions = prefill.shapes["position_ids"]
+    device = prefill.sample["input_ids"].device
+    with torch.no_grad():
+        cache = prefill_cache(prefill)
+    ids = prefill.sample["input_ids"][:, -new:].contiguous()
+    sample = {"input_ids": ids, "attention_mask": torch.ones((rows, past + new), dtype=torch.int64, device=device)}
+    counted = torch.arange(past, past + new, device=device)
+    sample["position_ids"] = counted.expand(
+        *(size for size in positions[:-2] if isinstance(size, int)), rows, new
+    ).contiguous()
+    shapes: dict[str, Shape] = {
+        "input_ids": ("batch", "new"),
+        "attention_mask": ("batch", "total"),
+        "position_ids": (*positions[:-2], "batch", "new"),
+    }  # fmt: skip
+    assert len(cache) == text.num_hidden_layers
+    for layer, (keys, values) in enumerate(cache):
+        for name, held in ((PAST_KEY.format(layer), keys), (PAST_VALUE.format(layer), values)):
+            sample[name] = held[:, :, :past].contiguous()
+            shapes[name] = ("batch", held.shape[1], "past", held.shape[3])
+    return Component(DECODE, Decode(model, forward_of(model)).eval(), sample, shapes)
+
+
+def prefill_cache(prefill: Component) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the sample's unpruned prompt, layer by layer."""
+    module: Any = prefill.module
+    given = {
+        name: value
+        for name, value in prefill.sample.items()
+        if name not in ("budget", "kept_slots", "kept_visual_slots")
+    }
+    outputs = {modality: module.encoded(modality, given) for modality in module.kinds}
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    module.run(**given, mm_encoder_outputs=outputs, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
+
+
+def forward_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's own forward, whether it is optimised or not."""
+    return original(model, "forward") if RUNTIME in model.__dict__ else model.forward
+
+
+def twice(values: Tensor, dim: int) -> Tensor:
+    """The first row (and its features) a second time, so that the batch is two."""
+    return torch.cat([values, values], dim)
+
+
+def rows_of(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """[V, D] of one modality's features."""
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+
+
+def write_part(target: Any, component: Component, folder: Path, options: Any) -> Part:
+    started = time.perf_counter()
+    try:
+        files = target.write(component, folder, options)
+    except (HawkError, GraphError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{component.name} cannot be exported to {target.__name__.rsplit('.', 1)[-1]}: {error}"
+        ) from error
+    with torch.no_grad(), component.around():
+        results = component.module(**component.sample)
+    return Part(
+        name=component.name,
+        file=files[0],
+        sha256={name: digest(folder / name) for name in files},
+        inputs=[spec(name, component.sample[name], shape) for name, shape in component.shapes.items()],
+        outputs=[spec(name, value, output_shape(component, name, value)) for name, value in results.items()],
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def spec(name: str, value: Tensor, shape: Shape) -> TensorSpec:
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), list(shape))
+
+
+def output_shape(component: Component, name: str, value: Tensor) -> Shape:
+    if component.name == PREFILL:
+        along = {"scores": "prompt"}.get(name, "kept")
+        return tuple(
+            {0: "batch"}.get(dim, along if dim == (2 if value.ndim == 4 else 1) and name != "logits" else size)
+            for dim, size in enumerate(value.shape)
+        )
+    if component.name == DECODE:
+        return tuple("batch" if dim == 0 else "total" if dim == 2 else size for dim, size in enumerate(value.shape))
+    first = next(iter(component.shapes.values()))[0]
+    rows = component.sample[next(iter(component.sample))].shape[0]
+    return tuple(
+        "merged_patches" if dim == 0 and size != rows else first if dim == 0 else size
+        for dim, size in enumerate(value.shape)
+    )
+
+
+def save_beside(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """What the runner needs of the model: its configurations, the parameters of its body itself, the processor."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    held = {name: value.detach().cpu().contiguous() for name, value in model.base_model.named_parameters(recurse=False)}
+    if held:
+        save_file(held, folder / HOST_WEIGHTS)
+    if processor is not None:
+        processor.save_pretrained(folder)

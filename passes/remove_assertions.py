@@ -1,0 +1,32 @@
+"""Remove the checks that torch.export writes into a graph: they pin values at the prompt's full length.
+
+    before: x | _assert_tensor_metadata(x, ...), _guards_fn(x, ...), _assert_scalar(features == placeholders)
+    after:  x
+
+Numerics are unchanged. What they check is checked on the host before the graph runs.
+"""
+
+from typing import Any
+
+from torch import fx
+
+from hawk_compile.passes.graph import op_name
+
+CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_assert")
+GUARDS = "_guards_fn"
+
+
+def remove_assertions(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+    """Erase every check of tensors or sizes that is not part of a computation, and what only it needed."""
+    checks = [node for node in gm.graph.nodes if is_check(node)]
+    for node in reversed(checks):
+        gm.graph.erase_node(node)
+    if checks:
+        gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return gm
+
+
+def is_check(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return node.target == GUARDS
+    return node.op == "call_function" and op_name(node) in CHECKS and not node.users
