@@ -165,9 +165,11 @@ class Crossing:
         kept_rank = call(torch.flatten, call(torch.ops.hawk.gather.default, ranks, self.keep))
         kept_mask = call(torch.ops.hawk.gather.default, site.visual_mask, self.keep)
         kept = call(torch.flatten, call(torch.logical_and, kept_mask, site.valid))
-        order = call(torch.argsort, call(torch.logical_not, kept), dim=0, stable=True)
-        first = call(operator.getitem, order, slice(None, site.kept_visual))
-        return call(torch.index_select, kept_rank, 0, first)
+        # The n-th kept one goes to slot n; all others go to one slot more, which is cut off. No sort: targets limit it.
+        size = self.build.size(operator.add, site.kept_visual, 1)
+        slot = call(torch.where, kept, call(torch.sub, call(torch.cumsum, kept, 0), 1), site.kept_visual)
+        slots = call(torch.scatter, call(torch.ops.aten.new_zeros.default, kept_rank, [size]), 0, slot, kept_rank)
+        return call(operator.getitem, slots, slice(None, site.kept_visual))
 
     def record(self, node: fx.Node, shape: tuple[Any, ...], kind: str, result: Any) -> Any:
         self.site.gathered.append((node.name, shape, kind))

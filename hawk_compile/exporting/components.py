@@ -8,8 +8,9 @@ In the prefill's graph the passes have put scoring, selection and gather; which 
 ids. S' enters as the length of `kept_slots` (and V' as that of `kept_visual_slots`), so no shape depends on data.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,15 +29,16 @@ LAYER_FEATURES = "{}_layer_features_{}"
 KEY, VALUE = "key_{}", "value_{}"
 PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
 
-NAMED = {
-    name: Dim(name, min=least)
-    for name, least in {"batch": 1, "prompt": 2, "visual": 1, "kept": 2, "kept_visual": 1, "new": 1, "past": 0}.items()
-}
+NAMED = {"batch": 1, "prompt": 2, "visual": 1, "kept": 2, "kept_visual": 1, "new": 1, "past": 0}
 """Sizes that are equal wherever they have the same name, with the least value of each."""
+
+MOST = 2**31 - 1
+"""No size is larger."""
 
 RELATED = {"total", "patches", "merged_patches", "tiles", "segments", "longest_segment", "windows", "longest_window"}
 """Sizes that may depend on one another (patches on merged patches); torch.export finds out how."""
 
+VMAP, INDEXING = "_vmap_expansion_sdpa", "TransformGetItemToIndex"
 Shape = tuple[str | int, ...]
 
 
@@ -50,6 +52,7 @@ class Component:
         sample: inputs to trace it with: no two symbolic sizes are equal by need, none is 0 or 1.
         shapes: of each input: numbers, and names from `NAMED` or `RELATED` where it is symbolic.
         around: a context that tracing the module needs.
+        least: the least values of sizes, where they are not those in `NAMED`.
     """
 
     name: str
@@ -57,11 +60,13 @@ class Component:
     sample: dict[str, Tensor]
     shapes: dict[str, Shape]
     around: Callable[[], Any] = field(default=torch.no_grad)
+    least: dict[str, int] = field(default_factory=dict)
 
     @property
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        sizes = {name: Dim(name, min=self.least.get(name, least), max=MOST) for name, least in NAMED.items()}
         return {
-            name: {dim: NAMED.get(size, Dim.DYNAMIC) for dim, size in enumerate(shape) if isinstance(size, str)}
+            name: {dim: sizes.get(size, Dim.DYNAMIC) for dim, size in enumerate(shape) if isinstance(size, str)}
             for name, shape in self.shapes.items()
         }
 
@@ -72,9 +77,23 @@ class Component:
         config = DynamoConfig(
             dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
-        with self.around():
+        with self.around(), broadcast_masks():
             program, _ = DynamoExporter().export_program(self.module, dict(self.sample), config)  # type: ignore[arg-type]
         return program
+
+
+@contextlib.contextmanager
+def broadcast_masks() -> Iterator[None]:
+    """Let masks be built by broadcasting, as transformers' other exporters do: no pass can work out vmap's shapes.
+
+    What turns a mask function's indexing into an operator of its own, for vmap's sake, is left out with it.
+    """
+    from transformers import masking_utils
+    from transformers.exporters import utils
+
+    found = [(masking_utils, name, make) for _, name, make in utils._PATCHES["onnx"] if name == VMAP]
+    with utils.patch_attributes([*found, (masking_utils, INDEXING, lambda original: contextlib.nullcontext)]):
+        yield
 
 
 class Prefill(nn.Module):
@@ -98,7 +117,10 @@ class Prefill(nn.Module):
         self.one_tensor = {
             modality: isinstance(output[capture.FEATURES], Tensor) for modality, output in outputs.items()
         }
-        self.levels = {modality: len(output.get(capture.LAYER_FEATURES) or ()) for modality, output in outputs.items()}
+        self.levels = {
+            modality: [isinstance(level, Tensor) for level in output.get(capture.LAYER_FEATURES) or ()]
+            for modality, output in outputs.items()
+        }
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, budget: Tensor, kept_slots: Tensor, **given: Tensor
@@ -131,13 +153,20 @@ class Prefill(nn.Module):
     def encoded(self, modality: str, given: dict[str, Tensor]) -> ModelOutput:
         """The encoder's output in the structure that the model expects, from features [V, D]."""
         features = given.pop(FEATURES.format(modality))
-        parts: dict[str, Any] = {capture.FEATURES: features.unsqueeze(0) if self.one_tensor[modality] else [features]}
+        parts: dict[str, Any] = {capture.FEATURES: whole(features, self.one_tensor[modality])}
         if self.levels[modality]:
-            levels = [given.pop(LAYER_FEATURES.format(modality, level)) for level in range(self.levels[modality])]
+            levels = [given.pop(LAYER_FEATURES.format(modality, level)) for level in range(len(self.levels[modality]))]
             for level in levels:
                 torch._check(level.shape[0] == features.shape[0])
-            parts[capture.LAYER_FEATURES] = levels
+            parts[capture.LAYER_FEATURES] = [
+                whole(level, one) for level, one in zip(levels, self.levels[modality], strict=True)
+            ]
         return self.kinds[modality](**parts)
+
+
+def whole(features: Tensor, one_tensor: bool) -> Any:
+    """Features [V, D] of all images as the model expects those of several: one tensor, or a list."""
+    return features.unsqueeze(0) if one_tensor else [features]
 
 
 def carried(slots: Tensor) -> Tensor:
@@ -195,4 +224,4 @@ def prune(component: Component, normalization: str, portable: bool) -> Component
     graph = component.trace().module(check_guards=False)
     options = PassOptions(normalization=normalization)
     graph = run_passes(graph, [], options, (*EXPORT_PASSES, *PORTABLE_PASSES) if portable else EXPORT_PASSES)
-    return Component(component.name, Rewritten(graph), component.sample, component.shapes, component.around)
+    return replace(component, module=Rewritten(graph))

@@ -38,6 +38,8 @@ SIZES: dict[str, Shape] = {
     "window_places": ("patches",),
     "window_index": ("merged_patches",),
 }
+STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+"""Fields that every encoder's output has, so that a model can set them."""
 SEGMENTS = {"cu_seqlens": ("segments", "segment_places"), "cu_window_seqlens": ("windows", "window_places")}
 LONGEST = {"segment_places": "max_seqlen", "window_places": "max_window_seqlen"}
 
@@ -89,7 +91,7 @@ def unnamed(tensors: dict[str, Tensor]) -> Any:
             held[int(index)] = value
         else:
             fields[whole] = value
-    return output_class(tuple(fields))(**fields)
+    return output_class(tuple(dict.fromkeys((*STANDARD_OUTPUTS, *fields))))(**fields)
 
 
 @functools.cache
@@ -182,7 +184,7 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
         child = model.base_model.get_submodule(name)
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
         fixed = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
-        sample = prepared(child, {key: torch.cat([value, value]) for key, value in tensors.items()})
+        sample = prepared(child, {key: torch.cat([value, value]).detach() for key, value in tensors.items()})
         packed = GRID in tensors
         rows = next(iter(sample.values())).shape[0]
         shapes: dict[str, Shape] = {
@@ -246,6 +248,5 @@ def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def parts_of(output: ModelOutput) -> list[Tensor]:
-    features = output[capture.FEATURES]
-    levels = output.get(capture.LAYER_FEATURES) or []
-    return [*([features] if isinstance(features, Tensor) else features), *levels]
+    held = [output[capture.FEATURES], *(output.get(capture.LAYER_FEATURES) or [])]
+    return [part for parts in held for part in ([parts] if isinstance(parts, Tensor) else parts)]

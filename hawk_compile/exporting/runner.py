@@ -213,7 +213,7 @@ class ExportedPrefill:
 
 def joined(features: Any) -> Tensor:
     """[V, D] without the extra rows that a captured graph needs."""
-    rows = features[0]
+    rows = features[0]  # of one tensor [1, V, D] or of a list [[V, D]], as capture.join_features makes them
     return rows[: rows.shape[0] - capture.EXTRA_ROWS]
 
 

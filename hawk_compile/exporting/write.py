@@ -215,7 +215,8 @@ def prefill_component(
         sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
         shapes["kept_visual_slots"] = ("kept_visual",)
     module = Prefill(model, forward_of(model), special, head_weights.to(ids.device), outputs)
-    return Component(PREFILL, module.eval(), sample, shapes)
+    # Features of later layers are added to at least two tokens: one row would broadcast.
+    return Component(PREFILL, module.eval(), sample, shapes, least={"visual": 2} if layered else {})
 
 
 def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
