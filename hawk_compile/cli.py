@@ -1,4 +1,4 @@
-"""The command line: `hawk-compile demo`, `inspect`, `env` and `passes`.
+"""The command line: `hawk-compile demo`, `inspect`, `export`, `run`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
@@ -102,6 +102,41 @@ def inspect(
     else:
         numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
     out.print(rows(numbers))
+
+
+@app.command()
+@clear_errors
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    format: Annotated[str, typer.Option(help="onnx, aoti, openvino or tensorrt.")] = "onnx",
+    ratio: Ratio = 0.8,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    quantization: Annotated[str | None, typer.Option(help="int8 weights in the decoder (onnx): int8.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the result with PyTorch.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a checkpoint with pruning inside its prefill, to run without PyTorch."""
+    from hawk_compile.exporting.commands import export_checkpoint
+
+    own = {} if quantization is None else {"quantization": quantization}
+    settings = {"format": format, "ratio": ratio, "overwrite": overwrite, **own}
+    export_checkpoint(console(), checkpoint, out, dtype=dtype, check=check, **settings)
+
+
+@app.command(name="run")
+@clear_errors
+def run_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path], typer.Option(help="A picture; may be given several times.")] = [],  # noqa: B006
+    ratio: Annotated[float | None, typer.Option(help="Fraction of visual tokens removed; else the export's.")] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+) -> None:
+    """Ask an exported model."""
+    from hawk_compile.exporting.commands import run_export
+
+    run_export(console(), folder, image, question, ratio=ratio, tokens=tokens)
 
 
 @app.command()

@@ -20,10 +20,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
+from hawk_compile.exporting.quiet import quiet
 from hawk_compile.kernels.plan.op import SLOT_OFFSET
 from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, PassOptions, run_passes
 from hawk_compile.query import SpecialIds, is_any, voting_text
 
+PREFILL, DECODE = "prefill", "decode"
 FEATURES = "{}_features"
 LAYER_FEATURES = "{}_layer_features_{}"
 KEY, VALUE = "key_{}", "value_{}"
@@ -77,7 +79,7 @@ class Component:
         config = DynamoConfig(
             dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
-        with self.around(), broadcast_masks():
+        with quiet(), self.around(), broadcast_masks():
             program, _ = DynamoExporter().export_program(self.module, dict(self.sample), config)  # type: ignore[arg-type]
         return program
 

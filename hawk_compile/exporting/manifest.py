@@ -46,6 +46,7 @@ class Manifest:
         model: class of the exported model.
         encoders: names of the components that encode images, in the order they run.
         parts: every component by its role: the encoders, 'prefill', 'decode'.
+        files: SHA-256 of every other file: configurations, the processor, weights that the host needs.
         ids: special ids that bound the voting text: vision_end, end_of_turn, special; and the placeholders.
         versions: of the software that exported.
     """
@@ -61,6 +62,7 @@ class Manifest:
     model: str
     encoders: list[str]
     parts: dict[str, Part]
+    files: dict[str, str]
     ids: dict[str, list[int]]
     versions: dict[str, str]
     manifest_version: int = VERSION
@@ -96,8 +98,9 @@ def read(folder: Path) -> Manifest:
         raise ManifestError(
             f"{path} is no manifest of hawk_compile ({type(error).__name__}: {error}): export again"
         ) from None
-    for part in manifest.parts.values():
-        check_files(folder, part)
+    for name, part in manifest.parts.items():
+        check_files(folder, part.sha256, f"component {name}")
+    check_files(folder, manifest.files, "the configuration")
     return manifest
 
 
@@ -105,19 +108,17 @@ def specs(given: list[dict[str, Any]]) -> list[TensorSpec]:
     return [TensorSpec(**each) for each in given]
 
 
-def check_files(folder: Path, part: Part) -> None:
-    for name, expected in part.sha256.items():
+def check_files(folder: Path, sha256: dict[str, str], owner: str) -> None:
+    for name, expected in sha256.items():
         path = folder / name
         if path.parent.resolve() != folder.resolve():
             raise ManifestError(f"the manifest names {name}, which lies outside {folder}: do not load it")
         if not path.is_file():
-            raise ManifestError(
-                f"{folder} lacks {name} of component {part.name}: copy the whole folder, or export again"
-            )
+            raise ManifestError(f"{folder} lacks {name} of {owner}: copy the whole folder, or export again")
         found = digest(path)
         if found != expected:
             raise ManifestError(
-                f"{name} of component {part.name} is not the file that was exported (SHA-256 {found[:12]}..., the "
+                f"{name} of {owner} is not the file that was exported (SHA-256 {found[:12]}..., the "
                 f"manifest says {expected[:12]}...): copy the folder again, or export again"
             )
 

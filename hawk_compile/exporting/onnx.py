@@ -8,20 +8,39 @@ Wrapped, because the exporter of transformers 5.23 needs it:
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hawk_compile.exporting.components import Component
+from hawk_compile.errors import ConfigError
+from hawk_compile.exporting.components import DECODE, PREFILL, Component
+from hawk_compile.exporting.quantize import METHODS, quantize
 
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
 EXTRA = "onnx"
 OPSET = 20
 
 
-def write(component: Component, folder: Path, options: Any) -> list[str]:
+@dataclass(frozen=True)
+class Options:
+    """`quantization`: None, or 'int8' for int8 weights in prefill and decode (the encoder stays as it is)."""
+
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization not in (None, *METHODS):
+            raise ConfigError(f"quantization must be one of {', '.join(METHODS)} or None, got {self.quantization!r}")
+
+
+def options(settings: dict[str, Any]) -> Options:
+    """Take this format's own settings out of those of `export`."""
+    return Options(settings.pop("quantization", None))
+
+
+def write(component: Component, folder: Path, options: Options) -> list[str]:
     """Write one component; returns the names of its files, the one to open first."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -33,6 +52,8 @@ def write(component: Component, folder: Path, options: Any) -> list[str]:
         program, _ = OnnxExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
     name = f"{component.name}.onnx"
     OnnxExporter.save_program(program, folder / name)
+    if options.quantization and component.name in (PREFILL, DECODE):
+        quantize(folder / name)
     return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()]
 
 

@@ -26,10 +26,19 @@ from hawk_compile.cache import physical_length
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
-from hawk_compile.exporting.components import FEATURES, KEY, LAYER_FEATURES, PAST_KEY, PAST_VALUE, VALUE
+from hawk_compile.exporting.components import (
+    DECODE,
+    FEATURES,
+    KEY,
+    LAYER_FEATURES,
+    PAST_KEY,
+    PAST_VALUE,
+    PREFILL,
+    VALUE,
+)
 from hawk_compile.exporting.encoder import flat, prepared, unnamed
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
-from hawk_compile.exporting.write import DECODE, HOST_WEIGHTS, PREFILL, target_of
+from hawk_compile.exporting.write import HOST_WEIGHTS, target_of
 from hawk_compile.head_weights import HeadWeights
 from hawk_compile.optimize import RUNTIME, overrides_of, report
 from hawk_compile.plan import Plan

@@ -20,10 +20,12 @@ from hawk_compile import capture
 from hawk_compile.config import HawkConfig, make_config
 from hawk_compile.errors import ExportError, GraphError, HawkError, InputError
 from hawk_compile.exporting.components import (
+    DECODE,
     FEATURES,
     LAYER_FEATURES,
     PAST_KEY,
     PAST_VALUE,
+    PREFILL,
     Component,
     Decode,
     Prefill,
@@ -32,13 +34,13 @@ from hawk_compile.exporting.components import (
 )
 from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, digest
+from hawk_compile.exporting.quiet import quiet
 from hawk_compile.head_weights import resolve
 from hawk_compile.optimize import RUNTIME, check_model, original
 from hawk_compile.plan import make_plan
 from hawk_compile.query import special_ids
 
 FORMATS = ("onnx", "aoti", "openvino", "tensorrt")
-PREFILL, DECODE = "prefill", "decode"
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 HOST_WEIGHTS = "host.safetensors"
 """Parameters of the model's body itself (as a newline between rows of tiles), which packing on the host needs."""
@@ -71,7 +73,8 @@ def export(
         processor: saved beside the model, if given.
         progress: told in a line what has been done.
         **settings: `head_weights`, `normalization`, `vision_end_token_id`, `end_of_turn_token_id`, as for `optimize`;
-            for TensorRT also `sizes`, `compute_capabilities`, see `hawk_compile.exporting.tensorrt`.
+            for ONNX also `quantization` ("int8"); for TensorRT also `sizes` and `compute_capabilities`, see
+            `hawk_compile.exporting.tensorrt`.
 
     Returns:
         The manifest that was written.
@@ -97,6 +100,7 @@ def export(
             progress(f"{component.name}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
         ids = special_ids(model, config)
         save_beside(model, processor, folder)
+        written = {name for part in parts.values() for name in part.sha256}
         manifest = Manifest(
             format=format,
             ratio=config.ratio,
@@ -109,6 +113,7 @@ def export(
             model=type(model).__name__,
             encoders=encoders,
             parts=parts,
+            files={file.name: digest(file) for file in sorted(folder.iterdir()) if file.name not in written},
             ids={
                 "vision_end": list(ids.vision_end), "end_of_turn": list(ids.end_of_turn), "special": list(ids.special),
                 "placeholders": capture.placeholder_ids(model),
@@ -149,6 +154,7 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
         yield folder
         if path.exists():
             shutil.rmtree(path)
+        folder.chmod(0o755)
         folder.rename(path)
     except OSError as error:
         raise ExportError(f"{path} could not be written ({error}): nothing is left of it") from error
@@ -280,7 +286,8 @@ def rows_of(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 def write_part(target: Any, component: Component, folder: Path, options: Any) -> Part:
     started = time.perf_counter()
     try:
-        files = target.write(component, folder, options)
+        with quiet():
+            files = target.write(component, folder, options)
     except (HawkError, GraphError, OSError):
         raise
     except Exception as error:

@@ -1,0 +1,69 @@
+"""Whether an exported folder answers as the optimised model does: the same ids, the same kept tokens, near logits."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hawk_compile.exporting.runner import Runner
+from hawk_compile.optimize import optimize, report
+
+
+@dataclass
+class Agreement:
+    """What a comparison saw.
+
+    Attributes:
+        rows: rows compared; `same_ids` and `same_kept` of them have equal ids and equal kept positions.
+        logits: largest difference of a logit, over steps at which both had generated the same.
+    """
+
+    rows: int = 0
+    same_ids: int = 0
+    same_kept: int = 0
+    logits: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        return self.rows == self.same_ids == self.same_kept
+
+
+def compare(
+    runner: Runner, model: PreTrainedModel, prompts: Iterable[dict[str, Any]], *, ratio: float | None = None,
+    max_new_tokens: int = 8,
+) -> Agreement:  # fmt: skip
+    """Greedy generation of an exported model beside that of the model it came from, which is optimised for it.
+
+    Args:
+        model: is left optimised with the manifest's settings and `backend="eager"`.
+        prompts: inputs of `generate`, a batch each.
+        ratio: fraction of visual tokens removed; None: that of the manifest.
+    """
+    manifest, found = runner.manifest, Agreement()
+    optimize(
+        model,
+        ratio=manifest.ratio if ratio is None else ratio,
+        head_weights=tuple(manifest.head_weights),
+        normalization=manifest.normalization,
+        backend="eager",
+    )
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    for inputs in prompts:
+        wanted: Any = model.generate(**inputs, **settings)  # type: ignore[operator]
+        kept = report(model).keep_indices
+        got = runner.generate(**inputs, ratio=ratio, **settings)
+        length = min(wanted.sequences.shape[1], got.sequences.shape[1])
+        same = (wanted.sequences[:, :length] == got.sequences[:, :length]).all(1)
+        if wanted.sequences.shape != got.sequences.shape:
+            same = torch.zeros_like(same)
+        found.rows += len(same)
+        found.same_ids += int(same.sum())
+        found.same_kept += sum(map(torch.equal, kept, runner.report().keep_indices))
+        steps = [(a - b).abs().amax(1) for a, b in zip(wanted.logits, got.logits, strict=False)]
+        alike = torch.stack(steps)[:, same] if same.any() else torch.stack(steps)[:1]
+        found.logits = max(found.logits, float(alike.max()))
+    return found

@@ -1,0 +1,104 @@
+"""What `hawk-compile export` and `hawk-compile run` do, and what they print."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hawk_compile.errors import ExportError, InputError, UnsupportedModelError
+from hawk_compile.exporting.check import compare
+from hawk_compile.exporting.runner import load
+from hawk_compile.exporting.write import export
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+QUESTION = "What is in this picture?"
+
+
+def export_checkpoint(
+    console: Console, checkpoint: Path, out: Path, *, dtype: str, check: bool, **settings: Any
+) -> None:
+    """Export a checkpoint folder; with `check`, compare the result with PyTorch on prompts of other sizes.
+
+    Raises:
+        InputError: a folder that is no checkpoint, or an unknown dtype.
+        ExportError: the check failed.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model, processor = read_checkpoint(checkpoint, DTYPES[dtype])
+    started = time.perf_counter()
+    sample = prompt(processor, [Image.fromarray(noise(320, 448))], QUESTION)
+    manifest = export(model, sample, out, processor=processor, progress=console.print, **settings)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    console.print(f"{out}: {manifest.format}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s")
+    if check:
+        sizes = ((320, 448), (448, 320), (384, 384))
+        prompts = [prompt(processor, [Image.fromarray(noise(*each))], QUESTION) for each in sizes]
+        found = compare(load(out), model, prompts)
+        console.print(
+            f"check: {found.same_ids} of {found.rows} prompts have the ids of PyTorch, {found.same_kept} its kept "
+            f"tokens; largest logit difference {found.logits:.2g}"
+        )
+        if not found.whole:
+            raise ExportError(f"{out} does not answer as PyTorch does: see the line above; do not deploy it")
+
+
+def run_export(
+    console: Console, folder: Path, image: list[Path], question: str, *, ratio: float | None, tokens: int
+) -> None:
+    """Ask an exported model about pictures, and print its answer, the tokens it kept and the time it took.
+
+    Raises:
+        InputError: a picture that cannot be read, or an export without its processor.
+    """
+    runner = load(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no processor ({error}): export with the checkpoint's processor") from None
+    pictures = []
+    for path in image:
+        try:
+            pictures.append(Image.open(path).convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"image must be a picture, got {path}: {error}") from None
+    inputs = prompt(processor, pictures, question)
+    started = time.perf_counter()
+    out = runner.generate(**inputs, ratio=ratio, max_new_tokens=tokens, do_sample=False)
+    seconds = time.perf_counter() - started
+    console.print(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    report = runner.report()
+    console.print(f"{report.reason}; {report.kept_tokens} of {report.prompt_tokens} tokens, {seconds:.2f} s")
+
+
+def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UnsupportedModelError(
+            f"{folder} is no image-text-to-text checkpoint that can be pruned: {reason}"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None
+    return model, processor
+
+
+def prompt(processor: Any, pictures: list[Image.Image], question: str) -> dict[str, Any]:
+    """The inputs of `generate` for one question about pictures, by the checkpoint's own chat template."""
+    content: list[dict[str, str]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return dict(processor(text=[text], images=pictures or None, return_tensors="pt"))
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    """A picture [height, width, 3] of uniform noise; the same every time."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
