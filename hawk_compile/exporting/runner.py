@@ -227,8 +227,15 @@ def joined(features: Any) -> Tensor:
 
 
 def counted(positions: Tensor, spec: TensorSpec) -> Tensor:
-    """Positions as the component counts them: without the row of text positions that generate puts ahead of mRoPE's."""
-    return positions[-spec.shape[0] :] if len(spec.shape) == positions.ndim == 3 else positions  # type: ignore[operator]
+    """Positions as the component counts them: [B, S], or one such row for each of mRoPE's axes.
+
+    Left out is the row of text positions that generate puts ahead of mRoPE's; a single row holds for every axis.
+    """
+    if len(spec.shape) == 2:
+        return positions
+    rows = positions.unsqueeze(0) if positions.ndim == 2 else positions
+    axes: Any = spec.shape[0]
+    return rows[-axes:] if len(rows) >= axes else rows[-1:].expand(axes, -1, -1)
 
 
 def refuse_hidden(inputs: dict[str, Any]) -> None:

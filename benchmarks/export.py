@@ -1,0 +1,180 @@
+"""Exported models beside PyTorch: do they answer alike, and how much faster is their prefill with visual tokens removed.
+
+    python benchmarks/export.py agreement [--formats onnx aoti openvino] [--questions 200]
+    python benchmarks/export.py speed
+
+`agreement` asks the shipped model held-out questions about images of six sizes, in batches of 1, 2 and 4, through every
+format and through the optimised model in PyTorch: ids and kept tokens are compared, the largest difference of a logit
+and the accuracy are given. Formats are exported from one prompt of one image. "int8" is ONNX with int8 weights in the
+decoder.
+
+`speed` times the prefill of a Qwen2.5-VL with random weights in ONNX Runtime, exported without pruning and with it: in
+one process, in turns, medians.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefill import IMAGE, RATIOS, TEXT, build
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+import hawk_compile
+from hawk_compile.demo.scenes import make_scene
+from hawk_compile.exporting import onnx, write
+from hawk_compile.exporting.check import Agreement, compare
+from hawk_compile.exporting.components import Component, held
+from hawk_compile.exporting.quiet import quiet
+
+SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
+BATCHES = (1, 2, 4)
+SIDE = 32
+"""Visual tokens along one side of the timed image: 1,024 of them."""
+
+
+def agreement(formats: list[str], questions: int, ratio: float) -> None:
+    folder = str(resources.files("hawk_compile.demo").joinpath("model"))
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    batches = list(asked(processor, questions))
+    print("| format | export s | MB | same ids | same kept tokens | largest logit difference | accuracy |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    optimized = hawk_compile.optimize(model, ratio=ratio, backend="eager")
+    print(f"| PyTorch | | | | | | {accuracy(optimized.generate, batches, processor):.3f} |", flush=True)
+    for name in formats:
+        with tempfile.TemporaryDirectory() as parent:
+            out, started = Path(parent) / name, time.perf_counter()
+            extra = {"quantization": "int8"} if name == "int8" else {}
+            kind = "onnx" if name == "int8" else name
+            hawk_compile.export(model, batches[0][0], out, format=kind, ratio=ratio, **extra)
+            seconds, size = time.perf_counter() - started, sum(file.stat().st_size for file in out.iterdir())
+            runner = hawk_compile.load(out)
+            found = Agreement()
+            for inputs, _ in batches:
+                one = compare(runner, model, [inputs], max_new_tokens=4)
+                found = replace(found, rows=found.rows + one.rows, same_ids=found.same_ids + one.same_ids,
+                                same_kept=found.same_kept + one.same_kept, logits=max(found.logits, one.logits))  # fmt: skip
+            right = accuracy(runner.generate, batches, processor)
+            print(
+                f"| {name} | {seconds:.0f} | {size / 1e6:.1f} | {found.same_ids} / {found.rows} | "
+                f"{found.same_kept} / {found.rows} | {found.logits:.1e} | {right:.3f} |",
+                flush=True,
+            )
+
+
+def asked(processor: Any, questions: int) -> Any:
+    """(inputs, answers) of held-out questions, one about each scene, in batches of each size in turn."""
+    scene = 0
+    while scene < questions:
+        count = min(BATCHES[scene % len(BATCHES)], questions - scene)
+        texts, images, answers = [], [], []
+        for index in range(scene, scene + count):
+            shown = make_scene("test", index, SIZES[index % len(SIZES)])
+            question = shown.questions[index % len(shown.questions)]
+            turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
+            texts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
+            images.append([shown.pil()])
+            answers.append(question.answer)
+        scene += count
+        yield dict(processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")), answers
+
+
+def accuracy(generate: Any, batches: Any, processor: Any) -> float:
+    right = total = 0
+    for inputs, answers in batches:
+        out = generate(**inputs, max_new_tokens=1, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        found = [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in out]
+        right += sum(one == answer for one, answer in zip(found, answers, strict=True))
+        total += len(answers)
+    return right / total
+
+
+class Unpruned(nn.Module):
+    """The same prefill as it is exported, without a plan and without passes."""
+
+    def __init__(self, prefill: Any):
+        super().__init__()
+        self.prefill = prefill
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, image_features: Tensor) -> Any:
+        outputs = {"image": self.prefill.encoded("image", {"image_features": image_features})}
+        cache = DynamicCache()
+        result = self.prefill.run(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, mm_encoder_outputs=outputs,
+            past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True,
+        )  # fmt: skip
+        return {"logits": result.logits[:, -1], **held(cache)}
+
+
+def speed(layers: int, width: int, rounds: int) -> None:
+    model = build(layers, width, "cpu", torch.float32)
+    visual = SIDE * SIDE
+    words = list(range(8, 8 + TEXT))
+    ids = torch.tensor([[*words[:32], 2, *[IMAGE] * visual, 3, *words[32:60], 4, 8]])
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": torch.randn(4 * visual, 1176), "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]]),
+    }  # fmt: skip
+    config = hawk_compile.HawkConfig(ratio=0.8)
+    weights = torch.full((width // 64,), 64 / width)
+    prefill = write.prefill_component(model, inputs, config, weights)
+    names = ("input_ids", "attention_mask", "position_ids", "image_features")
+    plain = Component(
+        "unpruned", Unpruned(prefill.module), {name: prefill.sample[name] for name in names},
+        {name: prefill.shapes[name] for name in names},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as parent:
+        folder, sessions = Path(parent), {}
+        for component in (plain, write.prune(prefill, config.normalization, portable=True)):
+            with quiet():
+                file = onnx.write(component, folder, onnx.Options())[0]
+            sessions[component.name] = onnx.open_session(folder, file, None)
+    single = {name: prefill.sample[name][..., :1, :] if name == "position_ids" else prefill.sample[name][:1]
+              for name in names[:3]}  # fmt: skip
+    single["image_features"] = prefill.sample["image_features"][:visual]
+    single = {name: value.contiguous() for name, value in single.items()}
+    calls: dict[float | None, Any] = {None: lambda: sessions["unpruned"](single)}
+    for ratio in (0.0, *RATIOS):
+        kept = hawk_compile.HawkConfig(ratio=ratio).kept(visual)
+        feed = {**single, "budget": torch.tensor([kept]), "kept_slots": torch.arange(ids.shape[1] - visual + kept)}
+        calls[ratio] = lambda feed=feed: sessions["prefill"](feed)
+    spent: dict[float | None, list[float]] = {key: [] for key in calls}
+    for number in range(rounds + 2):
+        for key, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if number >= 2:
+                spent[key].append(time.perf_counter() - started)
+    medians = {key: 1e3 * statistics.median(seconds) for key, seconds in spent.items()}
+    print("| ratio | S -> S' | unpruned ms | pruned ms | pruned / unpruned | S' / S |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for ratio in (0.0, *RATIOS):
+        after = ids.shape[1] - visual + hawk_compile.HawkConfig(ratio=ratio).kept(visual)
+        print(f"| {ratio:g} | {ids.shape[1]} -> {after} | {medians[None]:.1f} | {medians[ratio]:.1f} | "
+              f"{medians[ratio] / medians[None]:.3f} | {after / ids.shape[1]:.3f} |")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    first = kinds.add_parser("agreement")
+    first.add_argument("--formats", nargs="+", default=["onnx", "aoti", "openvino", "int8"])
+    first.add_argument("--questions", type=int, default=200)
+    first.add_argument("--ratio", type=float, default=0.8, help="fraction of visual tokens removed")
+    second = kinds.add_parser("speed")
+    second.add_argument("--layers", type=int, default=6)
+    second.add_argument("--width", type=int, default=512)
+    second.add_argument("--rounds", type=int, default=15)
+    chosen = vars(parser.parse_args())
+    {"agreement": agreement, "speed": speed}[chosen.pop("kind")](**chosen)
+
+
+if __name__ == "__main__":
+    main()

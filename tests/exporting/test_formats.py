@@ -1,0 +1,158 @@
+"""The shipped model in every format that runs on this machine, held to the optimised model in PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import hawk_compile
+from hawk_compile.exporting.check import compare
+from tests.exporting import demo
+
+FORMATS = [pytest.param(name, marks=pytest.mark.xdist_group(f"export-{name}")) for name in ("onnx", "aoti", "openvino")]
+exports: dict[str, Path] = {}
+
+
+@pytest.fixture
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> hawk_compile.Runner:
+    """The model exported from a prompt of one image, once for all tests of a format."""
+    name = request.param if hasattr(request, "param") else request.getfixturevalue("name")
+    if name not in exports:
+        folder = tmp_path_factory.mktemp("export") / name
+        hawk_compile.export(demo.model(), demo.batch([demo.SIZES[1]]), folder, format=name, ratio=0.8)
+        exports[name] = folder
+    return hawk_compile.load(exports[name])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ids_and_kept_tokens_are_those_of_pytorch(name: str, exported: hawk_compile.Runner) -> None:
+    """Six image sizes, one to four rows, one to three images in a row."""
+    one, two, three, four, five, six = demo.SIZES
+    prompts = [
+        *(demo.batch([size], seed=30 + number) for number, size in enumerate(demo.SIZES)),
+        demo.batch([two], [six]),
+        demo.batch([one], [three, four], [five], [six, one, two]),
+    ]
+    found = compare(exported, demo.model(), prompts, max_new_tokens=4)
+    assert found.whole and found.rows == 12, found
+    assert found.logits < 1e-4
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.95])
+def test_the_budget_is_an_input(name: str, exported: hawk_compile.Runner, ratio: float) -> None:
+    """One file answers as the model optimised at each ratio."""
+    found = compare(exported, demo.model(), [demo.batch([demo.SIZES[2]], [demo.SIZES[5], demo.SIZES[0]])], ratio=ratio)
+    assert found.whole and found.logits < 1e-4, found
+    assert exported.report().kept_visual_tokens.tolist() == [
+        hawk_compile.HawkConfig(ratio=ratio).kept(count) for count in exported.report().visual_tokens.tolist()
+    ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_generate_is_that_of_transformers(name: str, exported: hawk_compile.Runner) -> None:
+    """Beams, sampling, a prompt of text alone, and a second turn of text on the cache of the first."""
+    model = hawk_compile.optimize(demo.model(), ratio=0.8, backend="eager")
+    picture, text = demo.batch([demo.SIZES[3]]), demo.question()
+    for inputs, settings in (
+        (picture, {"num_beams": 3, "do_sample": False}),
+        (picture, {"do_sample": True, "temperature": 1.5}),
+        (text, {"do_sample": False}),
+    ):
+        torch.manual_seed(0)
+        expected = model.generate(**inputs, max_new_tokens=5, **settings)
+        torch.manual_seed(0)
+        assert exported.generate(**inputs, max_new_tokens=5, **settings).equal(expected)
+    assert exported.report().reason == "the prompt has no visual features"
+    turns = []
+    for generate in (model.generate, exported.generate):
+        first: Any = generate(**picture, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, text["input_ids"]], 1)
+        turns.append(generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+                              past_key_values=first.past_key_values))  # fmt: skip
+    assert turns[0].equal(turns[1])
+
+
+@pytest.mark.xdist_group("export-onnx")
+@pytest.mark.parametrize("exported", ["onnx"], indirect=True)
+def test_the_onnx_graph_is_portable(exported: hawk_compile.Runner) -> None:
+    """It passes the checker with full shape inference, and holds nothing that depends on data for its shape."""
+    import onnx
+
+    folder = exports["onnx"]
+    for part in exported.manifest.parts.values():
+        onnx.checker.check_model(str(folder / part.file), full_check=True)
+        graph = onnx.load(folder / part.file, load_external_data=False).graph
+        used = {node.op_type for node in graph.node}
+        assert not used & {"NonZero", "Loop", "If", "Scan", "SequenceAt", "Unique", "Compress"}, part.name
+        assert all(node.domain in ("", "ai.onnx") for node in graph.node), part.name
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "Einsum" and attribute.name == "equation":
+                    assert attribute.s.decode() == attribute.s.decode().lower()
+        assert [each.name for each in graph.input] == [each.name for each in part.inputs]
+        assert [each.name for each in graph.output] == [each.name for each in part.outputs]
+        for value, spec in zip(graph.input, part.inputs, strict=True):
+            sizes = [size.dim_value or size.dim_param for size in value.type.tensor_type.shape.dim]
+            assert [isinstance(size, str) for size in sizes] == [isinstance(size, str) for size in spec.shape], value.name
+
+
+@pytest.mark.xdist_group("export-aoti")
+@pytest.mark.parametrize("exported", ["aoti"], indirect=True)
+def test_aoti_needs_no_python_of_the_model(exported: hawk_compile.Runner, tmp_path: Path) -> None:
+    """A process that imports torch alone runs the prefill."""
+    folder = exports["aoti"]
+    seen: dict[str, Any] = {}
+    session = exported.runtime.prefill.session
+
+    def spy(feed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.update(feed=feed, out=session(feed))
+        return seen["out"]
+
+    exported.runtime.prefill.session = spy
+    exported.generate(**demo.batch([demo.SIZES[4]]), max_new_tokens=1, do_sample=False)
+    save_file({name: value.contiguous() for name, value in seen["feed"].items()}, tmp_path / "feed.safetensors")
+    save_file({name: seen["out"][name].contiguous() for name in ("logits", "keep")}, tmp_path / "out.safetensors")
+    code = (
+        "import sys, torch; from safetensors.torch import load_file; folder, prefill = sys.argv[1:];"
+        "feed, out = load_file(folder + '/feed.safetensors'), load_file(folder + '/out.safetensors');"
+        "got = torch._inductor.aoti_load_package(prefill)(**feed);"
+        "assert torch.equal(got['keep'], out['keep']); assert torch.equal(got['logits'], out['logits']);"
+        "assert not {'transformers', 'hawk_compile'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path, folder / "prefill.pt2"], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_manifest_says_what_was_exported(name: str, exported: hawk_compile.Runner) -> None:
+    manifest = exported.manifest
+    assert (manifest.format, manifest.ratio, manifest.selector, manifest.dtype) == (name, 0.8, "hawk", "float32")
+    assert list(manifest.parts) == ["visual", "prefill", "decode"] and manifest.encoders == ["visual"]
+    assert len(manifest.head_weights) == demo.model().config.get_text_config().num_attention_heads
+    assert "beside the checkpoint" in manifest.head_weights_origin
+    prefill = {each.name: each.shape for each in manifest.parts["prefill"].inputs}
+    assert prefill["input_ids"] == ["batch", "prompt"] and prefill["budget"] == ["batch"]
+    assert prefill["position_ids"] == [3, "batch", "prompt"] and prefill["kept_slots"] == ["kept"]
+    text = json.loads((exports[name] / "manifest.json").read_text())
+    assert text["versions"]["torch"].startswith("2.") and set(text["files"]) >= {"config.json", "generation_config.json"}
+
+
+@pytest.mark.xdist_group("export-onnx")
+def test_int8_weights(tmp_path: Path) -> None:
+    """A third of the decoder's bytes; the answers of most prompts stay."""
+    folder = tmp_path / "int8"
+    manifest = hawk_compile.export(demo.model(), demo.batch([demo.SIZES[1]]), folder, format="onnx", quantization="int8")
+    runner = hawk_compile.load(folder)
+    prompts = [demo.batch([size], [demo.SIZES[number - 1]], seed=70 + number) for number, size in enumerate(demo.SIZES)]
+    found = compare(runner, demo.model(), prompts, max_new_tokens=1)
+    assert found.same_ids >= 0.9 * found.rows, found
+    held = sum((folder / name).stat().st_size for name in manifest.parts["decode"].sha256 if name.endswith(".data"))
+    parameters = sum(each.numel() for name, each in demo.model().named_parameters() if "visual" not in name)
+    assert held < 4 * parameters / 3
