@@ -1,4 +1,4 @@
-"""Exported models beside PyTorch: do they answer alike, and how much faster is their prefill with visual tokens removed.
+"""Exported models beside PyTorch: do they answer alike, and how much faster is a prefill with visual tokens removed.
 
     python benchmarks/export.py agreement [--formats onnx aoti openvino] [--questions 200]
     python benchmarks/export.py speed
@@ -59,8 +59,10 @@ def agreement(formats: list[str], questions: int, ratio: float) -> None:
             found = Agreement()
             for inputs, _ in batches:
                 one = compare(runner, model, [inputs], max_new_tokens=4)
-                found = replace(found, rows=found.rows + one.rows, same_ids=found.same_ids + one.same_ids,
-                                same_kept=found.same_kept + one.same_kept, logits=max(found.logits, one.logits))  # fmt: skip
+                found = replace(
+                    found, rows=found.rows + one.rows, same_ids=found.same_ids + one.same_ids,
+                    same_kept=found.same_kept + one.same_kept, logits=max(found.logits, one.logits),
+                )  # fmt: skip
             right = accuracy(runner.generate, batches, processor)
             print(
                 f"| {name} | {seconds:.0f} | {size / 1e6:.1f} | {found.same_ids} / {found.rows} | "
@@ -83,7 +85,8 @@ def asked(processor: Any, questions: int) -> Any:
             images.append([shown.pil()])
             answers.append(question.answer)
         scene += count
-        yield dict(processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")), answers
+        inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        yield dict(inputs), answers
 
 
 def accuracy(generate: Any, batches: Any, processor: Any) -> float:

@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
 
 def named(output: Any) -> dict[str, Tensor]:
-    """The tensors of a module's output by name: `features` of a tensor, `name` or `name.i` of a ModelOutput."""
+    """The tensors of an output by name: `features` of a tensor, `name` of a field, `name.i.n` of a field of n."""
     if isinstance(output, Tensor):
         return {"features": output}
     found: dict[str, Tensor] = {}
@@ -74,7 +74,8 @@ def named(output: Any) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[name] = value
         elif isinstance(value, (tuple, list)):
-            found |= {f"{name}.{index}": each for index, each in enumerate(value) if isinstance(each, Tensor)}
+            parts = [(f"{name}.{index}.{len(value)}", each) for index, each in enumerate(value)]
+            found |= {part: each for part, each in parts if isinstance(each, Tensor)}
     return found
 
 
@@ -84,11 +85,10 @@ def unnamed(tensors: dict[str, Tensor]) -> Any:
         return tensors["features"]
     fields: dict[str, Any] = {}
     for name, value in tensors.items():
-        whole, _, index = name.partition(".")
-        if index:
-            held = fields.setdefault(whole, [])
-            held += [None] * (int(index) + 1 - len(held))
-            held[int(index)] = value
+        whole, *place = name.split(".")
+        if place:
+            index, count = map(int, place)
+            fields.setdefault(whole, [None] * count)[index] = value
         else:
             fields[whole] = value
     return output_class(tuple(dict.fromkeys((*STANDARD_OUTPUTS, *fields))))(**fields)

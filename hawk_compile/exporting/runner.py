@@ -73,6 +73,7 @@ class Runner:
             UnsupportedCallError: a call that an exported model does not support, such as another kind of cache.
             InputError: inputs that contradict each other or do not fit the exported components.
         """
+        refuse_hidden(kwargs)
         with self.lock:
             self.runtime.config = HawkConfig(ratio=self.manifest.ratio if ratio is None else ratio)
             if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
@@ -239,10 +240,11 @@ def counted(positions: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def refuse_hidden(inputs: dict[str, Any]) -> None:
+    """Refuse calls for what the exported components do not give or take."""
     for name in ("output_hidden_states", "output_attentions"):
         if inputs.get(name):
             raise UnsupportedCallError(f"{name}=True: an exported model gives logits only; leave it out")
-    if inputs.get("input_ids") is None:
+    if inputs.get("inputs_embeds") is not None:
         raise UnsupportedCallError("inputs_embeds: an exported model takes input_ids; give those")
 
 
@@ -256,7 +258,7 @@ def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
         past_key_values: Cache | None = None, **kwargs: Any,
     ) -> ModelOutput:  # fmt: skip
         refuse_hidden({"input_ids": input_ids, **kwargs})
-        assert input_ids is not None
+        assert input_ids is not None  # tokens_of has seen to it that one of the two is given
         cache = DynamicCache() if past_key_values is None else past_key_values
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))

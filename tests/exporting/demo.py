@@ -40,4 +40,5 @@ def batch(*rows: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
 def question(text: str = "How many digits?") -> dict[str, Any]:
     """A prompt without a picture."""
     turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    return dict(processor()(text=[processor().apply_chat_template(turn, add_generation_prompt=True)], return_tensors="pt"))
+    prompt = processor().apply_chat_template(turn, add_generation_prompt=True)
+    return dict(processor()(text=[prompt], return_tensors="pt"))
