@@ -21,8 +21,8 @@ EXTRA = "onnx"
 OPSET = 20
 
 
-def write(component: Component, folder: Path, options: Any) -> list[str]:
-    """Write one component; returns the names of its files, the one to open first."""
+def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
+    """Write one component; returns the names of its files, the one to open first, and no details."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     config = OnnxConfig(
@@ -33,7 +33,7 @@ def write(component: Component, folder: Path, options: Any) -> list[str]:
         program, _ = OnnxExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
     name = f"{component.name}.onnx"
     OnnxExporter.save_program(program, folder / name)
-    return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()]
+    return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()], {}
 
 
 @contextlib.contextmanager
