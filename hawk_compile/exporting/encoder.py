@@ -220,7 +220,7 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
         if packed:
             fixed[GRID] = None
         around = (lambda child=child: segmented(child)) if packed else torch.no_grad
-        components.append(Component(name, Encoder(child, fixed, outputs), sample, shapes, around, visual))
+        components.append(Component(name, Encoder(child, fixed, outputs), sample, shapes, around, visual=visual))
     return components
 
 

@@ -28,8 +28,8 @@ Range = tuple[int, int, int]
 LONGEST_SORT = 3840
 """Elements that TensorRT's TopK can take. (It builds an engine for more, and that engine fails.)"""
 
-LEAST = {**{name: int(size.min) for name, size in NAMED.items()}, **dict.fromkeys({*RELATED, "images"}, 1)}
-"""Every size that has a name, with the smallest value that the graphs hold for."""
+LEAST = {**NAMED, **dict.fromkeys(("images", *sorted(RELATED)), 1)}
+"""Every size that has a name, with the smallest value that graphs hold for."""
 
 
 class Sizes:
@@ -126,9 +126,20 @@ def checked(sizes: Any) -> dict[str, Range]:
 
 
 def ranges(component: Component, given: dict[str, Range]) -> dict[str, Range]:
-    """The range of every symbolic size of a component's inputs."""
+    """The range of every symbolic size of a component's inputs.
+
+    Raises:
+        ConfigError: a minimum below what the component's graph holds for.
+    """
     sizes = Sizes(component, given)
-    return {name: sizes.of(name) for name in component.sizes}
+    for name, least in component.least.items():
+        if name in given and given[name][0] < least:
+            raise ConfigError(
+                f'sizes["{name}"] must be from {least} on for {component.name} of this model, got {given[name]}; raise '
+                "the minimum"
+            )
+    found = {name: sizes.of(name) for name in component.sizes}
+    return {name: (max(component.least.get(name, 0), size[0]), *size[1:]) for name, size in found.items()}
 
 
 def shapes(component: Component, ranges: dict[str, Range]) -> dict[str, list[tuple[int, ...]]]:
