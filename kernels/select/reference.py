@@ -24,8 +24,8 @@ def select(
 
 
 DIVISIONS, PARTS = 8, 32
-"""Divisions of the range of a row's scores, each into this many parts: what lies closer together than 2^-40 of it counts
-as equal. Halving it 40 times would be a chain of 40 dependent steps, which TensorRT's builder does not get through."""
+"""Divisions of the range of a row's scores, and into how many parts each: scores closer together than 2^-40 of the
+range count as equal. Halving it 40 times would be a chain of 40 dependent steps, too many for TensorRT's builder."""
 
 
 def select_by_threshold(
@@ -37,8 +37,8 @@ def select_by_threshold(
 ) -> tuple[Tensor, Tensor]:
     """The same selection without a sort, for targets that limit the length of one.
 
-    Repeated division finds two neighbours, low < high: at least `budget` candidates of the row score `low` or more, fewer
-    score `high` or more. Those of the second kind are kept; of the ties in between, the lower positions.
+    Repeated division finds two neighbours, low < high: at least `budget` candidates of the row score `low` or more, and
+    fewer `high` or more. Those of the second kind are kept; of the ties in between, the lower positions.
     """
     candidate = visual_mask & token_mask
     scores = scores.float()
