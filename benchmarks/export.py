@@ -31,7 +31,6 @@ from hawk_compile.demo.scenes import make_scene
 from hawk_compile.exporting import onnx, write
 from hawk_compile.exporting.check import Agreement, compare
 from hawk_compile.exporting.components import Component, held
-from hawk_compile.exporting.quiet import quiet
 
 SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
 BATCHES = (1, 2, 4)
@@ -135,10 +134,9 @@ def speed(layers: int, width: int, rounds: int) -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
         folder, sessions = Path(parent), {}
-        for component in (plain, write.prune(prefill, config.normalization, portable=True)):
-            with quiet():
-                file = onnx.write(component, folder, onnx.Options())[0]
-            sessions[component.name] = onnx.open_session(folder, file, None)
+        for component in (plain, write.prune(prefill, config.normalization, portable=True, selection="sort")):
+            part = write.write_part(onnx, component, folder, onnx.Options())
+            sessions[component.name] = onnx.open_session(folder, part.file, part)
     single = {name: prefill.sample[name][..., :1, :] if name == "position_ids" else prefill.sample[name][:1]
               for name in names[:3]}  # fmt: skip
     single["image_features"] = prefill.sample["image_features"][:visual]

@@ -113,14 +113,21 @@ def export(
     ratio: Ratio = 0.8,
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     quantization: Annotated[str | None, typer.Option(help="int8 weights in the decoder (onnx): int8.")] = None,
+    size: Annotated[
+        list[str], typer.Option(help="A size that TensorRT engines are built for, as prompt=16:512:2048 (repeatable).")
+    ] = [],  # noqa: B006
+    capability: Annotated[
+        list[str], typer.Option(help="A GPU's compute capability to build for, as 8.9 (tensorrt; repeatable).")
+    ] = [],  # noqa: B006
     check: Annotated[bool, typer.Option(help="Compare the result with PyTorch.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a checkpoint with pruning inside its prefill, to run without PyTorch."""
-    from hawk_compile.exporting.commands import export_checkpoint
+    from hawk_compile.exporting.commands import export_checkpoint, sizes_of
 
-    own = {} if quantization is None else {"quantization": quantization}
-    settings = {"format": format, "ratio": ratio, "overwrite": overwrite, **own}
+    given = {"quantization": quantization, "sizes": sizes_of(size), "compute_capabilities": capability}
+    settings = {"format": format, "ratio": ratio, "overwrite": overwrite}
+    settings |= {name: value for name, value in given.items() if value}
     export_checkpoint(console(), checkpoint, out, dtype=dtype, check=check, **settings)
 
 

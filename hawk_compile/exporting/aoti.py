@@ -13,11 +13,11 @@ PACKAGES: tuple[str, ...] = ()
 EXTRA = ""
 
 
-def write(component: Component, folder: Path, options: Any) -> list[str]:
-    """Compile one component; returns the names of its files, the one to open first."""
+def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
+    """Compile one component; returns the names of its files, the one to open first, and no details."""
     name = f"{component.name}.pt2"
     torch._inductor.aoti_compile_and_package(component.trace(), package_path=str(folder / name))
-    return [name]
+    return [name], {}
 
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

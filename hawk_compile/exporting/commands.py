@@ -76,6 +76,18 @@ def run_export(
     console.print(f"{report.reason}; {report.kept_tokens} of {report.prompt_tokens} tokens, {seconds:.2f} s")
 
 
+def sizes_of(given: list[str]) -> dict[str, Any]:
+    """{"prompt": (16, 512, 2048)} of ["prompt=16:512:2048"]."""
+    found = {}
+    for each in given:
+        name, _, values = each.partition("=")
+        try:
+            found[name] = tuple(int(value) for value in values.split(":"))
+        except ValueError:
+            raise InputError(f"size must be NAME=MINIMUM:USUAL:MAXIMUM in whole numbers, got {each!r}") from None
+    return found
+
+
 def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")

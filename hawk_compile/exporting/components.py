@@ -55,6 +55,7 @@ class Component:
         shapes: of each input: numbers, and names from `NAMED` or `RELATED` where it is symbolic.
         around: a context that tracing the module needs.
         least: the least values of sizes, where they are not those in `NAMED`.
+        visual: visual tokens that an encoder's sample makes; 0 for other components.
     """
 
     name: str
@@ -63,6 +64,17 @@ class Component:
     shapes: dict[str, Shape]
     around: Callable[[], Any] = field(default=torch.no_grad)
     least: dict[str, int] = field(default_factory=dict)
+    visual: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The symbolic sizes by name, as they are in the sample."""
+        return {
+            size: self.sample[name].shape[dim]
+            for name, shape in self.shapes.items()
+            for dim, size in enumerate(shape)
+            if isinstance(size, str)
+        }
 
     @property
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
@@ -214,16 +226,17 @@ class Rewritten(nn.Module):
         return self.graph_module(**tensors)
 
 
-def prune(component: Component, normalization: str, portable: bool) -> Component:
+def prune(component: Component, normalization: str, portable: bool, selection: str = "sort") -> Component:
     """The prefill with the passes run on its graph.
 
     Args:
         portable: leave no operator that is not PyTorch's own, and no data-dependent shape.
+        selection: how such a graph selects, 'sort' or 'threshold' (for targets whose sort is limited in length).
 
     Raises:
         GraphError: the graph cannot be pruned.
     """
     graph = component.trace().module(check_guards=False)
-    options = PassOptions(normalization=normalization)
+    options = PassOptions(normalization=normalization, selection=selection)
     graph = run_passes(graph, [], options, (*EXPORT_PASSES, *PORTABLE_PASSES) if portable else EXPORT_PASSES)
     return replace(component, module=Rewritten(graph))

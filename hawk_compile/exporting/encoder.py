@@ -3,12 +3,14 @@
 Each direct child of the model's body that is called there (a tower, a projector) is exported by itself; what lies
 between them (splitting by images, packing of tiles) runs on the host, by the model's own code, see `runner.py`.
 
-Two wrappings of transformers' exporters were needed:
+Wrapped, because transformers' exporters or their targets need it:
 
 - Towers over a packed row of patches (`grid_thw`) get their indices precomputed, as the exporters do. The exporters'
   attention then needs images of one size and gives wrong results for others. Here attention is handed the segments as
   an index [segments, longest], made on the host, so that images of any sizes share a graph. It is registered as an
   attention implementation; its name holds "flash", which makes models pass the segments on instead of splitting them.
+- A tower undoes its window order by sorting the index that made it; a target's sort may be limited in length. The index
+  is a permutation, so a scatter gives the same.
 - Outputs that nobody reads (hidden states of all layers) are left out; which are read is found by autograd.
 """
 
@@ -28,15 +30,17 @@ from transformers.utils import ModelOutput
 from hawk_compile import capture
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
+from hawk_compile.query import is_any
 
 ATTENTION = "hawk_flash_segments"
 GRID = "grid_thw"
+WINDOW_INDEX = "window_index"
 SIZES: dict[str, Shape] = {
     "segments": ("segments", "longest_segment"),
     "segment_places": ("patches",),
     "windows": ("windows", "longest_window"),
     "window_places": ("patches",),
-    "window_index": ("merged_patches",),
+    WINDOW_INDEX: ("merged_patches",),
 }
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """Fields that every encoder's output has, so that a model can set them."""
@@ -61,8 +65,27 @@ class Encoder(nn.Module):
             LONGEST.get(name, next((old for old, new in SEGMENTS.items() if new[0] == name), name)): given
             for name, given in tensors.items()
         }
-        found = named(self.child(**self.fixed, **renamed))
+        with sorted_by_scatter(tensors.get(WINDOW_INDEX)):
+            found = named(self.child(**self.fixed, **renamed))
         return {name: found[name] for name in self.outputs or found}
+
+
+@contextlib.contextmanager
+def sorted_by_scatter(permutation: Tensor | None) -> Iterator[None]:
+    """Let `torch.argsort` of this very tensor [n] int64, a permutation of 0 ... n-1, be its inverse by a scatter."""
+    argsort = torch.argsort
+
+    def inverse(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if values is not permutation or args or kwargs:
+            return argsort(values, *args, **kwargs)
+        places = torch.arange(values.shape[0], device=values.device)
+        return torch.zeros_like(values).scatter(0, values, places)
+
+    torch.argsort = inverse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.argsort = argsort
 
 
 def named(output: Any) -> dict[str, Tensor]:
@@ -180,6 +203,8 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
     """
     calls = recorded_calls(model, inputs)
     components = []
+    placeholders = capture.placeholder_ids(model)
+    visual = 2 * int(is_any(inputs["input_ids"], tuple(placeholders)).sum())  # the sample is the inputs twice
     for name, (arguments, outputs) in calls.items():
         child = model.base_model.get_submodule(name)
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
@@ -195,7 +220,7 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
         if packed:
             fixed[GRID] = None
         around = (lambda child=child: segmented(child)) if packed else torch.no_grad
-        components.append(Component(name, Encoder(child, fixed, outputs), sample, shapes, around))
+        components.append(Component(name, Encoder(child, fixed, outputs), sample, shapes, around, visual=visual))
     return components
 
 

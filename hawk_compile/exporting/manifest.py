@@ -23,7 +23,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """One exported component: the file that is opened first, all its files with their SHA-256, and its tensors."""
+    """One exported component: the file that is opened first, all its files with their SHA-256, and its tensors.
+
+    `details` is what its format has to say beyond that, such as engines and sizes of TensorRT.
+    """
 
     name: str
     file: str

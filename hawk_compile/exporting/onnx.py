@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_compile.errors import ConfigError
+from hawk_compile.errors import ConfigError, ExportError
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.quantize import METHODS, quantize
 
@@ -40,8 +40,8 @@ def options(settings: dict[str, Any]) -> Options:
     return Options(settings.pop("quantization", None))
 
 
-def write(component: Component, folder: Path, options: Options) -> list[str]:
-    """Write one component; returns the names of its files, the one to open first."""
+def write(component: Component, folder: Path, options: Options) -> tuple[list[str], dict[str, Any]]:
+    """Write one component; returns the names of its files, the one to open first, and details for the manifest."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     config = OnnxConfig(
@@ -52,9 +52,11 @@ def write(component: Component, folder: Path, options: Options) -> list[str]:
         program, _ = OnnxExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
     name = f"{component.name}.onnx"
     OnnxExporter.save_program(program, folder / name)
+    details = {}
     if options.quantization and component.name in (PREFILL, DECODE):
         quantize(folder / name)
-    return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()]
+        details["quantization"] = options.quantization
+    return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()], details
 
 
 @contextlib.contextmanager
@@ -82,6 +84,11 @@ def stable_sort() -> Iterator[None]:
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     import onnxruntime
 
+    if any(each.dtype == "bfloat16" for each in (*part.inputs, *part.outputs)):
+        raise ExportError(
+            f"{part.name} was exported in bfloat16, which ONNX Runtime cannot run on a CPU: export in fp32 or fp16, or "
+            "use this folder's ONNX files with TensorRT"
+        )
     session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
     taken = [each.name for each in session.get_inputs()]
     given = [each.name for each in session.get_outputs()]

@@ -13,8 +13,8 @@ PACKAGES: tuple[str, ...] = ("openvino",)
 EXTRA = "openvino"
 
 
-def write(component: Component, folder: Path, options: Any) -> list[str]:
-    """Write one component; returns the names of its files, the one to open first."""
+def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
+    """Write one component; returns the names of its files, the one to open first, and no details."""
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
     config = OpenVINOConfig(
@@ -25,7 +25,7 @@ def write(component: Component, folder: Path, options: Any) -> list[str]:
         program, _ = OpenVINOExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
     name = f"{component.name}.xml"
     OpenVINOExporter.save_program(program, folder / name)
-    return [name, f"{component.name}.bin"]
+    return [name, f"{component.name}.bin"], {}
 
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -91,7 +91,8 @@ def export(
     with written_whole(Path(path), overwrite) as folder:
         parts, encoders = {}, []
         weights = resolve(config.head_weights, model)
-        for component in components(model, inputs, config, weights.values, portable=format != "aoti"):
+        selection = getattr(options, "selection", "sort")
+        for component in components(model, inputs, config, weights.values, format != "aoti", selection):
             started = time.perf_counter()
             parts[component.name] = write_part(target, component, folder, options)
             if component.name not in (PREFILL, DECODE):
@@ -163,9 +164,10 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def components(
-    model: PreTrainedModel, inputs: dict[str, Any], config: HawkConfig, head_weights: Tensor, portable: bool
-) -> Iterator[Component]:
-    """Encoders, prefill and decode, in this order, ready to be written.
+    model: PreTrainedModel, inputs: dict[str, Any], config: HawkConfig, head_weights: Tensor, portable: bool,
+    selection: str = "sort",
+) -> Iterator[Component]:  # fmt: skip
+    """Encoders, prefill and decode, in this order, ready to be written; `portable` and `selection` as for `prune`.
 
     Raises:
         GraphError: the prefill cannot be pruned.
@@ -178,7 +180,7 @@ def components(
     try:
         yield from encoder_components(model, inputs)
         prefill = prefill_component(model, inputs, config, head_weights)
-        yield prune(prefill, config.normalization, portable)
+        yield prune(prefill, config.normalization, portable, selection)
         yield decode_component(model, prefill)
     finally:
         model.train(training)
@@ -287,7 +289,7 @@ def write_part(target: Any, component: Component, folder: Path, options: Any) ->
     started = time.perf_counter()
     try:
         with quiet():
-            files = target.write(component, folder, options)
+            files, details = target.write(component, folder, options)
     except (HawkError, GraphError, OSError):
         raise
     except Exception as error:
@@ -303,6 +305,7 @@ def write_part(target: Any, component: Component, folder: Path, options: Any) ->
         inputs=[spec(name, component.sample[name], shape) for name, shape in component.shapes.items()],
         outputs=[spec(name, value, output_shape(component, name, value)) for name, value in results.items()],
         seconds=round(time.perf_counter() - started, 1),
+        details=details,
     )
 
 

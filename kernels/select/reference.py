@@ -23,8 +23,9 @@ def select(
     return compact(torch.zeros_like(candidate).scatter(1, order, best), visual_mask, token_mask, length)
 
 
-BISECTIONS = 40
-"""Halvings of the range of a row's scores: what lies closer together than 2^-40 of it counts as equal."""
+DIVISIONS, PARTS = 8, 32
+"""Divisions of the range of a row's scores, and into how many parts each: scores closer together than 2^-40 of the
+range count as equal. Halving it 40 times would be a chain of 40 dependent steps, too many for TensorRT's builder."""
 
 
 def select_by_threshold(
@@ -36,8 +37,8 @@ def select_by_threshold(
 ) -> tuple[Tensor, Tensor]:
     """The same selection without a sort, for targets that limit the length of one.
 
-    Bisection finds two neighbours, low < high: at least `budget` candidates of the row score `low` or more, fewer score
-    `high` or more. Those of the second kind are kept; of the ties in between, the lower positions.
+    Repeated division finds two neighbours, low < high: at least `budget` candidates of the row score `low` or more, and
+    fewer `high` or more. Those of the second kind are kept; of the ties in between, the lower positions.
     """
     candidate = visual_mask & token_mask
     scores = scores.float()
@@ -47,10 +48,13 @@ def select_by_threshold(
     low = torch.where(candidate, scores, largest).amin(1, keepdim=True)
     high = torch.where(candidate, scores, -largest).amax(1, keepdim=True)
     high = high + (high - low).clamp_min(1e-6)  # above every score
-    for _ in range(BISECTIONS):
-        middle = low + (high - low) * 0.5
-        enough = (candidate & (scores >= middle)).long().sum(1, keepdim=True) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    fractions = torch.arange(1, PARTS, device=scores.device) / PARTS  # exact
+    for _ in range(DIVISIONS):
+        between = low + (high - low) * fractions  # [B, PARTS - 1], ascending
+        reached = candidate.unsqueeze(1) & (scores.unsqueeze(1) >= between.unsqueeze(2))  # [B, PARTS - 1, S]
+        part = (reached.long().sum(2) >= wanted).long().sum(1, keepdim=True)  # [B, 1]: the last edge that enough reach
+        edges = torch.cat([low, between, high], dim=1)
+        low, high = edges.gather(1, part), edges.gather(1, part + 1)
     above = candidate & (scores >= high)
     tied = candidate & (scores >= low) & ~above
     left = wanted - above.long().sum(1, keepdim=True)

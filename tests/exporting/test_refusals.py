@@ -90,11 +90,11 @@ def test_a_folder_in_the_way(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("component", ["vision_tower", "decode"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str) -> None:
-    def write(part: Any, into: Path, options: Any) -> list[str]:
+    def write(part: Any, into: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
         (into / f"{part.name}.onnx").write_bytes(b"half of it")
         if part.name == component:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return [f"{part.name}.onnx"]
+        return [f"{part.name}.onnx"], {}
 
     monkeypatch.setattr(onnx, "write", write)
     with pytest.raises(ExportError, match=r"No space left on device.*nothing is left of it"):
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_error_inside_an_exporter_names_component_and_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(part: Any, into: Path, options: Any) -> list[str]:
+    def write(part: Any, into: Path, options: Any) -> Any:
         raise KeyError("val")
 
     monkeypatch.setattr(onnx, "write", write)

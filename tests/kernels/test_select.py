@@ -14,19 +14,19 @@ SCORES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-45, 3e38, -3e38]
 
 
 @st.composite
-def rows(draw, most=40):
+def rows(draw, most=40, scores=SCORES):
     """Arguments of select for B rows of S positions, with any masks, any budgets and a length that fits."""
     batch, size = draw(st.integers(1, 3)), draw(st.integers(1, most))
-    row = st.lists(SCORES, min_size=size, max_size=size)
+    row = st.lists(scores, min_size=size, max_size=size)
     mask = st.lists(st.booleans(), min_size=size, max_size=size)
-    scores = torch.tensor([draw(row) for _ in range(batch)], dtype=torch.float32)
+    values = torch.tensor([draw(row) for _ in range(batch)], dtype=torch.float32)
     visual = torch.tensor([draw(mask) for _ in range(batch)])
     token = torch.tensor([draw(mask) for _ in range(batch)])
     budget = torch.tensor([draw(st.integers(0, size + 1)) for _ in range(batch)])
     candidates = (visual & token).sum(1)
     wanted = (token & ~visual).sum(1) + torch.minimum(budget, candidates)
     length = draw(st.integers(int(wanted.max()), size))
-    return scores, visual, token, budget, length
+    return values, visual, token, budget, length
 
 
 def agree(result, arguments):
@@ -129,3 +129,10 @@ def test_a_length_that_does_not_fit_stays_within_bounds(launch, length):
     wanted = (~visual).sum(1) + torch.minimum(budget, visual.sum(1))
     assert valid.sum(1).tolist() == wanted.clamp_max(length).tolist()
     assert all(keep[b][valid[b]][:12].tolist() == list(range(12)) for b in range(2))
+
+
+@settings(deadline=None)
+@given(rows(scores=st.integers(-9, 9).map(lambda number: number / 7)))
+def test_selection_by_threshold_equals_the_rule(arguments):
+    """On scores that lie further apart than 2^-40 of their range, or are equal."""
+    agree(reference.select_by_threshold(*arguments), arguments)

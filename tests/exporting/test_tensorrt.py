@@ -1,0 +1,340 @@
+"""TensorRT: engines of the demo model for three capabilities, in fp16 and bf16, and what is refused.
+
+Engines are built here and not run, which takes a GPU. The ONNX files that they are built from are run, by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import shlex
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import hawk_compile
+from hawk_compile.demo.scenes import make_scene
+from hawk_compile.errors import ConfigError, ExportError, InputError
+from hawk_compile.exporting import manifest as manifests
+from hawk_compile.exporting import profile, tensorrt
+from hawk_compile.exporting.components import Component
+from hawk_compile.exporting.encoder import sorted_by_scatter
+from hawk_compile.exporting.manifest import Manifest
+
+pytestmark = pytest.mark.xdist_group("export-tensorrt")
+DEMO = Path(str(resources.files("hawk_compile"))) / "demo" / "model"
+CAPABILITIES = ("8.6", "8.9", "12.0")
+LONG = {"batch": (1, 1, 2), "prompt": (64, 256, 4096), "visual": (64, 160, 4096), "images": (1, 1, 2)}
+SHORT = {"prompt": (64, 256, 1024)}
+PARTS = ("visual", "prefill", "decode")
+
+
+def demo(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The demo model and a prompt with a picture of 12 x 13 visual tokens."""
+    model = AutoModelForImageTextToText.from_pretrained(DEMO, local_files_only=True, dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
+    scene = make_scene("test", 3, (336, 364))
+    content = [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return model, dict(processor(text=[text], images=[[scene.pil()]], return_tensors="pt"))
+
+
+def export(folder: Path, dtype: torch.dtype, **settings: Any) -> tuple[Manifest, list[str]]:
+    """The manifest, and every warning or error of TensorRT on the way, harmless or not."""
+    model, inputs = demo(dtype)
+    seen: list[str] = []
+    build = tensorrt.build
+
+    def observed(*args: Any) -> Any:
+        result = build(*args)
+        seen.extend(text for _, text in tensorrt.logger().messages)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt, "build", observed)
+        manifest = hawk_compile.export(model, inputs, folder, format="tensorrt", **settings)
+    return manifest, seen
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """fp16, all capabilities, prompts longer than TensorRT can sort."""
+    folder = tmp_path_factory.mktemp("tensorrt") / "half"
+    manifest, seen = export(folder, torch.float16, sizes=LONG)
+    yield SimpleNamespace(folder=folder, manifest=manifest, seen=seen)
+    shutil.rmtree(folder)
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+def check_engines(folder: Path, manifest: Manifest, seen: list[str], wanted: tuple[str, ...]) -> None:
+    assert tuple(manifest.parts) == PARTS
+    for name, part in manifest.parts.items():
+        assert part.file == f"{name}.onnx" and part.details["warnings"] == []
+        assert tuple(part.details["engines"]) == wanted
+        for capability, engine in part.details["engines"].items():
+            assert engine["file"] == f"{name}.sm{capability.replace('.', '')}.engine"
+            assert engine["file"] in part.sha256 and engine["seconds"] > 0
+            assert (folder / engine["file"]).stat().st_size == engine["bytes"] > 10**6
+    assert seen and all(any(pattern.search(text) for pattern in tensorrt.HARMLESS) for text in seen), seen
+
+
+def test_every_component_in_half_precision(half: SimpleNamespace) -> None:
+    check_engines(half.folder, half.manifest, half.seen, CAPABILITIES)
+    assert half.manifest.dtype == "float16" and half.manifest.format == "tensorrt"
+    assert manifests.read(half.folder) == half.manifest
+    assert {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"} <= half.manifest.versions.keys()
+
+
+def test_every_component_in_bfloat16(tmp_path: Path) -> None:
+    """And prompts that TensorRT can sort: one TopK over the row, and none elsewhere."""
+    manifest, seen = export(tmp_path / "out", torch.bfloat16, sizes=SHORT, compute_capabilities=["8.9"])
+    check_engines(tmp_path / "out", manifest, seen, ("8.9",))
+    sorts = {name: operators(tmp_path / "out" / f"{name}.onnx").count("TopK") for name in PARTS}
+    assert sorts == {"visual": 0, "prefill": 1, "decode": 0}
+
+
+def test_nothing_is_sorted_where_prompts_are_long(half: SimpleNamespace) -> None:
+    for name in PARTS:
+        assert "TopK" not in operators(half.folder / f"{name}.onnx")
+
+
+@pytest.mark.parametrize("longest, expected", [(3840, "sort"), (3841, "threshold")])
+def test_selection(longest: int, expected: str) -> None:
+    settings = {"sizes": {"prompt": (16, 512, longest)}, "normalization": "l2"}
+    assert tensorrt.options(settings).selection == expected
+    assert settings == {"normalization": "l2"}
+    assert tensorrt.options({}).selection == "sort"
+
+
+def test_the_graphs_answer_as_pytorch(half: SimpleNamespace, tmp_path: Path) -> None:
+    """What the engines were built from, run by ONNX Runtime: threshold selection, and a scatter in place of a sort."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(half.folder, folder, ignore=shutil.ignore_patterns("*.engine"))
+    parts = {
+        name: dataclasses.replace(
+            part, sha256={file: found for file, found in part.sha256.items() if not file.endswith(".engine")}
+        )
+        for name, part in half.manifest.parts.items()
+    }
+    dataclasses.replace(half.manifest, format="onnx", parts=parts).write(folder)
+    model, inputs = demo(torch.float16)
+    runner = hawk_compile.load(folder)
+    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = runner.generate(**inputs, **settings)
+    hawk_compile.optimize(model, ratio=half.manifest.ratio, backend="eager")
+    expected = model.generate(**inputs, **settings)
+    assert found.sequences.equal(expected.sequences)
+    one, other = runner.report(), hawk_compile.report(model)
+    assert one.kept_visual_tokens.equal(other.kept_visual_tokens)
+    for given, wanted in zip(found.logits, expected.logits, strict=True):
+        # 10 bits of mantissa over five layers, and logits of about 20.
+        torch.testing.assert_close(given.float(), wanted.float(), atol=0.1, rtol=0.02)
+
+
+def test_trtexec_names_every_dynamic_input(half: SimpleNamespace) -> None:
+    for name, part in half.manifest.parts.items():
+        command, *options = shlex.split(part.details["trtexec"])
+        given = dict(option.split("=", 1) for option in options if "=" in option)
+        assert command == "trtexec" and "--stronglyTyped" in options
+        assert given["--onnx"] == f"{name}.onnx" and given["--saveEngine"] == f"{name}.engine"
+        ranges = part.details["profile"]
+        for which, option in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
+            shapes = dict(each.split(":") for each in given[option].split(","))
+            assert shapes == {
+                spec.name: "x".join(str(size if isinstance(size, int) else ranges[size][which]) for size in spec.shape)
+                for spec in part.inputs
+                if any(isinstance(size, str) for size in spec.shape)
+            }
+    assert "input_ids:1x64" in half.manifest.parts["prefill"].details["trtexec"]
+    assert "input_ids:2x4096" in half.manifest.parts["prefill"].details["trtexec"]
+
+
+def test_sizes_follow_from_those_given(half: SimpleNamespace) -> None:
+    visual, prefill, decode = (half.manifest.parts[name].details["profile"] for name in PARTS)
+    assert all(tuple(prefill[name]) == LONG[name] for name in ("batch", "prompt", "visual"))
+    assert prefill["kept"][0] == 2 < prefill["kept"][1] < 256 and prefill["kept"][2] == 4096
+    assert decode == {"batch": [1, 1, 2], "new": [1, 1, 4096], "past": [0, 256, 8192], "total": [1, 257, 12288]}
+    assert visual["patches"] == [4 * size for size in LONG["visual"]]
+    assert visual["merged_patches"] == list(LONG["visual"])
+    assert visual["segments"] == [1, 1, 2] and visual["longest_segment"] == [128, 640, 16384]
+    assert visual["longest_window"] == [1, 64, 64] and visual["windows"][2] >= 4096 // 16 * 2.6
+
+
+def sample(shapes: dict[str, tuple[str | int, ...]], sizes: dict[str, int], **settings: Any) -> Component:
+    tensors = {
+        name: torch.zeros([size if isinstance(size, int) else sizes[size] for size in shape])
+        for name, shape in shapes.items()
+    }
+    return Component("part", nn.Identity(), tensors, shapes, **settings)
+
+
+PROMPT = sample(
+    {"input_ids": ("batch", "prompt"), "features": ("visual", 8)},
+    {"batch": 2, "prompt": 20, "visual": 24},
+    least={"visual": 2},
+)
+
+
+def test_default_sizes() -> None:
+    assert profile.ranges(PROMPT, {}) == {"batch": (1, 1, 4), "prompt": (2, 512, 3840), "visual": (2, 384, 3840)}
+    given = {"batch": (2, 2, 8), "prompt": (8, 40, 50)}
+    assert profile.ranges(PROMPT, given) == {**given, "visual": (2, 60, 100)}
+
+
+def test_sizes_below_what_a_graph_holds_for() -> None:
+    with pytest.raises(ConfigError, match=r'sizes\["visual"\] must be from 2 on for part .*, got \(1, 2, 3\)'):
+        profile.ranges(PROMPT, {"visual": (1, 2, 3)})
+
+
+def test_tiles_follow_visual_tokens() -> None:
+    component = sample({"pixel_values": ("tiles", 3, 4, 4)}, {"tiles": 6}, visual=60)
+    assert profile.ranges(component, {"visual": (5, 45, 105)}) == {"tiles": (1, 5, 11)}
+    assert profile.ranges(component, {"tiles": (1, 2, 3)}) == {"tiles": (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ([1, 2, 3], r"sizes must map names of sizes to \(minimum, usual, maximum\), got \[1, 2, 3\]; give for example"),
+        ({"width": (1, 2, 3)}, r"sizes names 'width'; the sizes are batch, prompt, visual,"),
+        ({"prompt": 512}, r'sizes\["prompt"\] must be three whole numbers, .*, from 2 on, got 512; give for example'),
+        ({"prompt": (16, 512)}, r'sizes\["prompt"\] must be three whole numbers'),
+        ({"prompt": (16, 512.0, 1024)}, r"got \(16, 512\.0, 1024\)"),
+        ({"batch": (True, 2, 3)}, r"got \(True, 2, 3\)"),
+        ({"batch": (0, 1, 4)}, r'sizes\["batch"\] .* from 1 on, got \(0, 1, 4\)'),
+        ({"visual": (64, 32, 128)}, r"minimum <= usual <= maximum, from 1 on, got \(64, 32, 128\)"),
+        ({"past": (0, 512, 256)}, r"minimum <= usual <= maximum, from 0 on, got \(0, 512, 256\)"),
+    ],
+)
+def test_sizes_are_refused(sizes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tensorrt.options({"sizes": sizes})
+
+
+@pytest.mark.parametrize(
+    "capabilities, message",
+    [
+        (["9.9"], r"compute_capabilities holds '9\.9'; the TensorRT installed here builds for .*8\.6, 8\.9, 12\.0"),
+        ([8.9], r"holds 8\.9; the TensorRT"),
+        ("8.9", r"compute_capabilities must be a list such as .*, got '8\.9'"),
+        ([], r"compute_capabilities must be a list such as .*, got \[\]"),
+    ],
+)
+def test_compute_capabilities_are_refused(capabilities: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tensorrt.options({"compute_capabilities": capabilities})
+
+
+def test_sizes_belong_to_this_format(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown setting sizes"):
+        hawk_compile.export(nn.Identity(), {}, tmp_path / "out", format="onnx", sizes={})  # type: ignore[arg-type]
+
+
+def feed(manifest: Manifest, **sizes: int) -> dict[str, torch.Tensor]:
+    """Inputs of the prefill in its usual sizes, but for those named."""
+    part = manifest.parts["prefill"]
+    usual = {name: size[1] for name, size in part.details["profile"].items()} | sizes
+    return {
+        spec.name: torch.empty([size if isinstance(size, int) else usual[size] for size in spec.shape])
+        for spec in part.inputs
+    }
+
+
+def test_sizes_inside_the_profile(half: SimpleNamespace) -> None:
+    for inside in ({}, {"prompt": 64}, {"prompt": 4096}, {"batch": 2, "visual": 4096}):
+        profile.check_sizes(half.manifest.parts["prefill"], feed(half.manifest, **inside))
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (
+            {"prompt": 4097},
+            r"input_ids of prefill has size 4097 in dimension 1 \(prompt\), and the engine was built for 64 to 4096: "
+            r'give inputs of that size, or export again with sizes=\{"prompt": \(64, 256, 4097\)\}',
+        ),
+        ({"prompt": 63}, r"has size 63 in dimension 1 \(prompt\).* 64 to 4096: .*\(63, 256, 4096\)"),
+        ({"batch": 3}, r"input_ids of prefill has size 3 in dimension 0 \(batch\)"),
+        ({"visual": 5000}, r"image_features of prefill has size 5000 in dimension 0 \(visual\)"),
+    ],
+)
+def test_sizes_outside_the_profile(half: SimpleNamespace, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        profile.check_sizes(half.manifest.parts["prefill"], feed(half.manifest, **sizes))
+
+
+def test_an_engine_needs_its_gpu(half: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = r"visual was built for GPUs of compute capability 8\.6, 8\.9, 12\.0, and torch finds none here: load it"
+    with pytest.raises(ExportError, match=message):
+        hawk_compile.load(half.folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ExportError, match=r"capability 8\.6, 8\.9, 12\.0, and this one has 9\.0: load it on"):
+        hawk_compile.load(half.folder)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert tensorrt.engine_for(half.manifest.parts["decode"])["file"] == "decode.sm120.engine"
+
+
+def save(folder: Path, nodes: list[onnx.NodeProto], shape: list[int | str]) -> None:
+    """`odd.onnx`: nodes from x to y, both of this shape."""
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy")
+    graph = onnx.helper.make_graph(nodes, "odd", [x], [y])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), folder / "odd.onnx")
+
+
+def test_a_node_that_tensorrt_does_not_know(tmp_path: Path) -> None:
+    save(tmp_path, [onnx.helper.make_node("Det", ["x"], ["y"], name="the_odd_one")], ["rows", 4, 4])
+    with pytest.raises(ExportError, match=r'odd cannot be exported .* node the_odd_one \(Det\): .*format="onnx"'):
+        tensorrt.build("odd", tmp_path, {"x": [(1, 4, 4), (2, 4, 4), (3, 4, 4)]}, ("8.9",))
+
+
+def test_a_network_that_cannot_be_built(tmp_path: Path) -> None:
+    """The profile contradicts the network's own sizes."""
+    save(tmp_path, [onnx.helper.make_node("Relu", ["x"], ["y"])], ["rows", 4])
+    with pytest.raises(ExportError, match=r"odd cannot be built by TensorRT for compute capability 8\.9: \S+"):
+        tensorrt.build("odd", tmp_path, {"x": [(1, 5), (2, 5), (3, 5)]}, ("8.9",))
+
+
+def test_a_warning_that_matters_is_kept(tmp_path: Path) -> None:
+    """A sort longer than TensorRT can do is built without an error: only a warning tells."""
+    size = onnx.helper.make_node("Shape", ["x"], ["length"], start=1)
+    sort = onnx.helper.make_node("TopK", ["x", "length"], ["y", "places"], name="the_sort")
+    save(tmp_path, [size, sort], [1, "length"])
+    for longest, expected in ((3840, 0), (4096, 1)):
+        engines, warnings = tensorrt.build("odd", tmp_path, {"x": [(1, 2), (1, 64), (1, longest)]}, ("8.9",))
+        assert engines and len([text for text in warnings if "the_sort" in text and "3840" in text]) == expected
+
+
+def test_a_scatter_sorts_a_permutation() -> None:
+    permutation, other, argsort = torch.randperm(9), torch.randperm(9), torch.argsort
+    with sorted_by_scatter(permutation):
+        assert torch.argsort(permutation).equal(argsort(permutation))
+        assert torch.argsort(other).equal(argsort(other))
+        assert torch.argsort(permutation, descending=True).equal(argsort(permutation).flip(0))
+    assert torch.argsort is argsort
+
+
+def test_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "tensorrt-rtx-cu12-libs":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ExportError, match=r'needs the package tensorrt-rtx-cu12-libs.*"hawk-compile\[tensorrt\]"'):
+        hawk_compile.export(nn.Identity(), {}, tmp_path / "out", format="tensorrt")  # type: ignore[arg-type]
