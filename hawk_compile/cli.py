@@ -160,7 +160,7 @@ def env() -> None:
 def passes() -> None:
     """List the passes in the order they run, and the environment switches around them."""
     from hawk_compile.environment import SWITCHES
-    from hawk_compile.pipeline import PASSES, disabled_passes
+    from hawk_compile.pipeline import EXPORT_PASSES, PASSES, PORTABLE_PASSES, disabled_passes
 
     left_out = disabled_passes()
     table = Table(box=None, pad_edge=False)
@@ -169,6 +169,11 @@ def passes() -> None:
     for number, step in enumerate(PASSES, start=1):
         note = "left out now" if step.name in left_out else "optional" if step.optional else ""
         table.add_row(str(number), step.name, step.summary, note)
+    for step in EXPORT_PASSES:
+        if step not in PASSES:
+            table.add_row("", step.name, step.summary, "ahead of them in exports")
+    for step in PORTABLE_PASSES:
+        table.add_row("", step.name, step.summary, "behind them in exports but aoti")
     out = console()
     out.print(table)
     out.print()
