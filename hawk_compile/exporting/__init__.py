@@ -11,13 +11,13 @@
 
 Tracing is done by `transformers.exporters` (5.23). What was wrapped there, and why:
 
-- Its decomposition of a generative model leaves the merge outside its components, and misses the encoder, which generate
-  runs ahead of the prefill. Components of our own go through its exporters instead.
-- Its attention for towers over packed patches needs images of one size; with others ONNX gives wrong results without an
+- Its decomposition of a generative model leaves the merge outside its components, and misses the encoder, which
+  generate runs ahead of the prefill. Components of our own go through its exporters instead.
+- Its attention for towers over packed patches needs images of one size; with others ONNX gives wrong results and no
   error. `encoder.py` hands segments over as an index instead.
 - Towers that undo a permutation by argsort export a sort, which TensorRT limits; a permutation is undone by a scatter.
-- Masks are built by broadcasting in the first trace too, as its ONNX patches do in theirs: the passes cannot work out
-  shapes inside vmap. Its other ONNX patches stay away from the first trace, since they put copies of the mask behind the
+- Masks are built by broadcasting in the first trace too, as its ONNX patches do in theirs: no pass can work out shapes
+  inside vmap. Its other ONNX patches stay away from the first trace, since they put copies of the mask behind the
   attention, where the passes take them for positions.
 - A GraphModule is wrapped in a module (`Rewritten`): its exporters replace a module's forward.
 - Its rewrite of a stable sort loses the node's value; `onnx.py` translates the sort itself.
