@@ -97,9 +97,12 @@ def load(path: str | os.PathLike[str]) -> Runner:
     target = target_of(manifest.format)
     if not hasattr(target, "open_session"):
         raise ManifestError(f'{folder} holds format="{manifest.format}", which is built here and run elsewhere')
-    model = skeleton(folder, manifest)
+    # Compiled packages run where their model was; the other sessions take and give tensors of the host.
+    device = torch.device(manifest.device if manifest.format == "aoti" else "cpu")
+    model = skeleton(folder, manifest, device)
     sessions = {
-        name: checked(part, target.open_session(folder, part.file, part)) for name, part in manifest.parts.items()
+        name: checked(part, target.open_session(folder, part.file, part), device)
+        for name, part in manifest.parts.items()
     }
     for name in manifest.encoders:
         child = model.base_model.get_submodule(name)
@@ -115,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
     return Runner(manifest, model, runtime)
 
 
-def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
+def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrainedModel:
     """The model without weights, but for the few parameters that its own code reads on the host."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = getattr(torch, manifest.dtype)
@@ -129,12 +132,12 @@ def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
     model.requires_grad_(False).eval()
     if (folder / HOST_WEIGHTS).is_file():
         for name, value in load_file(folder / HOST_WEIGHTS).items():
-            setattr(model.base_model, name, nn.Parameter(value, requires_grad=False))
-    model.__class__ = type(type(model).__name__, (type(model),), {"device": torch.device("cpu")})
+            setattr(model.base_model, name, nn.Parameter(value.to(device), requires_grad=False))
+    model.__class__ = type(type(model).__name__, (type(model),), {"device": device})
     return model
 
 
-def checked(part: Part, session: Session) -> Session:
+def checked(part: Part, session: Session, device: torch.device) -> Session:
     """The session behind a check of its inputs, which says what was expected."""
     expected = {each.name: each for each in part.inputs}
 
@@ -157,7 +160,10 @@ def checked(part: Part, session: Session) -> Session:
                     f"{name} of {part.name} must have shape {wanted}, got {list(given.shape)} (sizes: {sizes})"
                 )
         return session(
-            {name: given.to(getattr(torch, expected[name].dtype)).contiguous() for name, given in inputs.items()}
+            {
+                name: given.to(device, getattr(torch, expected[name].dtype)).contiguous()
+                for name, given in inputs.items()
+            }
         )
 
     return run
