@@ -16,7 +16,7 @@ NAMES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3", "smo
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_of_one_prompt_runs_at_others(name: str, tmp_path: Path) -> None:
     """A batch of one, of two with several images, and of three that differ; ids, kept tokens and logits of PyTorch."""
-    model = zoo.build(name, layers=2)
+    model = zoo.build(name, layers=2 if name in ("qwen3_vl", "gemma3") else 1)  # two kinds of layers there
     sizes = zoo.sizes(name)
     hawk_compile.export(model, zoo.inputs(name, model, rows=[sizes[1]]), tmp_path / name, ratio=0.6)
     batches = ([sizes[2]], [sizes[3], sizes[6]], [sizes[0], sizes[4], sizes[5]])
