@@ -16,7 +16,7 @@ import hawk_compile
 from hawk_compile.exporting.check import compare
 from tests.exporting import demo
 
-FORMATS = [pytest.param(name, marks=pytest.mark.xdist_group(f"export-{name}")) for name in ("onnx", "aoti", "openvino")]
+FORMATS = ("onnx", "aoti", "openvino")
 exports: dict[str, Path] = {}
 
 
@@ -80,7 +80,6 @@ def test_generate_is_that_of_transformers(name: str, exported: hawk_compile.Runn
     assert turns[0].equal(turns[1])
 
 
-@pytest.mark.xdist_group("export-onnx")
 @pytest.mark.parametrize("exported", ["onnx"], indirect=True)
 def test_the_onnx_graph_is_portable(exported: hawk_compile.Runner) -> None:
     """It passes the checker with full shape inference, and holds nothing that depends on data for its shape."""
@@ -105,7 +104,6 @@ def test_the_onnx_graph_is_portable(exported: hawk_compile.Runner) -> None:
             assert symbolic[0] == symbolic[1], value.name
 
 
-@pytest.mark.xdist_group("export-aoti")
 @pytest.mark.parametrize("exported", ["aoti"], indirect=True)
 def test_aoti_needs_no_python_of_the_model(exported: hawk_compile.Runner, tmp_path: Path) -> None:
     """A process that imports torch alone runs the prefill."""
@@ -146,7 +144,6 @@ def test_the_manifest_says_what_was_exported(name: str, exported: hawk_compile.R
     assert {"config.json", "generation_config.json"} <= set(text["files"])
 
 
-@pytest.mark.xdist_group("export-onnx")
 def test_int8_weights(tmp_path: Path) -> None:
     """A third of the decoder's bytes; the answers of most prompts stay."""
     folder = tmp_path / "int8"

@@ -26,7 +26,6 @@ from hawk_compile.errors import (
 from hawk_compile.exporting import onnx
 from tests import zoo
 
-pytestmark = pytest.mark.xdist_group("export-refusals")
 NAME = "llava"
 shared: dict[str, Path] = {}
 
