@@ -13,6 +13,7 @@ one process, in turns, medians.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -72,9 +73,9 @@ def agreement(formats: list[str], questions: int, ratio: float) -> None:
 
 def asked(processor: Any, questions: int) -> Any:
     """(inputs, answers) of held-out questions, one about each scene, in batches of each size in turn."""
-    scene = 0
+    scene, counts = 0, itertools.cycle(BATCHES)
     while scene < questions:
-        count = min(BATCHES[scene % len(BATCHES)], questions - scene)
+        count = min(next(counts), questions - scene)
         texts, images, answers = [], [], []
         for index in range(scene, scene + count):
             shown = make_scene("test", index, SIZES[index % len(SIZES)])

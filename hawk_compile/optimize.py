@@ -155,7 +155,8 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         named = signature.bind(self, *args, **kwargs).arguments
-        named = {**named, **named.pop(str(rest), {})}
+        more = named.pop(str(rest), {})
+        named = {**named, **more}
         del named[next(iter(named))]  # self
         return run(self, self.__dict__[RUNTIME], original(self, "forward"), named)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hawk_compile.passes.graph import Builder, is_call, shape_of
+from hawk_compile.passes.graph import Builder, is_call, same, shape_of
 
 
 def replace_masked_scatter(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
@@ -26,7 +26,11 @@ def replace_masked_scatter(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.
 def can_replace(node: fx.Node) -> bool:
     """Whether the mask has one value per row: the last dimension is 1, or the same value throughout by `expand`."""
     values, mask = node.args[:2]
-    return len(shape_of(values)) == 3 and len(shape_of(mask)) == 3
+    if len(shape_of(values)) != 3 or len(shape_of(mask)) != 3:
+        return False
+    while isinstance(mask, fx.Node) and is_call(mask, "to", "_to_copy", "clone", "contiguous", "alias"):
+        mask = mask.args[0]
+    return same(shape_of(mask)[-1], 1) or (isinstance(mask, fx.Node) and is_call(mask, "expand", "expand_as"))
 
 
 def rewrite(gm: fx.GraphModule, node: fx.Node) -> None:

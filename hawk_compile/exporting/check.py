@@ -1,5 +1,6 @@
 """Whether an exported folder answers as the optimised model does: the same ids, the same kept tokens, near logits."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class Agreement:
 
     @property
     def whole(self) -> bool:
-        return self.rows == self.same_ids == self.same_kept
+        return self.rows == self.same_ids == self.same_kept and not math.isnan(self.logits)
 
 
 def compare(
@@ -65,5 +66,6 @@ def compare(
         found.same_kept += sum(map(torch.equal, kept, runner.report().keep_indices))
         steps = [(a - b).abs().amax(1) for a, b in zip(wanted.logits, got.logits, strict=False)]
         alike = torch.stack(steps)[:, same] if same.any() else torch.stack(steps)[:1]
-        found.logits = max(found.logits, float(alike.max()))
+        largest = float(alike.max())
+        found.logits = largest if math.isnan(largest) else max(largest, found.logits)
     return found

@@ -34,6 +34,7 @@ from hawk_compile.query import is_any
 
 ATTENTION = "hawk_flash_segments"
 GRID = "grid_thw"
+IMAGE_SIZES = "image_sizes"
 WINDOW_INDEX = "window_index"
 SIZES: dict[str, Shape] = {
     "segments": ("segments", "longest_segment"),
@@ -208,6 +209,9 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
     for name, (arguments, outputs) in calls.items():
         child = model.base_model.get_submodule(name)
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        if not tensors or IMAGE_SIZES in tensors:
+            reason = f"takes {IMAGE_SIZES}, which would be fixed in its graph" if tensors else "takes no tensor"
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be exported: its encoder's {name} {reason}")
         fixed = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
         sample = prepared(child, {key: torch.cat([value, value]).detach() for key, value in tensors.items()})
         packed = GRID in tensors
@@ -269,7 +273,8 @@ def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
     """Arguments by name, those under ** among them."""
     rest = next((each.name for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
     named_arguments = dict(bound.arguments)
-    return {**named_arguments, **(named_arguments.pop(rest, {}) if rest else {})}
+    more = named_arguments.pop(rest, {}) if rest else {}
+    return {**named_arguments, **more}
 
 
 def parts_of(output: ModelOutput) -> list[Tensor]:

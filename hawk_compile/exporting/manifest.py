@@ -101,10 +101,29 @@ def read(folder: Path) -> Manifest:
         raise ManifestError(
             f"{path} is no manifest of hawk_compile ({type(error).__name__}: {error}): export again"
         ) from None
+    check_whole(path, manifest)
     for name, part in manifest.parts.items():
         check_files(folder, part.sha256, f"component {name}")
     check_files(folder, manifest.files, "the configuration")
     return manifest
+
+
+def check_whole(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that lacks a component, or names a file without its hash."""
+    engines = [each.get("engines", {}) for each in (part.details for part in manifest.parts.values())]
+    opened = {part.file: part.sha256 for part in manifest.parts.values()}
+    lacking = [
+        *({"prefill", "decode", *manifest.encoders} - manifest.parts.keys()),
+        *({"vision_end", "end_of_turn", "special"} - manifest.ids.keys()),
+        *({"config.json", "generation_config.json"} - manifest.files.keys()),
+        *(name for name, hashes in opened.items() if name not in hashes),
+        *(each["file"] for named in engines for each in named.values()
+          if not any(each["file"] in hashes for hashes in opened.values())),
+    ]  # fmt: skip
+    if lacking or not all(isinstance(weight, float) for weight in manifest.head_weights):
+        raise ManifestError(
+            f"{path} is no manifest of hawk_compile (it lacks {', '.join(lacking) or 'head weights'}): export again"
+        )
 
 
 def specs(given: list[dict[str, Any]]) -> list[TensorSpec]:

@@ -130,7 +130,7 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
         )
     model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.requires_grad_(False).eval()
-    if (folder / HOST_WEIGHTS).is_file():
+    if HOST_WEIGHTS in manifest.files:
         for name, value in load_file(folder / HOST_WEIGHTS).items():
             setattr(model.base_model, name, nn.Parameter(value.to(device), requires_grad=False))
     model.__class__ = type(type(model).__name__, (type(model),), {"device": device})
@@ -274,6 +274,12 @@ def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
         if position_ids is None:
             raise InputError("position_ids are needed where the model is called without generate: give them, [B, S]")
         rows, new = input_ids.shape
+        asked = kwargs.get("logits_to_keep")
+        if new > 1 and (isinstance(asked, Tensor) or asked != 1):
+            raise UnsupportedCallError(
+                f"an exported model gives the logits of the last position alone, and logits_to_keep={asked} was asked "
+                f"of {new}: give logits_to_keep=1, and leave out assisted decoding"
+            )
         past = physical_length(cache)
         feed: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": counted(position_ids, where)}
         feed["attention_mask"] = input_ids.new_ones((rows, past + new)) if attention_mask is None else attention_mask

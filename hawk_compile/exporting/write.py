@@ -149,8 +149,13 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     if path.exists() and not (overwrite and (path / FILE_NAME).is_file()):
         remedy = "give another folder" if overwrite else "give another folder, or overwrite=True for an earlier export"
         raise InputError(f"path must be a folder that does not exist yet, got {path}: {remedy}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be made ({error}): give a folder in a place that can be written to"
+        ) from error
     try:
         yield folder
         if path.exists():
@@ -173,6 +178,8 @@ def components(
         GraphError: the prefill cannot be pruned.
         ExportError: a component cannot be traced.
     """
+    if inputs.get("input_ids") is None:
+        raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
     if not capture.has_pixels(inputs):
         raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
     training = model.training
@@ -189,9 +196,13 @@ def components(
 def prefill_component(
     model: PreTrainedModel, inputs: dict[str, Any], config: HawkConfig, head_weights: Tensor
 ) -> Component:
-    """The prefill with a sample of two rows, each the first row of the inputs."""
+    """The prefill with every row of the inputs twice for a sample."""
+    base: Any = model.base_model
+    remembered = getattr(base, "rope_deltas", None)
     with torch.no_grad():
         encoded = capture.encode(model, dict(inputs))
+    if hasattr(base, "rope_deltas"):
+        base.rope_deltas = remembered  # the model is left as it was
     outputs = {name: output for name, output in encoded["mm_encoder_outputs"].items() if output is not None}
     ids, rows = inputs["input_ids"], len(inputs["input_ids"])
     mask = inputs.get("attention_mask")
@@ -230,7 +241,7 @@ def prefill_component(
 def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
     """The decode step; its sample stands behind a cache of three slots."""
     text = model.config.get_text_config()
-    rows, new, past = 2, 2, 3
+    rows, new, past = len(prefill.sample["input_ids"]), 2, 3
     positions = prefill.shapes["position_ids"]
     device = prefill.sample["input_ids"].device
     with torch.no_grad():
@@ -276,7 +287,7 @@ def forward_of(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 def twice(values: Tensor, dim: int) -> Tensor:
-    """The first row (and its features) a second time, so that the batch is two."""
+    """All rows (or their features) a second time, so that the batch is at least two."""
     return torch.cat([values, values], dim)
 
 

@@ -71,6 +71,12 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
                                              num_attention_heads=2))  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="takes no images"):
         hawk_compile.export(text, {}, tmp_path / "out")
+    with pytest.raises(InputError, match="inputs must hold input_ids"):
+        hawk_compile.export(zoo.build(NAME, layers=1), {"inputs_embeds": torch.ones(1, 4, 64)}, tmp_path / "out")
+    pixtral = zoo.build("mistral3", layers=1)
+    with pytest.raises(UnsupportedModelError, match="takes image_sizes, which would be fixed in its graph"):
+        sizes = zoo.inputs("mistral3", pixtral, rows=[zoo.sizes("mistral3")[1]])
+        hawk_compile.export(pixtral, sizes, tmp_path / "out")
     with pytest.raises(InputError, match="inputs must hold a prompt with an image"):
         hawk_compile.export(zoo.build(NAME, layers=1), {"input_ids": torch.ones(1, 4).long()}, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -133,7 +139,13 @@ def test_files_that_are_not_those_that_were_exported(folder: Path) -> None:
     (lambda content: {name: content[name] for name in content if name != "ratio"}, "is no manifest of hawk_compile"),
     (lambda content: [content], "is no manifest of hawk_compile"),
     (lambda content: content | {"format": "tflite"}, "format must be one of"),
-    (lambda content: content | {"files": {"../../etc/passwd": "0"}}, "lies outside"),
+    (lambda content: content | {"files": content["files"] | {"../../etc/passwd": "0"}}, "lies outside"),
+    (lambda content: content | {"files": {}}, "lacks .*config.json"),
+    (lambda content: content | {"encoders": ["tower"]}, "lacks tower"),
+    (lambda content: content | {"ids": {}}, "lacks .*end_of_turn"),
+    (lambda content: content | {"head_weights": "x"}, "lacks head weights"),
+    (lambda content: content | {"parts": {k: p | {"file": "../evil.onnx"} for k, p in content["parts"].items()}},
+     r"lacks \.\./evil\.onnx"),
 ])  # fmt: skip
 def test_manifests_that_cannot_be_read(folder: Path, change: Any, match: str) -> None:
     path = folder / "manifest.json"
@@ -165,6 +177,11 @@ def test_calls_that_an_exported_model_does_not_take(folder: Path) -> None:
     fewer = inputs | {"pixel_values": inputs["pixel_values"][:, :, :-1]}
     with pytest.raises(InputError, match="pixel_values of vision_tower must have shape"):
         runner.generate(**fewer, max_new_tokens=2)
+    text = {"input_ids": inputs["input_ids"][:, -4:], "position_ids": torch.arange(4)[None]}
+    with pytest.raises(UnsupportedCallError, match="logits of the last position alone, and logits_to_keep=0"):
+        runner.model(**text, logits_to_keep=0)
+    with pytest.raises(UnsupportedCallError, match="leave out assisted decoding"):
+        runner.generate(torch.tensor([[30, 31, 30, 31, 30]]), max_new_tokens=3, prompt_lookup_num_tokens=1)
     first = runner.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, inputs["input_ids"]], 1)
     with pytest.raises(UnsupportedCallError, match="an exported prefill starts a conversation"):

@@ -1,0 +1,19 @@
+"""Every architecture compiled by Inductor, held to the eager model on hand-gathered inputs."""
+
+import pytest
+
+import hawk_compile
+from tests import zoo
+from tests.test_architectures import RATIOS, check, compilations, eager_case, head_weights
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_inductor_equals_the_hand_gathered_eager_model(name):
+    """1e-5 is fp32 rounding over the layers in another order of summation. One layer, since compiling takes its time;
+    layers that add features or switch attention get two."""
+    model = zoo.build(name, layers=2 if name in ("qwen3_vl", "gemma3") else 1)
+    cases = [eager_case(name, model, size, ratio) for size, ratio in zip(zoo.sizes(name)[1:5], RATIOS, strict=True)]
+    for case in cases:
+        hawk_compile.optimize(model, ratio=case.ratio, backend="inductor", head_weights=head_weights(model))
+        check(model, case, 1e-5)
+    assert compilations(model) == 1
