@@ -130,7 +130,9 @@ def test_the_graphs_answer_as_pytorch(half: SimpleNamespace, tmp_path: Path) -> 
     shutil.copytree(half.folder, folder, ignore=shutil.ignore_patterns("*.engine"))
     parts = {
         name: dataclasses.replace(
-            part, sha256={file: found for file, found in part.sha256.items() if not file.endswith(".engine")}
+            part,
+            sha256={file: found for file, found in part.sha256.items() if not file.endswith(".engine")},
+            details={},
         )
         for name, part in half.manifest.parts.items()
     }
