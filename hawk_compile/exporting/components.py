@@ -178,6 +178,13 @@ class Prefill(nn.Module):
         return self.kinds[modality](**parts)
 
 
+def named_features(modality: str, output: ModelOutput) -> dict[str, Any]:
+    """One modality's features, and those for later layers, by the names that they have as inputs of the prefill."""
+    levels = output.get(capture.LAYER_FEATURES) or []
+    named = {LAYER_FEATURES.format(modality, level): features for level, features in enumerate(levels)}
+    return {FEATURES.format(modality): output[capture.FEATURES], **named}
+
+
 def whole(features: Tensor, one_tensor: bool) -> Any:
     """Features [V, D] of all images as the model expects those of several: one tensor, or a list."""
     return features.unsqueeze(0) if one_tensor else [features]

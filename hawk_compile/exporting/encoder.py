@@ -45,8 +45,11 @@ SIZES: dict[str, Shape] = {
 }
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """Fields that every encoder's output has, so that a model can set them."""
-SEGMENTS = {"cu_seqlens": ("segments", "segment_places"), "cu_window_seqlens": ("windows", "window_places")}
-LONGEST = {"segment_places": "max_seqlen", "window_places": "max_window_seqlen"}
+ARGUMENTS = {
+    "segments": "cu_seqlens", "segment_places": "max_seqlen",
+    "windows": "cu_window_seqlens", "window_places": "max_window_seqlen",
+}  # fmt: skip
+"""Under which arguments a tower hands these inputs on to its attention."""
 
 
 class Encoder(nn.Module):
@@ -62,10 +65,7 @@ class Encoder(nn.Module):
         self.child, self.fixed, self.outputs = child, fixed, outputs
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
-        renamed = {
-            LONGEST.get(name, next((old for old, new in SEGMENTS.items() if new[0] == name), name)): given
-            for name, given in tensors.items()
-        }
+        renamed = {ARGUMENTS.get(name, name): given for name, given in tensors.items()}
         with sorted_by_scatter(tensors.get(WINDOW_INDEX)):
             found = named(self.child(**self.fixed, **renamed))
         return {name: found[name] for name in self.outputs or found}
@@ -182,11 +182,13 @@ def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     given = dict(tensors)
     precompute_export_inputs(child, given)
     del given[GRID]
-    for bounds, (name, places) in SEGMENTS.items():
-        if given.get(bounds) is not None:
-            given[name] = patches_of(given.pop(bounds))
+    for name, places in (("segments", "segment_places"), ("windows", "window_places")):
+        bounds = given.pop(ARGUMENTS[name], None)
+        given.pop(ARGUMENTS[places], None)  # the length of the longest, which the index holds
+        if bounds is not None:
+            given[name] = patches_of(bounds)
             given[places] = torch.nonzero(given[name].flatten() >= 0).squeeze(1)
-    return {name: value for name, value in given.items() if isinstance(value, Tensor) and name not in LONGEST.values()}
+    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
 
 def patches_of(bounds: Tensor) -> Tensor:

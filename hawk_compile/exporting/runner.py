@@ -28,13 +28,12 @@ from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.components import (
     DECODE,
-    FEATURES,
     KEY,
-    LAYER_FEATURES,
     PAST_KEY,
     PAST_VALUE,
     PREFILL,
     VALUE,
+    named_features,
 )
 from hawk_compile.exporting.encoder import flat, prepared, unnamed
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
@@ -95,8 +94,6 @@ def load(path: str | os.PathLike[str]) -> Runner:
     folder = Path(path)
     manifest = manifests.read(folder)
     target = target_of(manifest.format)
-    if not hasattr(target, "open_session"):
-        raise ManifestError(f'{folder} holds format="{manifest.format}", which is built here and run elsewhere')
     # Compiled packages run where their model was; the other sessions take and give tensors of the host.
     device = torch.device(manifest.device if manifest.format == "aoti" else "cpu")
     model = skeleton(folder, manifest, device)
@@ -201,19 +198,12 @@ class ExportedPrefill:
         refuse_hidden(inputs)
         ids = inputs["input_ids"]
         rows, length = ids.shape
-        feed: dict[str, Tensor] = {
-            name: inputs[name] for name in ("input_ids", "position_ids", "token_type_ids") if name in inputs
-        }
-        if feed.get("position_ids") is None:
-            raise InputError("position_ids are needed where the model is called without generate: give them, [B, S]")
-        feed["position_ids"] = counted(feed["position_ids"], self.inputs["position_ids"])
+        feed: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", "token_type_ids") if name in inputs}
+        feed["position_ids"] = counted(inputs.get("position_ids"), self.inputs["position_ids"])
         mask = inputs.get("attention_mask")
         feed["attention_mask"] = ids.new_ones((rows, length)) if mask is None else mask
         for modality, output in inputs["mm_encoder_outputs"].items():
-            named = [(FEATURES.format(modality), output[capture.FEATURES])]
-            levels = output.get(capture.LAYER_FEATURES) or []
-            named += [(LAYER_FEATURES.format(modality, level), features) for level, features in enumerate(levels)]
-            feed |= {name: joined(features) for name, features in named}
+            feed |= {name: joined(features) for name, features in named_features(modality, output).items()}
         feed |= {"budget": plan.budget, "kept_slots": torch.arange(plan.length)}
         if "kept_visual_slots" in self.inputs:
             feed["kept_visual_slots"] = torch.arange(sum(plan.kept))
@@ -233,11 +223,16 @@ def joined(features: Any) -> Tensor:
     return rows[: rows.shape[0] - capture.EXTRA_ROWS]
 
 
-def counted(positions: Tensor, spec: TensorSpec) -> Tensor:
+def counted(positions: Tensor | None, spec: TensorSpec) -> Tensor:
     """Positions as the component counts them: [B, S], or one such row for each of mRoPE's axes.
 
     Left out is the row of text positions that generate puts ahead of mRoPE's; a single row holds for every axis.
+
+    Raises:
+        InputError: there are none.
     """
+    if positions is None:
+        raise InputError("position_ids are needed where the model is called without generate: give them, [B, S]")
     if len(spec.shape) == 2:
         return positions
     rows = positions.unsqueeze(0) if positions.ndim == 2 else positions
@@ -271,8 +266,7 @@ def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
             raise UnsupportedCallError(
                 f"an exported model keeps its keys and values in a plain DynamicCache(), got {kinds}"
             )
-        if position_ids is None:
-            raise InputError("position_ids are needed where the model is called without generate: give them, [B, S]")
+        positions = counted(position_ids, where)
         rows, new = input_ids.shape
         asked = kwargs.get("logits_to_keep")
         if new > 1 and (isinstance(asked, Tensor) or asked != 1):
@@ -281,7 +275,7 @@ def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
                 f"of {new}: give logits_to_keep=1, and leave out assisted decoding"
             )
         past = physical_length(cache)
-        feed: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": counted(position_ids, where)}
+        feed: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": positions}
         feed["attention_mask"] = input_ids.new_ones((rows, past + new)) if attention_mask is None else attention_mask
         for layer in range(len(empty) // 2):
             for name, attribute in ((PAST_KEY.format(layer), "keys"), (PAST_VALUE.format(layer), "values")):

@@ -22,7 +22,6 @@ from hawk_compile.errors import ExportError, GraphError, HawkError, InputError
 from hawk_compile.exporting.components import (
     DECODE,
     FEATURES,
-    LAYER_FEATURES,
     PAST_KEY,
     PAST_VALUE,
     PREFILL,
@@ -30,6 +29,7 @@ from hawk_compile.exporting.components import (
     Decode,
     Prefill,
     Shape,
+    named_features,
     prune,
 )
 from hawk_compile.exporting.encoder import encoder_components
@@ -217,10 +217,8 @@ def prefill_component(
         sample["token_type_ids"], shapes["token_type_ids"] = twice(inputs["token_type_ids"], 0), ("batch", "prompt")
     layered = False
     for modality, output in outputs.items():
-        named = {FEATURES.format(modality): output[capture.FEATURES]}
-        levels = output.get(capture.LAYER_FEATURES) or []
-        named |= {LAYER_FEATURES.format(modality, level): features for level, features in enumerate(levels)}
-        layered = layered or bool(levels)
+        named = named_features(modality, output)
+        layered = layered or len(named) > 1
         for name, features in named.items():
             sample[name] = twice(rows_of(features), 0)
             shapes[name] = ("visual", sample[name].shape[1])
