@@ -109,12 +109,12 @@ def inspect(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    format: Annotated[str, typer.Option(help="onnx, aoti, openvino or tensorrt.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, aoti, openvino, tensorrt or executorch.")] = "onnx",
     ratio: Ratio = 0.8,
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     quantization: Annotated[str | None, typer.Option(help="int8 weights in the decoder (onnx): int8.")] = None,
     size: Annotated[
-        list[str], typer.Option(help="A size that TensorRT engines are built for, as prompt=16:512:2048 (repeatable).")
+        list[str], typer.Option(help="A size to build for, as prompt=16:512:2048 (tensorrt, executorch; repeatable).")
     ] = [],  # noqa: B006
     capability: Annotated[
         list[str], typer.Option(help="A GPU's compute capability to build for, as 8.9 (tensorrt; repeatable).")

@@ -3,8 +3,10 @@
     write.py       `export`: components, one after another, into a folder with a manifest
     components.py  prefill and decode as modules of tensors; the passes on the prefill's graph
     encoder.py     the vision encoder as components
-    onnx.py, aoti.py, openvino.py, tensorrt.py    one format each: write a component, open it
-    profile.py     sizes that TensorRT engines are built for
+    onnx.py, aoti.py, openvino.py, tensorrt.py, executorch.py    one format each: write a component, open it
+    weights.py     what two ONNX files have in common, written once
+    quantize.py    int8 weights in ONNX files
+    profile.py     sizes that TensorRT engines and ExecuTorch programs are built for
     manifest.py    what a folder holds
     runner.py      `load`: transformers' generate around the exported components
     check.py       does an export answer as PyTorch does

@@ -55,6 +55,7 @@ class Component:
         shapes: of each input: numbers, and names from `NAMED` or `RELATED` where it is symbolic.
         around: a context that tracing the module needs.
         least: the least values of sizes, where they are not those in `NAMED`.
+        most: the largest values of sizes, for targets that need them; no limit where a size is not named.
         visual: visual tokens that an encoder's sample makes; 0 for other components.
     """
 
@@ -64,6 +65,7 @@ class Component:
     shapes: dict[str, Shape]
     around: Callable[[], Any] = field(default=torch.no_grad)
     least: dict[str, int] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
     visual: int = 0
 
     @property
@@ -77,8 +79,16 @@ class Component:
         }
 
     @property
+    def least_sizes(self) -> dict[str, int]:
+        """The smallest values of the symbolic sizes that have a name of their own."""
+        return {name: self.least.get(name, NAMED[name]) for name in self.sizes if name in NAMED}
+
+    @property
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        sizes = {name: Dim(name, min=self.least.get(name, least), max=MOST) for name, least in NAMED.items()}
+        sizes: dict[str, Any] = {
+            name: Dim(name, min=least, max=self.most.get(name, MOST)) for name, least in self.least_sizes.items()
+        }
+        sizes |= {name: Dim.DYNAMIC(max=self.most[name]) if name in self.most else Dim.DYNAMIC for name in RELATED}
         return {
             name: {dim: sizes.get(size, Dim.DYNAMIC) for dim, size in enumerate(shape) if isinstance(size, str)}
             for name, shape in self.shapes.items()

@@ -1,4 +1,4 @@
-"""Sizes that an engine is built for: a minimum, a usual and a maximum size of every symbolic dimension.
+"""Sizes that a component is built for, where a target asks for them: minimum, usual and maximum of each dimension.
 
 A user knows four of them, and gives those that differ from the defaults:
 
@@ -180,7 +180,7 @@ def check_sizes(part: Part, inputs: dict[str, Tensor]) -> None:
             if not low <= size <= high:
                 needed = (min(low, size), usual, max(high, size))
                 raise InputError(
-                    f"{spec.name} of {part.name} has size {size} in dimension {dim} ({name}), and the engine was built "
-                    f"for {low} to {high}: give inputs of that size, or export again with "
+                    f"{spec.name} of {part.name} has size {size} in dimension {dim} ({name}), and {part.name} was "
+                    f"built for {low} to {high}: give inputs of that size, or export again with "
                     f'sizes={{"{name}": {needed}}}'
                 )
