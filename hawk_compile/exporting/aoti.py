@@ -10,6 +10,7 @@ from torch import Tensor
 from hawk_compile.exporting.components import Component
 
 PACKAGES: tuple[str, ...] = ()
+RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = ""
 
 

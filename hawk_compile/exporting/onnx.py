@@ -18,8 +18,10 @@ from torch import Tensor
 from hawk_compile.errors import ConfigError, ExportError
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.quantize import METHODS, quantize
+from hawk_compile.exporting.weights import locations, share_weights
 
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+RUN_BY: tuple[str, ...] = ("onnxruntime",)
 EXTRA = "onnx"
 OPSET = 20
 
@@ -56,7 +58,10 @@ def write(component: Component, folder: Path, options: Options) -> tuple[list[st
     if options.quantization and component.name in (PREFILL, DECODE):
         quantize(folder / name)
         details["quantization"] = options.quantization
-    return [each for each in OnnxExporter.program_files(name) if (folder / each).exists()], details
+    first = folder / f"{PREFILL}.onnx"
+    if component.name == DECODE and first.is_file():
+        share_weights(first, folder / name)
+    return [name, *locations(folder / name)], details
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from hawk_compile.errors import ExportError
 from hawk_compile.exporting.components import Component
 
 PACKAGES: tuple[str, ...] = ("openvino",)
+RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = "openvino"
 
 

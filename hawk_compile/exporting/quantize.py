@@ -7,7 +7,7 @@ METHODS = ("int8",)
 
 
 def quantize(path: Path) -> None:
-    """Replace an ONNX file by one whose matrix products hold int8 weights, one scale for each output channel.
+    """Replace an ONNX file by one whose products with weights hold int8 weights, one scale for each output channel.
 
     Activations are quantised as they come, so no calibration data is needed. The score's products are among them.
     """
@@ -23,10 +23,20 @@ def quantize(path: Path) -> None:
         )  # fmt: skip
         quantize_dynamic(
             prepared, done, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True,
-            op_types_to_quantize=["MatMul", "Gemm"],
+            op_types_to_quantize=["MatMul", "Gemm"], nodes_to_exclude=other_products(prepared),
         )  # fmt: skip
         done.replace(path)
         written = done.with_name(f"{done.name}.data")
         data.unlink(missing_ok=True)
         if written.is_file():
             written.replace(data)
+
+
+def other_products(path: Path) -> list[str]:
+    """The products whose right side is no matrix of weights, such as the angles of rotary positions."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 1}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    return [node.name for node in products if node.input[1] not in matrices]

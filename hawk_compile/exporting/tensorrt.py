@@ -23,6 +23,7 @@ from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.profile import Range
 
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs")
+RUN_BY = PACKAGES[2:]
 EXTRA = "tensorrt"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 
