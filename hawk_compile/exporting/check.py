@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile.exporting.runner import Runner
-from hawk_compile.optimize import optimize, report
+from hawk_compile.optimize import RUNTIME, optimize, report
 
 
 @dataclass
@@ -53,6 +53,7 @@ def compare(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
     }  # fmt: skip
+    model.__dict__[RUNTIME].ids = runner.runtime.ids  # which the export may have been given
     for inputs in prompts:
         wanted: Any = model.generate(**inputs, **settings)  # type: ignore[operator]
         kept = report(model).keep_indices

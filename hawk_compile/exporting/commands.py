@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hawk_compile.errors import ExportError, InputError, UnsupportedModelError
@@ -17,6 +18,8 @@ from hawk_compile.exporting.write import export
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUESTION = "What is in this picture?"
+EXPORTED, CHECKED = (320, 448), ((448, 320), (384, 384), (448, 512))
+"""Height and width of the picture that shows how a model is called, and of those that check the result."""
 
 
 def export_checkpoint(
@@ -32,13 +35,12 @@ def export_checkpoint(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     model, processor = read_checkpoint(checkpoint, DTYPES[dtype])
     started = time.perf_counter()
-    sample = prompt(processor, [Image.fromarray(noise(320, 448))], QUESTION)
+    sample = prompt(processor, [Image.fromarray(noise(*EXPORTED))], QUESTION)
     manifest = export(model, sample, out, processor=processor, progress=console.print, **settings)
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(f"{out}: {manifest.format}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s")
     if check:
-        sizes = ((320, 448), (448, 320), (384, 384))
-        prompts = [prompt(processor, [Image.fromarray(noise(*each))], QUESTION) for each in sizes]
+        prompts = [prompt(processor, [Image.fromarray(noise(*each))], QUESTION) for each in CHECKED]
         found = compare(load(out), model, prompts)
         console.print(
             f"check: {found.same_ids} of {found.rows} prompts have the ids of PyTorch, {found.same_kept} its kept "
@@ -57,10 +59,7 @@ def run_export(
         InputError: a picture that cannot be read, or an export without its processor.
     """
     runner = load(folder)
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no processor ({error}): export with the checkpoint's processor") from None
+    processor = read_processor(folder)
     pictures = []
     for path in image:
         try:
@@ -93,15 +92,30 @@ def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UnsupportedModelError(
             f"{folder} is no image-text-to-text checkpoint that can be pruned: {reason}"
         ) from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None
-    return model, processor
+    return model, read_processor(folder)
+
+
+def read_processor(folder: Path) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"{folder} holds no processor that can be read ({reason}): put the checkpoint's processor files there"
+        ) from None
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError(
+            f"{folder} has no chat template, by which prompts are made here: put the checkpoint's chat_template.jinja "
+            "there, or use hawk_compile.export and hawk_compile.load with inputs of your own"
+        )
+    return processor
 
 
 def prompt(processor: Any, pictures: list[Image.Image], question: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class TensorSpec:
 class Part:
     """One exported component: the file that is opened first, all its files with their SHA-256, and its tensors.
 
+    `least` holds the smallest values of symbolic sizes, where they are known.
     `details` is what its format has to say beyond that, such as engines and sizes of TensorRT.
     """
 
@@ -33,6 +34,7 @@ class Part:
     sha256: dict[str, str]
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    least: dict[str, int]
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ class Manifest:
     """What `hawk_compile.load` reads.
 
     Attributes:
-        format: 'onnx', 'aoti', 'openvino' or 'tensorrt'.
+        format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         ratio: fraction of visual tokens removed unless a request says otherwise.
         selector, normalization, head_weights, head_weights_origin: how visual tokens are scored and chosen.
         dtype: of weights and activations.

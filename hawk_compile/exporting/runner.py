@@ -73,9 +73,10 @@ class Runner:
             InputError: inputs that contradict each other or do not fit the exported components.
         """
         refuse_hidden(kwargs)
+        refuse_caches(kwargs)
         with self.lock:
             self.runtime.config = HawkConfig(ratio=self.manifest.ratio if ratio is None else ratio)
-            if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+            if kwargs.get("past_key_values") is None:
                 kwargs["past_key_values"] = DynamicCache()
             return self.model.generate(*args, **kwargs)
 
@@ -93,7 +94,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
     """
     folder = Path(path)
     manifest = manifests.read(folder)
-    target = target_of(manifest.format)
+    target = target_of(manifest.format, to_write=False)
     # Compiled packages run where their model was; the other sessions take and give tensors of the host.
     device = torch.device(manifest.device if manifest.format == "aoti" else "cpu")
     model = skeleton(folder, manifest, device)
@@ -126,6 +127,8 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
             f"{folder} was exported from {manifest.model}, but its config.json makes {type(model).__name__}"
         )
     model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.generation_config.cache_implementation = None
+    model.generation_config.use_cache = True
     model.requires_grad_(False).eval()
     if HOST_WEIGHTS in manifest.files:
         for name, value in load_file(folder / HOST_WEIGHTS).items():
@@ -156,6 +159,9 @@ def checked(part: Part, session: Session, device: torch.device) -> Session:
                 raise InputError(
                     f"{name} of {part.name} must have shape {wanted}, got {list(given.shape)} (sizes: {sizes})"
                 )
+        for name, least in part.least.items():
+            if sizes.get(name, least) < least:
+                raise InputError(f"{part.name} was exported for {name} from {least} on, got {sizes[name]}: give more")
         return session(
             {
                 name: given.to(device, getattr(torch, expected[name].dtype)).contiguous()
@@ -247,6 +253,17 @@ def refuse_hidden(inputs: dict[str, Any]) -> None:
             raise UnsupportedCallError(f"{name}=True: an exported model gives logits only; leave it out")
     if inputs.get("inputs_embeds") is not None:
         raise UnsupportedCallError("inputs_embeds: an exported model takes input_ids; give those")
+
+
+def refuse_caches(kwargs: dict[str, Any]) -> None:
+    """Refuse settings of generate, by themselves or in its `generation_config`, that ask for another cache or none."""
+    config = kwargs.get("generation_config")
+    asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")}
+    for name, given in asked.items():
+        if given is False or isinstance(given, str):
+            raise UnsupportedCallError(
+                f"{name}={given!r}: an exported model keeps its keys and values in a plain DynamicCache(); leave it out"
+            )
 
 
 def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:

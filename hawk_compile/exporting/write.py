@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 
 from hawk_compile import capture
 from hawk_compile.config import HawkConfig, make_config
-from hawk_compile.errors import ExportError, GraphError, HawkError, InputError
+from hawk_compile.errors import ConfigError, ExportError, GraphError, HawkError, InputError
 from hawk_compile.exporting.components import (
     DECODE,
     FEATURES,
+    KEY,
     PAST_KEY,
     PAST_VALUE,
     PREFILL,
+    VALUE,
     Component,
     Decode,
     Prefill,
@@ -40,7 +42,9 @@ from hawk_compile.optimize import RUNTIME, check_model, original
 from hawk_compile.plan import make_plan
 from hawk_compile.query import special_ids
 
-FORMATS = ("onnx", "aoti", "openvino", "tensorrt")
+FORMATS = ("onnx", "aoti", "openvino", "tensorrt", "executorch")
+SETTINGS = ("head_weights", "normalization", "vision_end_token_id", "end_of_turn_token_id")
+"""Settings of `optimize` that every format takes, beside `ratio`."""
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 HOST_WEIGHTS = "host.safetensors"
 """Parameters of the model's body itself (as a newline between rows of tiles), which packing on the host needs."""
@@ -67,14 +71,14 @@ def export(
         inputs: one prompt with at least one image, as for `generate` (input_ids [B, S], pixel_values, ...). It only
             shows which inputs the model takes: batch, prompt length, number and sizes of images are symbolic.
         path: the folder to write; it must not exist, unless `overwrite`.
-        format: 'onnx', 'aoti', 'openvino' or 'tensorrt'.
+        format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         ratio: fraction of visual tokens removed, in [0, 1): the default of requests, each of which may set its own.
         overwrite: replace the folder if it is an export.
         processor: saved beside the model, if given.
         progress: told in a line what has been done.
         **settings: `head_weights`, `normalization`, `vision_end_token_id`, `end_of_turn_token_id`, as for `optimize`;
-            for ONNX also `quantization` ("int8"); for TensorRT also `sizes` and `compute_capabilities`, see
-            `hawk_compile.exporting.tensorrt`.
+            for ONNX also `quantization` ("int8"); for TensorRT and ExecuTorch also `sizes`, see
+            `hawk_compile.exporting.profile`; for TensorRT also `compute_capabilities`.
 
     Returns:
         The manifest that was written.
@@ -84,24 +88,29 @@ def export(
         ExportError: an unknown format, a package that is missing, or a component that the format cannot take.
         InputError: inputs without an image, or a folder that is in the way.
     """
-    target = target_of(format)
+    target = target_of(format, to_write=True)
     options = target.options(settings) if hasattr(target, "options") else None
+    if unknown := sorted(settings.keys() - SETTINGS):
+        raise ConfigError(
+            f"unknown setting {', '.join(unknown)} of format={format!r}; for all formats they are {', '.join(SETTINGS)}"
+        )
     config = make_config(None, {"ratio": ratio, **settings})
     check_model(model)
-    with written_whole(Path(path), overwrite) as folder:
+    with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
         parts, encoders = {}, []
         weights = resolve(config.head_weights, model)
         selection = getattr(options, "selection", "sort")
+        written: set[str] = set()
         for component in components(model, inputs, config, weights.values, format != "aoti", selection):
             started = time.perf_counter()
-            parts[component.name] = write_part(target, component, folder, options)
+            part = parts[component.name] = write_part(target, component, folder, options)
             if component.name not in (PREFILL, DECODE):
                 encoders.append(component.name)
-            size = sum((folder / name).stat().st_size for name in parts[component.name].sha256)
+            size = sum((folder / name).stat().st_size for name in part.sha256.keys() - written)
+            written |= part.sha256.keys()
             progress(f"{component.name}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
         ids = special_ids(model, config)
         save_beside(model, processor, folder)
-        written = {name for part in parts.values() for name in part.sha256}
         manifest = Manifest(
             format=format,
             ratio=config.ratio,
@@ -125,12 +134,12 @@ def export(
     return manifest
 
 
-def target_of(format: str) -> Any:
-    """The module of a format, its packages imported."""
+def target_of(format: str, to_write: bool) -> Any:
+    """The module of a format, whose packages are installed: `PACKAGES` to write a folder, `RUN_BY` to run one."""
     if format not in FORMATS:
         raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     target = importlib.import_module(f"hawk_compile.exporting.{format}")
-    for package in target.PACKAGES:
+    for package in target.PACKAGES if to_write else target.RUN_BY:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -158,14 +167,27 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
         ) from error
     try:
         yield folder
-        if path.exists():
-            shutil.rmtree(path)
         folder.chmod(0o755)
-        folder.rename(path)
+        put_in_place(folder, path)
     except OSError as error:
-        raise ExportError(f"{path} could not be written ({error}): nothing is left of it") from error
+        raise ExportError(f"{path} could not be written ({error}): nothing of this export is left") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename the folder to `path`; an earlier export there goes when that has been done, and not before."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    earlier = folder.with_name(f"{folder.name}-earlier")
+    path.rename(earlier)
+    try:
+        folder.rename(path)
+    except OSError:
+        earlier.rename(path)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def components(
@@ -182,15 +204,17 @@ def components(
         raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
     if not capture.has_pixels(inputs):
         raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield from encoder_components(model, inputs)
         prefill = prefill_component(model, inputs, config, head_weights)
-        yield prune(prefill, config.normalization, portable, selection)
+        prefill = prune(prefill, config.normalization, portable, selection)
+        yield prefill
         yield decode_component(model, prefill)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def prefill_component(
@@ -237,13 +261,12 @@ def prefill_component(
 
 
 def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
-    """The decode step; its sample stands behind a cache of three slots."""
-    text = model.config.get_text_config()
+    """The decode step; its sample stands behind a cache of three slots, shaped as the prefill's."""
     rows, new, past = len(prefill.sample["input_ids"]), 2, 3
     positions = prefill.shapes["position_ids"]
     device = prefill.sample["input_ids"].device
-    with torch.no_grad():
-        cache = prefill_cache(prefill)
+    with torch.no_grad(), prefill.around():
+        made = prefill.module(**prefill.sample)
     ids = prefill.sample["input_ids"][:, -new:].contiguous()
     sample = {"input_ids": ids, "attention_mask": torch.ones((rows, past + new), dtype=torch.int64, device=device)}
     counted = torch.arange(past, past + new, device=device)
@@ -255,28 +278,12 @@ def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
         "attention_mask": ("batch", "total"),
         "position_ids": (*positions[:-2], "batch", "new"),
     }  # fmt: skip
-    assert len(cache) == text.num_hidden_layers
-    for layer, (keys, values) in enumerate(cache):
-        for name, held in ((PAST_KEY.format(layer), keys), (PAST_VALUE.format(layer), values)):
-            sample[name] = held[:, :, :past].contiguous()
-            shapes[name] = ("batch", held.shape[1], "past", held.shape[3])
+    for layer in range(model.config.get_text_config().num_hidden_layers):
+        for name, held in ((PAST_KEY, made[KEY.format(layer)]), (PAST_VALUE, made[VALUE.format(layer)])):
+            _, heads, _, width = held.shape
+            sample[name.format(layer)] = held.new_zeros((rows, heads, past, width))
+            shapes[name.format(layer)] = ("batch", heads, "past", width)
     return Component(DECODE, Decode(model, forward_of(model)).eval(), sample, shapes)
-
-
-def prefill_cache(prefill: Component) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the sample's unpruned prompt, layer by layer."""
-    module: Any = prefill.module
-    given = {
-        name: value
-        for name, value in prefill.sample.items()
-        if name not in ("budget", "kept_slots", "kept_visual_slots")
-    }
-    outputs = {modality: module.encoded(modality, given) for modality in module.kinds}
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    module.run(**given, mm_encoder_outputs=outputs, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
 
 
 def forward_of(model: PreTrainedModel) -> Callable[..., Any]:
@@ -313,6 +320,7 @@ def write_part(target: Any, component: Component, folder: Path, options: Any) ->
         sha256={name: digest(folder / name) for name in files},
         inputs=[spec(name, component.sample[name], shape) for name, shape in component.shapes.items()],
         outputs=[spec(name, value, output_shape(component, name, value)) for name, value in results.items()],
+        least=component.least_sizes,
         seconds=round(time.perf_counter() - started, 1),
         details=details,
     )
