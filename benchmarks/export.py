@@ -1,6 +1,6 @@
 """Exported models beside PyTorch: do they answer alike, and how much faster is a prefill with visual tokens removed.
 
-    python benchmarks/export.py agreement [--formats onnx aoti openvino] [--questions 200]
+    python benchmarks/export.py agreement [--formats onnx aoti openvino executorch int8] [--questions 200]
     python benchmarks/export.py speed
 
 `agreement` asks the shipped model held-out questions about images of six sizes, in batches of 1, 2 and 4, through every
@@ -35,6 +35,13 @@ from hawk_compile.exporting.components import Component, held
 
 SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
 BATCHES = (1, 2, 4)
+EXTRA: dict[str, dict[str, Any]] = {
+    "int8": {"quantization": "int8"},
+    "executorch": {
+        "sizes": {"batch": (1, 1, 4), "prompt": (2, 256, 512), "visual": (2, 200, 1024), "images": (1, 1, 4)},
+    },
+}
+"""Settings of formats beyond the common ones: ExecuTorch plans its memory for the largest batch."""
 SIDE = 32
 """Visual tokens along one side of the timed image: 1,024 of them."""
 
@@ -51,9 +58,8 @@ def agreement(formats: list[str], questions: int, ratio: float) -> None:
     for name in formats:
         with tempfile.TemporaryDirectory() as parent:
             out, started = Path(parent) / name, time.perf_counter()
-            extra = {"quantization": "int8"} if name == "int8" else {}
             kind = "onnx" if name == "int8" else name
-            hawk_compile.export(model, batches[0][0], out, format=kind, ratio=ratio, **extra)
+            hawk_compile.export(model, batches[0][0], out, format=kind, ratio=ratio, **EXTRA.get(name, {}))
             seconds, size = time.perf_counter() - started, sum(file.stat().st_size for file in out.iterdir())
             runner = hawk_compile.load(out)
             found = Agreement()
@@ -167,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     first = kinds.add_parser("agreement")
-    first.add_argument("--formats", nargs="+", default=["onnx", "aoti", "openvino", "int8"])
+    first.add_argument("--formats", nargs="+", default=["onnx", "aoti", "openvino", "executorch", "int8"])
     first.add_argument("--questions", type=int, default=200)
     first.add_argument("--ratio", type=float, default=0.8, help="fraction of visual tokens removed")
     second = kinds.add_parser("speed")

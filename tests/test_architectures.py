@@ -151,7 +151,7 @@ def test_the_prefill_is_compiled_once_for_ten_shapes(name):
     assert compilations(model) == graphs(model, [zoo.visual_count(name, size) for size in sizes])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_next", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_next", "gemma3"])
 def test_prompts_of_embeddings_are_compiled_once(name):
     """The same logits as from ids, at the positions that the ids would have."""
     model = zoo.build(name, layers=1)

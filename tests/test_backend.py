@@ -21,23 +21,33 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def optimized_logits(model, inputs):
-    """What `optimize` gives where, as in the graph alone, no id says which text behind the image votes."""
+def optimized(model):
+    """`model` as `optimize` makes it where, as in the graph alone, no id says which text behind the image votes."""
     ids = {"vision_end_token_id": -1, "end_of_turn_token_id": ()}
-    hawk_compile.optimize(model, **OPTIONS, head_weights="uniform", **ids)
+    return hawk_compile.optimize(model, **OPTIONS, head_weights="uniform", **ids)
+
+
+def logits_of(model, inputs):
     with torch.no_grad():
-        logits = model(**inputs).logits
-    hawk_compile.restore(model)
-    return logits
+        return model(**inputs).logits
 
 
-def through_the_door(model, inputs, **settings):
+def behind_the_door(model, **settings):
+    """The logits of a compiled model, as a function of its inputs."""
     options = {**OPTIONS, **settings.pop("options", {})}
     compiled = torch.compile(model, backend="hawk", options=options, isolate_recompiles=True, **settings)
     # A test process compiles more models than Dynamo allows one, and beyond its limit it would run them as they are.
     limits = {"recompile_limit": 64, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
-    with torch.no_grad(), torch._dynamo.config.patch(**limits):
-        return compiled(**inputs).logits
+
+    def logits(inputs):
+        with torch.no_grad(), torch._dynamo.config.patch(**limits):
+            return compiled(**inputs).logits
+
+    return logits
+
+
+def through_the_door(model, inputs, **settings):
+    return behind_the_door(model, **settings)(inputs)
 
 
 def test_the_backend_is_known_without_importing_the_package():
@@ -50,35 +60,37 @@ def test_the_backend_is_known_without_importing_the_package():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_model_given_pixels_and_no_positions(dynamic):
-    """The graph counts positions itself; with dynamic=None its sizes are numbers."""
-    model = zoo.build("llava", layers=2)
+    """The graph counts positions itself; with dynamic=None its sizes are numbers at first."""
+    model = optimized(zoo.build("llava", layers=1))
+    pruned = behind_the_door(zoo.build("llava", layers=1), dynamic=dynamic)
     for size in zoo.sizes("llava")[:3]:
         inputs = zoo.inputs("llava", model, rows=[size])
-        expected = optimized_logits(model, inputs)
-        assert torch.equal(through_the_door(model, inputs, dynamic=dynamic), expected)
+        expected = logits_of(model, inputs)
+        assert torch.equal(pruned(inputs), expected)
         assert expected.shape[1] < inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
-def test_a_model_given_encoded_images_and_positions(name):
-    model = zoo.build(name, layers=2)
+def test_a_model_given_encoded_images_and_positions():
+    name = "qwen2_5_vl"
+    model = zoo.build(name, layers=1)
     inputs = rows.encoded(model, zoo.inputs(name, model, rows=[zoo.sizes(name)[2]]))
-    expected = optimized_logits(model, {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])})
+    copied = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+    expected = logits_of(optimized(zoo.build(name, layers=1)), copied)
     torch.testing.assert_close(through_the_door(model, inputs, dynamic=True), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("after", [3, 9, 10])
+@pytest.mark.parametrize("after", [3, 9])
 def test_a_batch_with_equal_visual_counts(after):
     """With 9 tokens behind the image S = V = 32, which Dynamo gives one symbol."""
-    model = zoo.build("llava", layers=2)
+    model = zoo.build("llava", layers=1)
     inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1),), after=after)])
-    expected = optimized_logits(model, inputs)
+    expected = logits_of(optimized(zoo.build("llava", layers=1)), inputs)
     result = through_the_door(model, inputs, dynamic=True)
     torch.testing.assert_close(result[:, -expected.shape[1] :][1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_with_unequal_visual_counts_are_refused():
-    model = zoo.build("llava", layers=2)
+    model = zoo.build("llava", layers=1)
     inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1), (1, 1), (1, 1)))])
     with pytest.raises(RuntimeError, match="different numbers of visual tokens"):
         through_the_door(model, inputs, dynamic=True)
@@ -97,14 +109,19 @@ def test_a_graph_without_images_is_compiled_as_it_is():
         ({"ratio": 1.5}, "ratio is the fraction"),
         ({"rate": 0.5}, "unknown setting rate"),
         ({"backend": "gcc"}, "backend must be one of"),
-        ({"head_weights": [1.0, 2.0, 3.0]}, "query heads"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
+    """Whatever the graph: they are read before it is."""
+    with pytest.raises(BackendCompilerFailed, match=message):
+        torch.compile(nn.Linear(4, 4), backend="hawk", options={**OPTIONS, **options})(torch.randn(3, 4))
+
+
+def test_head_weights_that_do_not_fit_the_model_are_refused():
     model = zoo.build("llava", layers=1)
     inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
-    with pytest.raises(BackendCompilerFailed, match=message):
-        through_the_door(model, inputs, dynamic=True, options=options)
+    with pytest.raises(BackendCompilerFailed, match="query heads"):
+        through_the_door(model, inputs, dynamic=True, options={"head_weights": [1.0, 2.0, 3.0]})
 
 
 def test_a_break_between_merge_and_decoder_is_refused_with_the_remedy():

@@ -10,7 +10,9 @@ import hawk_compile
 from hawk_compile.exporting.check import compare
 from tests import zoo
 
-NAMES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3", "smolvlm")
+NAMES = ("qwen3_vl", "llava_onevision", "gemma3")
+"""Features for later layers and packed patches; tiles; two kinds of attention. `benchmarks/export.py architectures`
+does the same for others and in every format; Qwen2.5-VL is the shipped model's architecture, see test_formats.py."""
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
 
 import hawk_compile
+from hawk_compile.cli import app
+from hawk_compile.demo.scenes import make_scene
 from hawk_compile.exporting.check import compare
+from hawk_compile.exporting.manifest import digest
+from hawk_compile.exporting.quantize import quantize
+from hawk_compile.exporting.weights import locations, share_weights
 from tests.exporting import demo
 
 FORMATS = ("onnx", "aoti", "openvino")
 exports: dict[str, Path] = {}
+printed: dict[str, str] = {}
 
 
 @pytest.fixture
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> hawk_compile.Runner:
-    """The model exported from a prompt of one image, once for all tests of a format."""
+    """The model exported on the command line, from a prompt of one image, once for all tests of a format."""
     name = request.param if hasattr(request, "param") else request.getfixturevalue("name")
     if name not in exports:
         folder = tmp_path_factory.mktemp("export") / name
-        hawk_compile.export(demo.model(), demo.batch([demo.SIZES[1]]), folder, format=name, ratio=0.8)
-        exports[name] = folder
+        called = command("export", demo.FOLDER, folder, "--format", name, "--ratio", 0.8, "--check")
+        assert called.exit_code == 0, called.output
+        exports[name], printed[name] = folder, called.stdout
     return hawk_compile.load(exports[name])
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -104,6 +118,32 @@ def test_the_onnx_graph_is_portable(exported: hawk_compile.Runner) -> None:
             assert symbolic[0] == symbolic[1], value.name
 
 
+@pytest.mark.parametrize("exported", ["onnx"], indirect=True)
+def test_prefill_and_decode_share_their_weights(exported: hawk_compile.Runner) -> None:
+    """What both hold lies on disk once: most of the decode step's weights are read from the prefill's file."""
+    folder, decode = exports["onnx"], exported.manifest.parts["decode"]
+    assert "prefill.onnx.data" in decode.sha256
+    own = (folder / "decode.onnx.data").stat().st_size
+    assert own < 0.1 * (folder / "prefill.onnx.data").stat().st_size
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_the_command_line_prints(name: str, exported: hawk_compile.Runner, tmp_path: Path) -> None:
+    """Sizes, times and the check of an export; the answer of a run, and what it kept."""
+    lines = printed[name].splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["visual", "prefill", "decode"]
+    assert lines[4].startswith("check: 3 of 3 prompts have the ids of PyTorch, 3 its kept tokens;")
+    scene = make_scene("test", 5, (336, 364))
+    scene.pil().save(tmp_path / "scene.png")
+    asked = scene.questions[0]
+    called = command("run", exports[name], asked.text, "--image", tmp_path / "scene.png", "--ratio", 0.5)
+    assert called.exit_code == 0, called.output
+    answer, facts = called.stdout.strip().splitlines()
+    assert answer == asked.answer and "ratio=0.5 removes 78 of 156 visual tokens" in facts
+    unread = command("run", exports[name], asked.text, "--image", tmp_path / "none.png")
+    assert unread.exit_code == 2 and unread.stderr.startswith("error: image must be a picture")
+
+
 @pytest.mark.parametrize("exported", ["aoti"], indirect=True)
 def test_aoti_needs_no_python_of_the_model(exported: hawk_compile.Runner, tmp_path: Path) -> None:
     """A process that imports torch alone runs the prefill."""
@@ -144,11 +184,20 @@ def test_the_manifest_says_what_was_exported(name: str, exported: hawk_compile.R
     assert {"config.json", "generation_config.json"} <= set(text["files"])
 
 
-def test_int8_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", ["onnx"], indirect=True)
+def test_int8_weights(exported: hawk_compile.Runner, tmp_path: Path) -> None:
     """A third of the decoder's bytes; the answers of most prompts stay."""
     folder = tmp_path / "int8"
-    sample = demo.batch([demo.SIZES[1]])
-    manifest = hawk_compile.export(demo.model(), sample, folder, format="onnx", quantization="int8")
+    shutil.copytree(exports["onnx"], folder)
+    parts = dict(exported.manifest.parts)
+    for name in ("decode", "prefill"):  # decode first: it reads the prefill's weights
+        quantize(folder / f"{name}.onnx")
+    share_weights(folder / "prefill.onnx", folder / "decode.onnx")
+    for name in ("prefill", "decode"):
+        files = [f"{name}.onnx", *locations(folder / f"{name}.onnx")]
+        parts[name] = replace(parts[name], sha256={file: digest(folder / file) for file in files})
+    manifest = replace(exported.manifest, parts=parts)
+    manifest.write(folder)
     runner = hawk_compile.load(folder)
     pairs = zip(demo.SIZES, demo.SIZES[1:], strict=False)
     prompts = [demo.batch([left], [right], seed=70 + number) for number, (left, right) in enumerate(pairs)]

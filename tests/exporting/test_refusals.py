@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hawk_compile
 from hawk_compile.errors import (
@@ -39,16 +39,18 @@ def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of its own for each test, copied from one."""
     if "onnx" not in shared:
         shared["onnx"] = tmp_path_factory.mktemp("refusals") / "onnx"
-        hawk_compile.export(zoo.build(NAME, layers=1), prompt(), shared["onnx"], ratio=0.5)
+        model = zoo.build(NAME, layers=1)
+        hawk_compile.export(model, prompt(), shared["onnx"], ratio=0.5, quantization="int8")
     return Path(shutil.copytree(shared["onnx"], tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(("settings", "error", "match"), [
-    ({"format": "tflite"}, ExportError, "format must be one of onnx, aoti, openvino, tensorrt, got 'tflite'"),
+    ({"format": "tflite"}, ExportError, "must be one of onnx, aoti, openvino, tensorrt, executorch, got 'tflite'"),
     ({"ratio": 1.0}, ConfigError, "ratio is the fraction of visual tokens removed"),
     ({"quantization": "int4"}, ConfigError, "quantization must be one of int8 or None, got 'int4'"),
     ({"head_weights": [1.0, 2.0]}, HeadWeightsError, "must be 4 finite numbers"),
     ({"rato": 0.5}, ConfigError, "unknown setting rato"),
+    ({"backend": "eager"}, ConfigError, "unknown setting backend of format='onnx'"),
     ({"format": "aoti", "quantization": "int8"}, ConfigError, "unknown setting quantization"),
 ])  # fmt: skip
 def test_settings(tmp_path: Path, settings: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -102,11 +104,30 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return [f"{part.name}.onnx"], {}
 
     monkeypatch.setattr(onnx, "write", write)
-    with pytest.raises(ExportError, match=r"No space left on device.*nothing is left of it"):
+    with pytest.raises(ExportError, match=r"No space left on device.*nothing of this export is left"):
         hawk_compile.export(zoo.build(NAME, layers=1), prompt(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ManifestError, match=r"is no export: it holds no manifest.json"):
         hawk_compile.load(tmp_path / "out")
+
+
+def test_a_replacement_that_fails_keeps_the_earlier_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(part: Any, into: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
+        (into / f"{part.name}.onnx").write_bytes(b"new")
+        return [f"{part.name}.onnx"], {}
+
+    def rename(self: Path, to: Path) -> Path:
+        if to == folder and not self.name.endswith("-earlier"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return renamed(self, to)
+
+    renamed = Path.rename
+    monkeypatch.setattr(onnx, "write", write)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ExportError, match="Permission denied"):
+        hawk_compile.export(zoo.build(NAME, layers=1), prompt(), folder, overwrite=True)
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name]
+    hawk_compile.load(folder)
 
 
 def test_an_error_inside_an_exporter_names_component_and_format(
@@ -161,11 +182,15 @@ def test_a_folder_that_is_no_export(tmp_path: Path) -> None:
 
 def test_calls_that_an_exported_model_does_not_take(folder: Path) -> None:
     runner, inputs = hawk_compile.load(folder), prompt()
+    assert runner.manifest.parts["decode"].details == {"quantization": "int8"}
     embeds = torch.zeros(*inputs["input_ids"].shape, 64)
     for settings, error, match in (
         ({"output_hidden_states": True, "return_dict_in_generate": True}, UnsupportedCallError, "logits only"),
         ({"ratio": 1.5}, ConfigError, "ratio is the fraction"),
         ({"inputs_embeds": embeds}, UnsupportedCallError, "takes input_ids"),
+        ({"use_cache": False}, UnsupportedCallError, "use_cache=False: an exported model keeps"),
+        ({"generation_config": GenerationConfig(use_cache=False)}, UnsupportedCallError, "use_cache=False"),
+        ({"cache_implementation": "static"}, UnsupportedCallError, "cache_implementation='static'"),
     ):
         with pytest.raises(error, match=match):
             runner.generate(**inputs, max_new_tokens=2, **settings)

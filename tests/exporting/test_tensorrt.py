@@ -96,7 +96,7 @@ def test_every_component_in_half_precision(half: SimpleNamespace) -> None:
     assert {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"} <= half.manifest.versions.keys()
 
 
-def test_the_decoder_in_bfloat16(tmp_path: Path) -> None:
+def test_the_prefill_in_bfloat16(tmp_path: Path) -> None:
     """And prompts that TensorRT can sort: one TopK over the row, and none elsewhere."""
     model, inputs = demo(torch.bfloat16)
     options = tensorrt.options({"sizes": SHORT, "compute_capabilities": ["8.9"]})
@@ -104,11 +104,12 @@ def test_the_decoder_in_bfloat16(tmp_path: Path) -> None:
     config = hawk_compile.HawkConfig(ratio=0.8)
     sorts = {}
     for component in write.components(model, inputs, config, weights, portable=True, selection=options.selection):
-        if component.name in PARTS[1:]:
+        if component.name == "prefill":
             files, details = tensorrt.write(component, tmp_path, options)
             assert details["warnings"] == [] and f"{component.name}.sm89.engine" in files
             sorts[component.name] = operators(tmp_path / f"{component.name}.onnx").count("TopK")
-    assert sorts == {"prefill": 1, "decode": 0}
+            break
+    assert sorts == {"prefill": 1}
 
 
 def test_nothing_is_sorted_where_prompts_are_long(half: SimpleNamespace) -> None:
@@ -270,7 +271,7 @@ def test_sizes_inside_the_profile(half: SimpleNamespace) -> None:
     [
         (
             {"prompt": 4097},
-            r"input_ids of prefill has size 4097 in dimension 1 \(prompt\), and the engine was built for 64 to 4096: "
+            r"input_ids of prefill has size 4097 in dimension 1 \(prompt\), and prefill was built for 64 to 4096: "
             r'give inputs of that size, or export again with sizes=\{"prompt": \(64, 256, 4097\)\}',
         ),
         ({"prompt": 63}, r"has size 63 in dimension 1 \(prompt\).* 64 to 4096: .*\(63, 256, 4096\)"),

@@ -82,9 +82,9 @@ class Prune(torch.nn.Module):
 @torch._functorch.config.patch(enable_autograd_cache=False)
 @torch.no_grad()
 def test_one_compilation_serves_all_sizes(device):
-    """Through Inductor, in one graph, with symbolic B, S and S'."""
+    """In one graph, with symbolic B, S and S'."""
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
     compiled = None
     for rows in BATCHES:
         sizes = Sizes(4, 2, 8, 24, rows)

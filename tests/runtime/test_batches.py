@@ -49,12 +49,13 @@ def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_ratio_0_is_the_plain_model(name: str) -> None:
-    """Bit for bit: a row, batches padded on the left and on the right, through forward and through generate."""
+    """Bit for bit: a row and a batch padded on the left through generate, and for some through forward as well, where
+    batches may be padded on the right."""
     model = hawk_compile.optimize(pruned(name), ratio=0, backend="eager")
     try:
-        for side in ("left", "right", None):
+        for side in ("left", "right", None) if name in MAIN else ("left", None):
             inputs = prompt(name, *mixed(name), padding_side=side) if side else prompt(name, zoo.sizes(name)[4])
-            if side or name in MAIN:
+            if name in MAIN:
                 with torch.no_grad():
                     found, expected = model(**inputs).logits, plain(name)(**inputs).logits
                 real = inputs["attention_mask"].bool()
