@@ -1,12 +1,16 @@
 """Exported models beside PyTorch: do they answer alike, and how much faster is a prefill with visual tokens removed.
 
     python benchmarks/export.py agreement [--formats onnx aoti openvino executorch int8] [--questions 200]
+    python benchmarks/export.py architectures [--formats onnx aoti openvino executorch] [--names qwen2_5_vl ...]
     python benchmarks/export.py speed
 
 `agreement` asks the shipped model held-out questions about images of six sizes, in batches of 1, 2 and 4, through every
 format and through the optimised model in PyTorch: ids and kept tokens are compared, the largest difference of a logit
 and the accuracy are given. Formats are exported from one prompt of one image. "int8" is ONNX with int8 weights in the
 decoder.
+
+`architectures` exports a tiny model of each architecture, with random weights, from one prompt of one image, and
+compares it at three shapes that it was not exported from: another image, two rows with several images, three rows.
 
 `speed` times the prefill of a Qwen2.5-VL with random weights in ONNX Runtime, exported without pruning and with it: in
 one process, in turns, medians.
@@ -15,6 +19,7 @@ one process, in turns, medians.
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -35,6 +40,7 @@ from hawk_compile.exporting.components import Component, held
 
 SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
 BATCHES = (1, 2, 4)
+ARCHITECTURES = ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "gemma3", "smolvlm"]
 EXTRA: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8"},
     "executorch": {
@@ -103,6 +109,28 @@ def accuracy(generate: Any, batches: Any, processor: Any) -> float:
         right += sum(one == answer for one, answer in zip(found, answers, strict=True))
         total += len(answers)
     return right / total
+
+
+def architectures(formats: list[str], names: list[str], dtype: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests import zoo
+
+    print("| architecture | format | same ids | same kept tokens | largest logit difference |")
+    print("| --- | --- | ---: | ---: | ---: |")
+    for name, kind in itertools.product(names, formats):
+        model = zoo.build(name, layers=2 if name in ("qwen3_vl", "gemma3") else 1).to(getattr(torch, dtype))
+        rows = zoo.sizes(name)
+        batches = ([rows[1]], [rows[2]], [rows[3], rows[6]], [rows[0], rows[4], rows[5]])
+        first, *others = (
+            {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in each.items()}
+            for each in (zoo.inputs(name, model, rows=batch) for batch in batches)
+        )
+        with tempfile.TemporaryDirectory() as parent:
+            out = Path(parent) / "out"
+            hawk_compile.export(model, first, out, format=kind, ratio=0.6, **EXTRA.get(kind, {}))
+            found = compare(hawk_compile.load(out), model, others, max_new_tokens=4)
+        print(f"| {name} | {kind} | {found.same_ids} / {found.rows} | {found.same_kept} / {found.rows} | "
+              f"{found.logits:.1e} |", flush=True)  # fmt: skip
 
 
 class Unpruned(nn.Module):
@@ -176,12 +204,16 @@ def main() -> None:
     first.add_argument("--formats", nargs="+", default=["onnx", "aoti", "openvino", "executorch", "int8"])
     first.add_argument("--questions", type=int, default=200)
     first.add_argument("--ratio", type=float, default=0.8, help="fraction of visual tokens removed")
-    second = kinds.add_parser("speed")
-    second.add_argument("--layers", type=int, default=6)
-    second.add_argument("--width", type=int, default=512)
-    second.add_argument("--rounds", type=int, default=15)
+    second = kinds.add_parser("architectures")
+    second.add_argument("--formats", nargs="+", default=["onnx", "aoti", "openvino", "executorch"])
+    second.add_argument("--names", nargs="+", default=ARCHITECTURES)
+    second.add_argument("--dtype", default="float32")
+    third = kinds.add_parser("speed")
+    third.add_argument("--layers", type=int, default=6)
+    third.add_argument("--width", type=int, default=512)
+    third.add_argument("--rounds", type=int, default=15)
     chosen = vars(parser.parse_args())
-    {"agreement": agreement, "speed": speed}[chosen.pop("kind")](**chosen)
+    {"agreement": agreement, "architectures": architectures, "speed": speed}[chosen.pop("kind")](**chosen)
 
 
 if __name__ == "__main__":
