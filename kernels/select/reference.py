@@ -47,7 +47,7 @@ def select_by_threshold(
     largest = torch.finfo(torch.float32).max
     low = torch.where(candidate, scores, largest).amin(1, keepdim=True)
     high = torch.where(candidate, scores, -largest).amax(1, keepdim=True)
-    high = high + (high - low).clamp_min(1e-6)  # above every score
+    high = high + torch.maximum(high - low, 1e-6 * high.abs()).clamp_min(1e-6)  # above every score
     fractions = torch.arange(1, PARTS, device=scores.device) / PARTS  # exact
     for _ in range(DIVISIONS):
         between = low + (high - low) * fractions  # [B, PARTS - 1], ascending

@@ -136,3 +136,10 @@ def test_a_length_that_does_not_fit_stays_within_bounds(launch, length):
 def test_selection_by_threshold_equals_the_rule(arguments):
     """On scores that lie further apart than 2^-40 of their range, or are equal."""
     agree(reference.select_by_threshold(*arguments), arguments)
+
+
+@settings(deadline=None)
+@given(rows(scores=st.sampled_from([-3e4, 640.0, 641.0, 3e4])))
+def test_selection_by_threshold_of_large_scores(arguments):
+    """Of which many are equal, and the largest too."""
+    agree(reference.select_by_threshold(*arguments), arguments)
