@@ -15,7 +15,7 @@ demo: $(VENV)/.run
 
 test: export OMP_NUM_THREADS ?= 1
 test: check
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check

@@ -2,12 +2,16 @@
 
 Each worker of a parallel run has its own cache of compiled kernels: two that write one file at once break it. Garbage
 is collected seldom, since the traces that most tests make are large and long-lived.
+
+Files are spread over the workers whole. Those that share what takes long to make stay together: models that are
+captured once (`runtime`), and the C++ headers that Inductor compiles first. What takes longest starts first.
 """
 
 import gc
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +22,12 @@ if WORKER is not None:
     folder = Path(tempfile.gettempdir()) / f"torchinductor_tests_{os.getuid()}_{WORKER}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
-LONGEST = ("exporting", "test_inductor.py", "runtime", "test_architectures.py", "test_backend.py")
-"""Files and folders that take longest, which start first, so that the workers end together."""
+TOGETHER = {
+    **dict.fromkeys(("test_batches", "test_caches", "test_decoding", "test_turns", "test_refusals"), "runtime"),
+    **dict.fromkeys(("test_aoti", "test_inductor"), "inductor"),
+}
+LONGEST = ("runtime", "test_inductor.py", "exporting", "test_architectures.py", "test_backend.py")
+"""Files and folders, longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return found[0] if found else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            if "exporting" in file and "aoti" not in file:
+                return file
+            return TOGETHER.get(Path(file).stem, file)
+
+    return Groups(config, log)
