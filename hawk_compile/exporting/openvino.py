@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_compile.errors import ExportError
 from hawk_compile.exporting.components import Component
 
 PACKAGES: tuple[str, ...] = ("openvino",)
 RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = "openvino"
+DTYPES = ("float32", "float16")
+"""Of tensors that can be handed to OpenVINO from Python: numpy has no bfloat16."""
 
 
 def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
@@ -33,10 +34,6 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     import openvino
 
-    if any(each.dtype == "bfloat16" for each in (*part.inputs, *part.outputs)):
-        raise ExportError(
-            f"{part.name} was exported in bfloat16, which cannot be handed to OpenVINO here: export in fp32 or fp16"
-        )
     model = openvino.Core().compile_model(str(folder / file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     taken = {name: port for port in model.inputs for name in port.get_names()}
     given = {name: port for port in model.outputs for name in port.get_names()}

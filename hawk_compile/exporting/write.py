@@ -96,6 +96,7 @@ def export(
         )
     config = make_config(None, {"ratio": ratio, **settings})
     check_model(model)
+    check_dtype(model, target, format)
     with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
         parts, encoders = {}, []
         weights = resolve(config.head_weights, model)
@@ -134,6 +135,15 @@ def export(
     return manifest
 
 
+def check_dtype(model: PreTrainedModel, target: Any, format: str) -> None:
+    dtype = str(model.dtype).removeprefix("torch.")
+    if hasattr(target, "DTYPES") and dtype not in target.DTYPES:
+        raise ExportError(
+            f'format="{format}" runs models in {" or ".join(target.DTYPES)}, got one in {dtype}: give model.float(), '
+            'or load it with dtype="float32" (on the command line --dtype fp32)'
+        )
+
+
 def target_of(format: str, to_write: bool) -> Any:
     """The module of a format, whose packages are installed: `PACKAGES` to write a folder, `RUN_BY` to run one."""
     if format not in FORMATS:
@@ -156,7 +166,11 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     from hawk_compile.exporting.manifest import FILE_NAME
 
     if path.exists() and not (overwrite and (path / FILE_NAME).is_file()):
-        remedy = "give another folder" if overwrite else "give another folder, or overwrite=True for an earlier export"
+        remedy = (
+            "it holds no earlier export that could be overwritten, so give another folder"
+            if overwrite
+            else "give another folder, or overwrite=True for an earlier export"
+        )
         raise InputError(f"path must be a folder that does not exist yet, got {path}: {remedy}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

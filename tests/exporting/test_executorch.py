@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hawk_compile.errors import InputError
-from hawk_compile.exporting import executorch
+from hawk_compile.exporting import executorch, profile
 from hawk_compile.exporting.encoder import encoder_components, prepared
 from hawk_compile.exporting.write import write_part
 from tests import zoo
@@ -22,6 +22,8 @@ def test_an_encoder_takes_images_of_unequal_sizes(tmp_path: Path) -> None:
     """Exported from one image. Prefill and decode: `benchmarks/export.py agreement --formats executorch`."""
     model, sizes = zoo.build(NAME, layers=1), zoo.sizes(NAME)
     (component,) = encoder_components(model, zoo.inputs(NAME, model, rows=[sizes[1]]))
+    tight = executorch.bounded(component, profile.ranges(component, {"images": (1, 1, 1)}))
+    assert tight["segments"] == (1, 1, component.sizes["segments"] + 1)  # equal bounds would fix the size
     part = write_part(executorch, component, tmp_path, executorch.options({"sizes": SIZES}))
     session = executorch.open_session(tmp_path, part.file, part)
     for rows in ([sizes[2]], [sizes[3], sizes[6]], [sizes[0], sizes[4], sizes[5]]):

@@ -84,13 +84,21 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_types_that_a_runtime_does_not_have(tmp_path: Path, format: str) -> None:
+    model = zoo.build(NAME, layers=1).to(torch.bfloat16)
+    with pytest.raises(ExportError, match=r"runs models in float32 or float16, got one in bfloat16: give model.float"):
+        hawk_compile.export(model, prompt(), tmp_path / "out", format=format)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_in_the_way(tmp_path: Path, folder: Path) -> None:
     model, other = zoo.build(NAME, layers=1), tmp_path / "other"
     other.mkdir()
     (other / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match=r"must be a folder that does not exist yet.*overwrite=True"):
         hawk_compile.export(model, prompt(), folder)
-    with pytest.raises(InputError, match="must be a folder that does not exist yet"):
+    with pytest.raises(InputError, match="holds no earlier export that could be overwritten"):
         hawk_compile.export(model, prompt(), other, overwrite=True)
     assert (other / "precious.txt").read_text() == "mine"
 
