@@ -16,6 +16,7 @@ from hawk_compile.inspection import Inspection
 from hawk_compile.inspection import inspect_model as inspect
 from hawk_compile.optimize import optimize, report, restore
 from hawk_compile.report import Report
+from hawk_compile.selectors import register_selector
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "register_selector",
     "report",
     "restore",
 ]

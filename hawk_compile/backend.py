@@ -33,15 +33,18 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     from hawk_compile.head_weights import explicit_weights
 
     config = make_config(None, dict(options or {}))
-    return compile_graph(
-        gm,
-        example_inputs,
-        config,
-        PassOptions(
-            normalization=config.normalization,
-            head_weights=explicit_weights(config.head_weights),
-            removed=config.removed,
-        ),
+    weights = explicit_weights(config.head_weights)
+    return compile_graph(gm, example_inputs, config, options_of(config, head_weights=weights, removed=config.removed))
+
+
+def options_of(config: HawkConfig, **more: Any) -> PassOptions:
+    """What the passes are told of the settings."""
+    method = config.method
+    return PassOptions(
+        normalization=method.normalization or config.normalization,
+        ranking=method.ranking,
+        ranking_options=tuple({**method.options, **config.selector_options}.items()),
+        **more,
     )
 
 

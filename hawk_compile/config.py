@@ -1,7 +1,8 @@
 """The settings of an optimised model."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from os import PathLike
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.selectors import SELECTORS, Selector
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
+QUERIES = ("mean", "last")
 MAX_DENOMINATOR = 10**6
 """Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
 
@@ -28,6 +31,10 @@ class HawkConfig:
             "uniform": equal weights. A path: a JSON or safetensors file. A tensor or a sequence of numbers.
         normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
             default), "softmax" or "minmax".
+        selector: how visual tokens are ranked: "hawk" (by its score), or another name in `hawk_compile.selectors`.
+        selector_options: options of that selector by name.
+        query: which of the voting text counts: "mean" (all of it alike) or "last" (its last token alone). None: as the
+            selector has it, "mean" for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
@@ -39,6 +46,9 @@ class HawkConfig:
     ratio: float = 0.8
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
     normalization: str = "l2"
+    selector: str = "hawk"
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    query: str | None = None
     backend: str = "inductor"
     compile_decode: bool = False
     vision_end_token_id: int | None = None
@@ -48,10 +58,18 @@ class HawkConfig:
         check_ratio(self.ratio)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_choice("backend", self.backend, BACKENDS)
+        if self.query is not None:
+            check_choice("query", self.query, QUERIES)
+        check_selector(self)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
         check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
         if not isinstance(self.compile_decode, bool):
             raise ConfigError(f"compile_decode must be True or False, got {self.compile_decode!r}")
+
+    @property
+    def method(self) -> Selector:
+        """The selector that `selector` names."""
+        return SELECTORS[self.selector]
 
     @property
     def removed(self) -> Fraction:
@@ -70,6 +88,25 @@ def check_ratio(ratio: Any) -> None:
     if not 0 <= ratio < 1:
         hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
         raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+
+
+def check_selector(config: HawkConfig) -> None:
+    check_choice("selector", config.selector, tuple(SELECTORS))
+    selector = SELECTORS[config.selector]
+    known = selector.options
+    for name, given in config.selector_options.items():
+        if name not in known:
+            there_are = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f'selector_options names {name!r} for selector "{config.selector}"; {there_are}')
+        if type(given) is not type(known[name]):
+            kind = type(known[name]).__name__
+            raise ConfigError(f'selector_options["{name}"] must be of type {kind}, got {given!r}')
+    if selector.head_weights == "uniform" and not (
+        isinstance(config.head_weights, str) and config.head_weights in ("auto", "uniform")
+    ):
+        raise ConfigError(
+            f'selector "{config.selector}" weights all heads alike: leave head_weights out, or take selector "hawk"'
+        )
 
 
 def check_ids(name: str, given: Any, several: bool) -> None:

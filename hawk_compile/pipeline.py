@@ -24,6 +24,8 @@ from torch import Tensor, fx
 from hawk_compile.errors import ConfigError
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.inline_operators import inline_operators
+from hawk_compile.passes.insert_budget import insert_budget
+from hawk_compile.passes.insert_ranking import insert_ranking
 from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
@@ -56,7 +58,9 @@ PASSES = (
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
     Step(insert_scoring, "score every visual token", ("normalization", "head_weights")),
-    Step(insert_selection, "choose the positions that every row keeps", ("removed",)),
+    Step(insert_budget, "count how many visual tokens every row keeps", ("removed",)),
+    Step(insert_ranking, "let a selector rank the visual tokens", ("ranking", "ranking_options")),
+    Step(insert_selection, "choose the positions that every row keeps"),
     Step(gather_by_shape, "gather what crosses over, by its symbolic shape"),
     Step(refresh_values, "work out the pruned shapes and check them", optional=True),
 )
@@ -82,6 +86,8 @@ class PassOptions:
     normalization: str = "l2"
     head_weights: Tensor | None = None
     removed: Fraction = Fraction(0)
+    ranking: Callable[..., Tensor] | None = None
+    ranking_options: tuple[tuple[str, Any], ...] = ()
     selection: str = "sort"
 
 

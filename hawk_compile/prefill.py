@@ -10,14 +10,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
-from hawk_compile.backend import compile_graph
+from hawk_compile.backend import compile_graph, options_of
 from hawk_compile.cache import PrunedCache, mark_pruned, physical_length, physical_mask
 from hawk_compile.capture import capture_lock, tokens_of
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import GraphError, HawkError, InputError, UnsupportedCallError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.errors import AttentionNotFoundError
-from hawk_compile.pipeline import PassOptions
 from hawk_compile.plan import Plan, make_plan
 from hawk_compile.positions import deltas_after, deltas_of
 from hawk_compile.refusals import refuse_two_kinds_of_layer_features, refuse_unsupported
@@ -33,14 +32,15 @@ PROMPT_LENGTH = "hawk_prompt_length"
 class CompiledPrefill:
     """A model's prefill, compiled on its first call. Ratio and head weights are inputs of it, not part of it."""
 
-    def __init__(self, backend: str, normalization: str):
-        self.config = HawkConfig(backend=backend, normalization=normalization)
+    def __init__(self, config: HawkConfig):
+        self.config = config
+        self.options = options_of(config)
         self.compilations = 0
         self.function = capture.compile_alone(planned_forward, backend=self.compile, fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
-        return compile_graph(gm, example_inputs, self.config, PassOptions(normalization=self.config.normalization))
+        return compile_graph(gm, example_inputs, self.config, self.options)
 
     def run(
         self,

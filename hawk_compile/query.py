@@ -80,6 +80,14 @@ def voting_text(
     return votes, source
 
 
+def counted(votes: Tensor, query: str) -> Tensor:
+    """[B, S] bool: of the text that votes, what counts: "mean" all of it, "last" its last token."""
+    if query == "mean":
+        return votes
+    position = torch.arange(votes.shape[1], device=votes.device)
+    return votes & (position == last(votes, position))
+
+
 def is_any(input_ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
     found = torch.zeros_like(input_ids, dtype=torch.bool)
     for each in wanted:

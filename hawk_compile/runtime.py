@@ -32,7 +32,7 @@ class Runtime:
         self.ids = ids
         self.originals = originals
         self.local = threading.local()
-        self.prefill = CompiledPrefill(config.backend, config.normalization)
+        self.prefill = CompiledPrefill(config)
         self.compiled_decode: Forward | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
 
@@ -43,7 +43,7 @@ class Runtime:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""
         if earlier.config.backend == self.config.backend:
             self.compiled_decode = earlier.compiled_decode
-            if earlier.config.normalization == self.config.normalization:
+            if earlier.prefill.options == self.prefill.options:
                 self.prefill = earlier.prefill
 
     @property

@@ -46,6 +46,7 @@ def insert_scoring(
     site.visual_mask = join_masks(build, site)
     site.token_mask = real_tokens(build, site)
     votes = site.plan.args[0] if site.plan is not None else text_after_images(build, site)
+    site.votes = votes
     weights = site.plan.args[2] if site.plan is not None else constant_weights(gm, build, site, head_weights)
     check_heads(weights, site)
     if site.form == "folded":

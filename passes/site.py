@@ -53,7 +53,14 @@ class Site:
     """The first node that runs at the pruned length."""
     visual_mask: fx.Node | None = None
     token_mask: fx.Node | None = None
+    votes: Any = None
+    """[B, S]: which text votes on the visual tokens, or how much."""
     scores: fx.Node | None = None
+    """[B, S]: what visual tokens are chosen by."""
+    ranked: bool = False
+    """Whether a selector's ranking has taken the place of the scores."""
+    budget: fx.Node | None = None
+    """[B]: how many visual tokens each row keeps."""
     keep: fx.Node | None = None
     valid: fx.Node | None = None
     kept_length: Size = 0

@@ -1,6 +1,7 @@
 """Every architecture compiled by Inductor, held to the eager model on hand-gathered inputs."""
 
 import pytest
+import torch
 
 import hawk_compile
 from tests import zoo
@@ -17,3 +18,16 @@ def test_inductor_equals_the_hand_gathered_eager_model(name):
         hawk_compile.optimize(model, ratio=case.ratio, backend="inductor", head_weights=head_weights(model))
         check(model, case, 1e-5)
     assert compilations(model) == 1
+
+
+def test_a_selector_keeps_what_it_keeps_without_inductor():
+    name = "qwen2_5_vl"
+    model = zoo.build(name, layers=1)
+    inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[3]])
+    kept = []
+    for backend in ("eager", "inductor"):
+        hawk_compile.optimize(model, ratio=0.6, backend=backend, selector="idpruner")
+        with torch.no_grad():
+            model(**inputs)
+        kept.append(hawk_compile.report(model).keep_indices[0])
+    assert torch.equal(*kept)

@@ -21,6 +21,8 @@ def test_the_passes_read_as_one_list():
         "replace_masked_add",
         "split_at_merge",
         "insert_scoring",
+        "insert_budget",
+        "insert_ranking",
         "insert_selection",
         "gather_by_shape",
         "refresh_values",

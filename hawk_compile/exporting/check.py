@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.exporting.runner import Runner
 from hawk_compile.optimize import RUNTIME, optimize, report
+from hawk_compile.selectors import SELECTORS
 
 
 @dataclass
@@ -46,8 +47,11 @@ def compare(
     optimize(
         model,
         ratio=manifest.ratio if ratio is None else ratio,
-        head_weights=tuple(manifest.head_weights),
+        head_weights="auto" if SELECTORS[manifest.selector].head_weights else tuple(manifest.head_weights),
         normalization=manifest.normalization,
+        selector=manifest.selector,
+        selector_options=manifest.selector_options,
+        query=manifest.query,
         backend="eager",
     )
     settings: dict[str, Any] = {

@@ -20,10 +20,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
+from hawk_compile.backend import options_of
+from hawk_compile.config import HawkConfig
 from hawk_compile.exporting.quiet import quiet
 from hawk_compile.kernels.plan.op import SLOT_OFFSET
-from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, PassOptions, run_passes
-from hawk_compile.query import SpecialIds, is_any, voting_text
+from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
+from hawk_compile.query import SpecialIds, counted, is_any, voting_text
 
 PREFILL, DECODE = "prefill", "decode"
 FEATURES = "{}_features"
@@ -128,13 +130,14 @@ class Prefill(nn.Module):
         model: PreTrainedModel,
         forward: Callable[..., Any],
         ids: SpecialIds,
+        query: str,
         head_weights: Tensor,
         outputs: dict[str, ModelOutput],
     ):
         super().__init__()
         self.model = model
         self.run = forward
-        self.ids = ids
+        self.ids, self.query = ids, query
         self.register_buffer("head_weights", head_weights)
         self.placeholders = tuple(capture.placeholder_ids(model))
         self.kinds = {modality: type(output) for modality, output in outputs.items()}
@@ -151,6 +154,7 @@ class Prefill(nn.Module):
     ) -> Any:
         visual = is_any(input_ids, self.placeholders)
         votes, _ = voting_text(input_ids, visual, attention_mask != 0, self.ids)
+        votes = counted(votes, self.query)
         kept_visual = given.pop("kept_visual_slots", kept_slots)
         keep, valid, scores = torch.ops.hawk.plan(
             votes,
@@ -243,7 +247,7 @@ class Rewritten(nn.Module):
         return self.graph_module(**tensors)
 
 
-def prune(component: Component, normalization: str, portable: bool, selection: str = "sort") -> Component:
+def prune(component: Component, config: HawkConfig, portable: bool, selection: str = "sort") -> Component:
     """The prefill with the passes run on its graph.
 
     Args:
@@ -254,6 +258,6 @@ def prune(component: Component, normalization: str, portable: bool, selection: s
         GraphError: the graph cannot be pruned.
     """
     graph = component.trace().module(check_guards=False)
-    options = PassOptions(normalization=normalization, selection=selection)
+    options = options_of(config, selection=selection)
     graph = run_passes(graph, [], options, (*EXPORT_PASSES, *PORTABLE_PASSES) if portable else EXPORT_PASSES)
     return replace(component, module=Rewritten(graph))

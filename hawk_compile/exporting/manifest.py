@@ -46,7 +46,8 @@ class Manifest:
     Attributes:
         format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         ratio: fraction of visual tokens removed unless a request says otherwise.
-        selector, normalization, head_weights, head_weights_origin: how visual tokens are scored and chosen.
+        selector, selector_options, query, normalization, head_weights, head_weights_origin: how visual tokens are
+            scored and chosen.
         dtype: of weights and activations.
         model: class of the exported model.
         encoders: names of the components that encode images, in the order they run.
@@ -59,6 +60,8 @@ class Manifest:
     format: str
     ratio: float
     selector: str
+    selector_options: dict[str, Any]
+    query: str
     normalization: str
     head_weights: list[float]
     head_weights_origin: str

@@ -43,7 +43,10 @@ from hawk_compile.plan import make_plan
 from hawk_compile.query import special_ids
 
 FORMATS = ("onnx", "aoti", "openvino", "tensorrt", "executorch")
-SETTINGS = ("head_weights", "normalization", "vision_end_token_id", "end_of_turn_token_id")
+SETTINGS = (
+    "head_weights", "normalization", "selector", "selector_options", "query", "vision_end_token_id",
+    "end_of_turn_token_id",
+)  # fmt: skip
 """Settings of `optimize` that every format takes, beside `ratio`."""
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 HOST_WEIGHTS = "host.safetensors"
@@ -76,7 +79,8 @@ def export(
         overwrite: replace the folder if it is an export.
         processor: saved beside the model, if given.
         progress: told in a line what has been done.
-        **settings: `head_weights`, `normalization`, `vision_end_token_id`, `end_of_turn_token_id`, as for `optimize`;
+        **settings: `head_weights`, `normalization`, `selector`, `selector_options`, `query`, `vision_end_token_id`,
+            `end_of_turn_token_id`, as for `optimize`;
             for ONNX also `quantization` ("int8"); for TensorRT and ExecuTorch also `sizes`, see
             `hawk_compile.exporting.profile`; for TensorRT also `compute_capabilities`.
 
@@ -95,11 +99,16 @@ def export(
             f"unknown setting {', '.join(unknown)} of format={format!r}; for all formats they are {', '.join(SETTINGS)}"
         )
     config = make_config(None, {"ratio": ratio, **settings})
+    if not config.method.portable:
+        raise ConfigError(
+            f'selector "{config.selector}" takes tokens one after another, which no exported graph can: optimize runs '
+            "it; export another one"
+        )
     check_model(model)
     check_dtype(model, target, format)
     with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
         parts, encoders = {}, []
-        weights = resolve(config.head_weights, model)
+        weights = resolve(config.method.head_weights or config.head_weights, model)
         selection = getattr(options, "selection", "sort")
         written: set[str] = set()
         for component in components(model, inputs, config, weights.values, format != "aoti", selection):
@@ -115,8 +124,10 @@ def export(
         manifest = Manifest(
             format=format,
             ratio=config.ratio,
-            selector="hawk",
-            normalization=config.normalization,
+            selector=config.selector,
+            selector_options=dict(config.selector_options),
+            query=config.query or config.method.query,
+            normalization=config.method.normalization or config.normalization,
             head_weights=weights.values.tolist(),
             head_weights_origin=weights.origin,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -223,7 +234,7 @@ def components(
     try:
         yield from encoder_components(model, inputs)
         prefill = prefill_component(model, inputs, config, head_weights)
-        prefill = prune(prefill, config.normalization, portable, selection)
+        prefill = prune(prefill, config, portable, selection)
         yield prefill
         yield decode_component(model, prefill)
     finally:
@@ -269,7 +280,8 @@ def prefill_component(
     if layered:
         sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
         shapes["kept_visual_slots"] = ("kept_visual",)
-    module = Prefill(model, forward_of(model), special, head_weights.to(ids.device), outputs)
+    query = config.query or config.method.query
+    module = Prefill(model, forward_of(model), special, query, head_weights.to(ids.device), outputs)
     # Features of later layers are added to at least two tokens: one row would broadcast.
     return Component(PREFILL, module.eval(), sample, shapes, least={"visual": 2} if layered else {})
 

@@ -9,6 +9,8 @@ from torch import SymInt
 from hawk_compile.errors import GraphError, ShapeError
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.graph import ancestors, expr, is_call, same, value
+from hawk_compile.passes.insert_budget import insert_budget
+from hawk_compile.passes.insert_ranking import insert_ranking
 from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
@@ -24,6 +26,8 @@ PASSES = (
     replace_masked_add,
     split_at_merge,
     insert_scoring,
+    insert_budget,
+    insert_ranking,
     insert_selection,
     gather_by_shape,
     refresh_values,
@@ -130,17 +134,50 @@ def test_selection_answers_the_plan():
     assert {site.keep, site.valid, site.scores} <= set(outputs)
 
 
-def test_selection_without_plan_keeps_an_expression_of_the_graphs_own_sizes():
+def test_a_budget_without_plan_is_an_expression_of_the_graphs_own_sizes():
     from fractions import Fraction
 
     gm = graphs.captured(graphs.Decoder(), *graphs.prompt())
-    for each in PASSES[: PASSES.index(insert_selection)]:
+    for each in PASSES[: PASSES.index(insert_budget)]:
         gm = each(gm, [])
-    insert_selection(gm, [], removed=Fraction(3, 5))
+    insert_budget(gm, [], removed=Fraction(3, 5))
     site = site_of(gm)
     kept = expr(value(site.kept_length))
     symbols = {str(symbol) for symbol in kept.free_symbols}
     assert {str(expr(site.length)), str(expr(site.visual[0]))} <= symbols
+
+
+def widths(embeddings, visual_mask):
+    return embeddings.norm(dim=2).masked_fill(~visual_mask, 0)
+
+
+def test_a_ranking_takes_the_place_of_the_scores():
+    gm = after(insert_budget)
+    scored = site_of(gm).scores
+    gm = insert_ranking(gm, [], ranking=widths)
+    gm.graph.lint()
+    site = site_of(gm)
+    assert site.scores is not scored and "score_folded.default" not in names(gm) and "widths" in names(gm)
+    assert value(site.scores).dtype == torch.float32
+    assert site.visual_mask in gm.graph.nodes and site.token_mask in gm.graph.nodes
+    before = gm.graph.python_code("self").src
+    assert insert_ranking(gm, [], ranking=widths).graph.python_code("self").src == before
+
+
+def test_a_ranking_that_reads_the_scores_keeps_them():
+    gm = insert_ranking(after(insert_budget), [], ranking=lambda scores, factor: scores * factor,
+                        ranking_options=(("factor", 2.0),))  # fmt: skip
+    assert "score_folded.default" in names(gm)
+
+
+@pytest.mark.parametrize(("ranking", "message"), [
+    (lambda pixels: pixels, "reads pixels; there are scores, embeddings"),
+    (lambda scores: scores.nonzero(), "must return a float tensor"),
+    (lambda scores: scores[:, :1000].view(3, 7), "cannot be traced with symbolic sizes"),
+])  # fmt: skip
+def test_rankings_that_cannot_be_inserted(ranking, message):
+    with pytest.raises(GraphError, match=message):
+        insert_ranking(after(insert_budget), [], ranking=ranking)
 
 
 def test_gather_lets_attention_run_at_the_pruned_length():

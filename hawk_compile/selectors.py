@@ -1,0 +1,162 @@
+"""Selectors by name: how the visual tokens of a prompt are ranked; every row keeps its best.
+
+A ranking is a function of tensors, [B, S] float: the visual tokens with the highest values are kept, ties in favour of
+the lower position, and what stands elsewhere does not matter. It reads what its parameters name:
+
+    scores       [B, S] float32: the HAWK score of every visual token, 0 elsewhere
+    embeddings   [B, S, D]: the prompt at the decoder's input, visual features among the token embeddings
+    visual_mask  [B, S] bool: real visual tokens
+    votes        [B, S] bool: the text that votes
+    budget       [B] int64: visual tokens that each row keeps
+
+Parameters with a default are options: numbers, text or flags that a user may set, part of the compiled graph. A ranking
+runs inside that graph, so it is traced: tensor code without shapes that depend on data. Sources and definitions of the
+methods: README, "Selectors".
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hawk_compile.kernels.greedy.op  # noqa: F401  registers the operator
+from hawk_compile.errors import ConfigError
+
+Ranking = Callable[..., Tensor]
+READABLE = ("scores", "embeddings", "visual_mask", "votes", "budget")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How visual tokens are ranked.
+
+    Attributes:
+        ranking: see above; None: by the HAWK score itself.
+        query: which text votes if the settings do not say: "mean" or "last".
+        head_weights: "uniform" where the method knows no head weights; None: as the settings say.
+        normalization: of each head's scores, if the method fixes it.
+        portable: whether the ranking can be exported: it consists of PyTorch's own operators.
+    """
+
+    ranking: Ranking | None = None
+    query: str = "mean"
+    head_weights: str | None = None
+    normalization: str | None = None
+    portable: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The ranking's options with their defaults."""
+        parameters = inspect.signature(self.ranking).parameters if self.ranking is not None else {}
+        return {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+
+
+def divprune(embeddings: Tensor, visual_mask: Tensor, budget: Tensor) -> Tensor:
+    importance = torch.zeros_like(visual_mask, dtype=torch.float32)
+    return torch.ops.hawk.greedy_order(embeddings, importance, visual_mask, budget, "max_min", 0.0)
+
+
+def idpruner(
+    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, budget: Tensor, *, importance: float = 0.5
+) -> Tensor:
+    return torch.ops.hawk.greedy_order(embeddings, scores, visual_mask, budget, "mmr", importance)
+
+
+def cdpruner(embeddings: Tensor, scores: Tensor, visual_mask: Tensor, budget: Tensor) -> Tensor:
+    return torch.ops.hawk.greedy_order(embeddings, scores, visual_mask, budget, "dpp", 0.0)
+
+
+def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
+    """Pivots are the visual and the voting text tokens of the largest L1 norm; what resembles them least is kept."""
+    size = embeddings.float().abs().sum(2)
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+    pivot = [size.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)[:, :pivots]
+             for mask in (visual_mask, votes)]
+    chosen = torch.cat(pivot, 1)  # [B, 2 * pivots]
+    similar = unit @ unit.gather(1, chosen.unsqueeze(2).expand(-1, -1, unit.shape[2])).transpose(1, 2)
+    itself = torch.zeros_like(size).scatter(1, pivot[0], 1.0)
+    return 2 * itself - similar.amax(2)
+
+
+def qapruner(
+    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, *, bits: int = 4, group: int = 32,
+    error_weight: float = 0.25, outlier_weight: float = 0.25,
+) -> Tensor:  # fmt: skip
+    """The HAWK score, raised where quantisation in groups of channels changes a token much, and for outliers."""
+    values = embeddings.float()
+    grouped = values.unflatten(2, (-1, group))
+    largest = grouped.abs().amax(3, keepdim=True).clamp_min(1e-12)
+    levels = 2 ** (bits - 1) - 1
+    rounded = (grouped / largest * levels).round() / levels * largest
+    error = (grouped - rounded).flatten(2).norm(dim=2) / values.norm(dim=2).clamp_min(1e-12)
+    outlier = values.abs().amax(2) / values.abs().mean(2).clamp_min(1e-12)
+    relevance, error, outlier = (unit_range(each, visual_mask) for each in (scores, error, outlier))
+    return relevance + error_weight * error + outlier_weight * outlier
+
+
+def random(embeddings: Tensor, *, seed: int = 0) -> Tensor:
+    """Noise that is the same for the same prompt and seed: a hash of each token's position and first channel."""
+    length = embeddings.shape[1]
+    bits = embeddings[..., 0].float().view(torch.int32).long()
+    mixed = bits * 2654435761 + (torch.arange(length, device=embeddings.device) + seed * 1_000_003 + 1) * 40503
+    for shift in (13, 7, 17):
+        mixed = mixed ^ (mixed << shift if shift != 7 else mixed >> shift)
+        mixed = mixed & 0xFFFFFFFFFFFF
+    return (mixed & 0xFFFFFF).float()
+
+
+def stride(visual_mask: Tensor, budget: Tensor) -> Tensor:
+    """Visual tokens at equal distances."""
+    rank = visual_mask.long().cumsum(1)
+    total = rank[:, -1:].clamp_min(1)
+    kept = budget.unsqueeze(1)
+    return ((rank * kept) // total > ((rank - 1) * kept) // total).float()
+
+
+def register_selector(name: str, ranking: Ranking, *, portable: bool = True) -> None:
+    """Let `selector=name` rank visual tokens by a function of one's own; see this module for what it reads and returns.
+
+    Args:
+        name: not that of another selector, unless with the same function.
+        ranking: a function with a name of its own, whose options have defaults (int, float, str or bool).
+        portable: whether it consists of operators that other runtimes know, so that `export` may take it.
+
+    Raises:
+        ConfigError: a name that is taken, something that is no function, or a parameter that nothing can fill.
+    """
+    if name in SELECTORS and SELECTORS[name].ranking is not ranking:
+        raise ConfigError(f"name {name!r} is that of another selector: choose another one")
+    if not inspect.isfunction(ranking) or not ranking.__name__.isidentifier():
+        raise ConfigError(f"ranking must be a function with a name (def), got {ranking!r}")
+    parameters = inspect.signature(ranking).parameters.values()
+    unknown = [each.name for each in parameters if each.default is each.empty and each.name not in READABLE]
+    if unknown:
+        raise ConfigError(
+            f"ranking {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}, and options need "
+            "a default"
+        )
+    SELECTORS[name] = Selector(ranking, portable=portable)
+
+
+def unit_range(values: Tensor, mask: Tensor) -> Tensor:
+    """Values scaled to [0, 1] over the masked ones of each row."""
+    low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    return (values - low) / (high - low).clamp_min(1e-12)
+
+
+SELECTORS: dict[str, Selector] = {
+    "hawk": Selector(),
+    "uniform": Selector(head_weights="uniform"),
+    "fastv": Selector(query="last", head_weights="uniform", normalization="softmax"),
+    "divprune": Selector(divprune, portable=False),
+    "idpruner": Selector(idpruner, portable=False),
+    "cdpruner": Selector(cdpruner, portable=False),
+    "dart": Selector(dart),
+    "qapruner": Selector(qapruner),
+    "random": Selector(random),
+    "stride": Selector(stride),
+}

@@ -1,0 +1,1 @@
+"""Orders in which greedy methods take visual tokens: by diversity, or by diversity and importance."""

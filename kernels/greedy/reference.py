@@ -1,0 +1,114 @@
+"""Greedy choices of visual tokens, by definition: every step takes one token of every row.
+
+A choice of n tokens is the first n of every longer one, so an order is all there is to compute: [B, S] float32, the
+largest budget at the first token taken, falling by one with each step, 0 where nothing was taken.
+
+With cosine similarity c(u, v) of features, importance m(v), and T the tokens taken so far:
+
+    max_min  argmin of max over T of c(v, t); first, the token whose nearest other token is farthest
+             (DivPrune, arXiv 2503.02175)
+    mmr      argmax of w * m(v) - (1 - w) * max over T of c(v, t); first, argmax of m(v) (IDPruner, arXiv 2602.13315)
+    dpp      argmax of det of the kernel m(u) c(u, v) m(v) over T and v (CDPruner, NeurIPS 2025)
+
+Importance is scaled to [0, 1] over a row's visual tokens first (`mmr`, `dpp`). Ties go to the lower position.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+"""Rows of similarities that are held at a time where every pair counts: never V x V."""
+
+
+def greedy_order(
+    features: Tensor,  # [B, S, D] float
+    importance: Tensor,  # [B, S] float
+    visual_mask: Tensor,  # [B, S] bool
+    budget: Tensor,  # [B] int64
+    rule: str,
+    weight: float,
+) -> Tensor:
+    """[B, S] float32, see above."""
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)  # [B, S, D]
+    steps = int(budget.max()) if budget.numel() else 0
+    return RULES[rule](unit, importance.float(), visual_mask, steps, weight)
+
+
+def max_min(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
+    def first() -> Tensor:
+        return -nearest(unit, mask)
+
+    return take(unit, mask, steps, first, lambda closest: -closest)
+
+
+def mmr(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
+    scaled = unit_range(importance, mask)
+    return take(unit, mask, steps, lambda: scaled, lambda closest: weight * scaled - (1 - weight) * closest)
+
+
+def take(
+    unit: Tensor, mask: Tensor, steps: int, first: Callable[[], Tensor], gain: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Take tokens by a gain [B, S] that depends on the similarity to the closest token taken [B, S]."""
+    left, order = mask.clone(), torch.zeros(mask.shape, device=mask.device)
+    closest = torch.full(mask.shape, -torch.inf, device=mask.device)
+    current = first()
+    for step in range(steps):
+        best = current.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)  # [B, 1]
+        order.scatter_add_(1, best, (steps - step) * left.gather(1, best).float())
+        left.scatter_(1, best, False)
+        taken = unit.gather(1, best.unsqueeze(2).expand(-1, -1, unit.shape[2]))  # [B, 1, D]
+        closest = torch.maximum(closest, torch.matmul(unit, taken.transpose(1, 2)).squeeze(2))
+        current = gain(closest)
+    return order
+
+
+def dpp(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
+    """Greedy maximum of the determinant by a growing Cholesky factor (Chen, Zhang and Zhou, 2018)."""
+    scaled = unit_range(importance, mask)
+    rows, length = mask.shape
+    left, order = mask.clone(), torch.zeros(mask.shape, device=mask.device)
+    factor = torch.zeros((rows, steps, length), device=mask.device)
+    gain = scaled.square()  # the kernel's diagonal
+    for step in range(steps):
+        best = gain.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)
+        order.scatter_add_(1, best, (steps - step) * left.gather(1, best).float())
+        left.scatter_(1, best, False)
+        index = best.unsqueeze(2)
+        taken = unit.gather(1, index.expand(-1, -1, unit.shape[2]))  # [B, 1, D]
+        similar = torch.matmul(unit, taken.transpose(1, 2)).squeeze(2)
+        kernel = scaled * similar * scaled.gather(1, best)
+        before = factor[:, :step]  # [B, step, S]
+        own = before.gather(2, best.unsqueeze(1).expand(-1, step, -1))  # [B, step, 1]
+        scale = gain.gather(1, best).clamp_min(SMALLEST).sqrt()
+        row = (kernel - (own * before).sum(1)) / scale
+        factor[:, step] = row
+        gain = gain - row.square()
+    return order
+
+
+SMALLEST = 1e-12
+"""Least gain that is divided by: beyond it a row's kernel has no rank left, and what is taken adds nothing."""
+
+RULES = {"max_min": max_min, "mmr": mmr, "dpp": dpp}
+
+
+def nearest(unit: Tensor, mask: Tensor) -> Tensor:
+    """[B, S]: the largest similarity to another visual token, -inf where there is none."""
+    length = mask.shape[1]
+    position = torch.arange(length, device=mask.device)
+    found = []
+    for start in range(0, length, BLOCK):
+        similar = torch.matmul(unit[:, start : start + BLOCK], unit.transpose(1, 2))  # [B, block, S]
+        itself = position[start : start + BLOCK, None] == position
+        found.append(similar.masked_fill(itself | ~mask.unsqueeze(1), -torch.inf).amax(2))
+    return torch.cat(found, 1)
+
+
+def unit_range(values: Tensor, mask: Tensor) -> Tensor:
+    """Values scaled to [0, 1] over the masked ones of each row; 1 where they are all equal."""
+    low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    return torch.where(high > low, (values - low) / (high - low), torch.ones_like(values)).masked_fill(~mask, 0)

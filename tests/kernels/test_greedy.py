@@ -1,0 +1,116 @@
+"""`hawk::greedy_order` against the rules written out with numpy, one token at a time."""
+
+import numpy as np
+import pytest
+import torch
+
+import hawk_compile.kernels.greedy.op  # noqa: F401  registers the operator
+from hawk_compile.kernels.greedy import reference
+
+SHAPES = [(1, 1, 3), (1, 7, 5), (2, 33, 17), (3, 40, 8)]
+
+
+def case(rows, length, width, seed=0):
+    """Features, importance and a mask; the last row of a batch holds a single visual token."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, length, width, generator=generator)
+    importance = torch.rand(rows, length, generator=generator)
+    mask = torch.rand(rows, length, generator=generator) < 0.7
+    mask[:, 0] = True
+    if rows > 1:
+        mask[-1] = False
+        mask[-1, length // 2] = True
+    return features, importance, mask
+
+
+def by_hand(features, importance, mask, steps, rule, weight):
+    """The visual tokens of one row in the order they are taken."""
+    places = np.flatnonzero(mask)
+    unit = features[places].astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    similar = unit @ unit.T
+    value = importance[places].astype(np.float64)
+    spread = value.max() - value.min()
+    value = (value - value.min()) / spread if spread else np.ones_like(value)
+    taken = []
+    for _ in range(min(steps, len(places))):
+        rest = [each for each in range(len(places)) if each not in taken]
+        if rule == "max_min":
+            pool = [[other for other in range(len(places)) if other != each] for each in rest] if not taken else None
+            gains = [-max((similar[each, other] for other in (pool[i] if pool else taken)), default=-np.inf)
+                     for i, each in enumerate(rest)]  # fmt: skip
+        elif rule == "mmr":
+            gains = [weight * value[each] - (1 - weight) * similar[each, taken].max() if taken else value[each]
+                     for each in rest]  # fmt: skip
+        else:
+            kernel = value[:, None] * similar * value[None]
+            gains = [np.linalg.det(kernel[np.ix_([*taken, each], [*taken, each])]) for each in rest]
+        taken.append(rest[int(np.argmax(gains))])
+    return places[taken].tolist()
+
+
+@pytest.mark.parametrize("rule", list(reference.RULES))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_order_is_that_of_the_rule(rule, shape):
+    features, importance, mask = case(*shape)
+    steps = 4 if rule == "dpp" else 9  # of which determinants are still far from 0
+    budget = torch.full((shape[0],), steps)
+    order = torch.ops.hawk.greedy_order(features, importance, mask, budget, rule, 0.5)
+    assert order.dtype == torch.float32 and order[~mask].count_nonzero() == 0
+    for row in range(shape[0]):
+        expected = by_hand(features[row].numpy(), importance[row].numpy(), mask[row].numpy(), steps, rule, 0.5)
+        found = order[row].argsort(descending=True, stable=True)[: len(expected)].tolist()
+        assert found == expected
+        assert order[row].count_nonzero() == len(expected)
+
+
+@pytest.mark.parametrize("rule", list(reference.RULES))
+def test_a_shorter_choice_is_the_start_of_a_longer_one(rule):
+    features, importance, mask = case(1, 50, 16)
+    orders = [torch.ops.hawk.greedy_order(features, importance, mask, torch.tensor([steps]), rule, 0.5)
+              for steps in (3, 11)]  # fmt: skip
+    short, long = (set(order[0].topk(3).indices.tolist()) for order in orders)
+    assert short == long
+
+
+def test_blocks_of_similarities_change_nothing(monkeypatch):
+    features, importance, mask = case(2, 37, 8)
+    whole = torch.ops.hawk.greedy_order(features, importance, mask, torch.tensor([9, 9]), "max_min", 0.0)
+    monkeypatch.setattr(reference, "BLOCK", 5)
+    parts = torch.ops.hawk.greedy_order(features, importance, mask, torch.tensor([9, 9]), "max_min", 0.0)
+    assert torch.equal(whole, parts)
+
+
+def test_rows_without_visual_tokens_and_features_without_length():
+    features, importance, mask = case(2, 12, 4)
+    mask[0] = False
+    features[1] = 0
+    for rule in reference.RULES:
+        order = torch.ops.hawk.greedy_order(features, importance, mask, torch.tensor([3, 3]), rule, 0.5)
+        assert order[0].count_nonzero() == 0 and order.isfinite().all()
+
+
+def test_opcheck():
+    features, importance, mask = case(2, 12, 4)
+    torch.library.opcheck(
+        torch.ops.hawk.greedy_order.default, (features, importance, mask, torch.tensor([3, 2]), "mmr", 0.5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.ones(2, 12)}, r"features must be \[B, S, D\]"),
+        ({"importance": torch.ones(2, 11)}, r"importance must be \[B, S\]"),
+        ({"mask": torch.ones(2, 12)}, r"visual_mask must be \[B, S\] bool"),
+        ({"budget": torch.ones(2)}, r"budget must be \[B\] int64"),
+        ({"rule": "best"}, "rule must be one of max_min, mmr, dpp"),
+        ({"weight": 1.5}, r"weight is the share of importance in \[0, 1\]"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(change, message):
+    features, importance, mask = case(2, 12, 4)
+    arguments = {"features": features, "importance": importance, "mask": mask, "budget": torch.tensor([3, 2]),
+                 "rule": "mmr", "weight": 0.5}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        torch.ops.hawk.greedy_order(*{**arguments, **change}.values())
