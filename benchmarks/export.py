@@ -169,7 +169,7 @@ def speed(layers: int, width: int, rounds: int) -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
         folder, sessions = Path(parent), {}
-        for component in (plain, write.prune(prefill, config.normalization, portable=True, selection="sort")):
+        for component in (plain, write.prune(prefill, config, portable=True, selection="sort")):
             part = write.write_part(onnx, component, folder, onnx.Options())
             sessions[component.name] = onnx.open_session(folder, part.file, part)
     single = {name: prefill.sample[name][..., :1, :] if name == "position_ids" else prefill.sample[name][:1]

@@ -43,6 +43,8 @@ SIZES: dict[str, Shape] = {
     "window_places": ("patches",),
     WINDOW_INDEX: ("merged_patches",),
 }
+TOLERANCE = 0.02
+"""Of the largest output, between attention by segments and by the tower's own: half precision over a tower's layers."""
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """Fields that every encoder's output has, so that a model can set them."""
 ARGUMENTS = {
@@ -153,7 +155,7 @@ def attention_over_segments(
 @contextlib.contextmanager
 def segmented(child: nn.Module) -> Iterator[None]:
     """Let a tower over packed patches attend by segments, while it is traced."""
-    from transformers.exporters import utils
+    from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
 
     AttentionInterface.register(ATTENTION, attention_over_segments)
     configs: list[Any] = list(
@@ -202,7 +204,8 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
     """The components of the encoder that encodes these inputs, each named like the module of the model's body.
 
     Raises:
-        UnsupportedModelError: an encoder whose module is called more than once, or takes no tensor.
+        UnsupportedModelError: an encoder whose module is called more than once, takes no tensor, or reads the sizes
+            of images in a way that cannot be exported.
     """
     calls = recorded_calls(model, inputs)
     components = []
@@ -226,12 +229,40 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
         if packed:
             fixed[GRID] = None
         around = (lambda child=child: segmented(child)) if packed else torch.no_grad
-        components.append(Component(name, Encoder(child, fixed, outputs), sample, shapes, around, visual=visual))
+        encoder = Encoder(child, fixed, list(outputs))
+        component = Component(name, encoder, sample, shapes, around, visual=visual)
+        if packed:
+            check_segments(component, outputs, type(model).__name__)
+        components.append(component)
     return components
 
 
-def recorded_calls(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[str]]]:
-    """Of each module of the body that encodes: its arguments by name, and the names of its outputs that are read."""
+def check_segments(component: Component, expected: dict[str, Tensor], model: str) -> None:
+    """Refuse a tower that gives something else by segments than by the grid, which it then reads elsewhere too.
+
+    Args:
+        expected: its outputs for the first half of the component's sample.
+    """
+    reason = "its outputs differ by {:.2g}"
+    try:
+        with torch.no_grad(), component.around():
+            found = component.module(**component.sample)
+        furthest = max(float((found[name][: len(rows)] - rows).abs().max()) for name, rows in expected.items())
+        if furthest <= TOLERANCE * max(float(rows.abs().max()) for rows in expected.values()):
+            return
+        reason = reason.format(furthest)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = str(error)
+    raise UnsupportedModelError(
+        f"{model} cannot be exported: its encoder's {component.name} reads the sizes of images elsewhere than in its "
+        f"attention and positions, which an index of patches cannot give it ({reason})"
+    )
+
+
+def recorded_calls(
+    model: PreTrainedModel, inputs: dict[str, Any]
+) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Of each module of the body that encodes: its arguments by name, and those of its outputs that are read."""
     calls: dict[str, dict[str, Any]] = {}
     results: dict[str, dict[str, Tensor]] = {}
 
@@ -268,7 +299,10 @@ def recorded_calls(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
         for handle in handles:
             handle.remove()
     read = {id(value) for value, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
-    return {name: (calls[name], [key for key, value in results[name].items() if id(value) in read]) for name in calls}
+    return {
+        name: (given, {key: value.detach() for key, value in results[name].items() if id(value) in read})
+        for name, given in calls.items()
+    }
 
 
 def flat(bound: inspect.BoundArguments) -> dict[str, Any]:

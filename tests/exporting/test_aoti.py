@@ -18,19 +18,19 @@ from hawk_compile.head_weights import resolve
 from tests.exporting import demo
 
 RATIO = 0.8
+CONFIG = hawk_compile.HawkConfig(ratio=RATIO)
 
 
 def prefill(*rows: list[tuple[int, int]]) -> Component:
     """The shipped model's prefill as it is before the passes, with all rows twice for a sample."""
-    config = hawk_compile.HawkConfig(ratio=RATIO)
     weights = resolve("auto", demo.model()).values
-    return write.prefill_component(demo.model(), demo.batch(*rows), config, weights)
+    return write.prefill_component(demo.model(), demo.batch(*rows), CONFIG, weights)
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("aoti")
-    pruned = write.prune(prefill([demo.SIZES[1]]), "l2", portable=False)
+    pruned = write.prune(prefill([demo.SIZES[1]]), CONFIG, portable=False)
     assert aoti.write(pruned, folder, None) == (["prefill.pt2"], {})
     return folder
 

@@ -79,6 +79,9 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="takes image_sizes, which would be fixed in its graph"):
         sizes = zoo.inputs("mistral3", pixtral, rows=[zoo.sizes("mistral3")[1]])
         hawk_compile.export(pixtral, sizes, tmp_path / "out")
+    glm = zoo.build("glm4v", layers=1)
+    with pytest.raises(UnsupportedModelError, match="its encoder's visual reads the sizes of images elsewhere"):
+        hawk_compile.export(glm, zoo.inputs("glm4v", glm, rows=[zoo.sizes("glm4v")[1]]), tmp_path / "out")
     with pytest.raises(InputError, match="inputs must hold a prompt with an image"):
         hawk_compile.export(zoo.build(NAME, layers=1), {"input_ids": torch.ones(1, 4).long()}, tmp_path / "out")
     assert not list(tmp_path.iterdir())
