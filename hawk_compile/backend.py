@@ -41,7 +41,7 @@ def options_of(config: HawkConfig, **more: Any) -> PassOptions:
     """What the passes are told of the settings."""
     method = config.method
     return PassOptions(
-        normalization=method.normalization or config.normalization,
+        normalization=config.used_normalization,
         ranking=method.ranking,
         ranking_options=tuple({**method.options, **config.selector_options}.items()),
         **more,

@@ -72,6 +72,21 @@ class HawkConfig:
         return SELECTORS[self.selector]
 
     @property
+    def used_query(self) -> str:
+        """`query`, or what the selector has for it."""
+        return self.query or self.method.query
+
+    @property
+    def used_normalization(self) -> str:
+        """`normalization`, unless the selector fixes it."""
+        return self.method.normalization or self.normalization
+
+    @property
+    def used_head_weights(self) -> Any:
+        """`head_weights`, unless the selector fixes them."""
+        return self.method.head_weights or self.head_weights
+
+    @property
     def removed(self) -> Fraction:
         """`ratio` as the fraction it was meant to be."""
         return Fraction(self.ratio).limit_denominator(MAX_DENOMINATOR)

@@ -45,7 +45,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     """
     made = make_config(config, settings)
     check_model(model)
-    weights = resolve(made.method.head_weights or made.head_weights, model)
+    weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
     overrides = overrides_of(model)

@@ -62,7 +62,7 @@ def make_plan(
     real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
     asked = real if prompt is None else real & (torch.arange(real.shape[1], device=real.device) < prompt)
     votes, source = voting_text(input_ids, visual, asked, ids)
-    votes = counted(votes, config.query or config.method.query)
+    votes = counted(votes, config.used_query)
     counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1)]).tolist()
     placeholders, tokens, present, voters = counts
     if sum(placeholders) != features:

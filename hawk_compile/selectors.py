@@ -24,9 +24,10 @@ from torch import Tensor
 
 import hawk_compile.kernels.greedy.op  # noqa: F401  registers the operator
 from hawk_compile.errors import ConfigError
+from hawk_compile.kernels.greedy.reference import unit_range
+from hawk_compile.passes.insert_ranking import READABLE
 
 Ranking = Callable[..., Tensor]
-READABLE = ("scores", "embeddings", "visual_mask", "votes", "budget")
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def random(embeddings: Tensor, *, seed: int = 0) -> Tensor:
     length = embeddings.shape[1]
     bits = embeddings[..., 0].float().view(torch.int32).long()
     mixed = bits * 2654435761 + (torch.arange(length, device=embeddings.device) + seed * 1_000_003 + 1) * 40503
-    for shift in (13, 7, 17):
-        mixed = mixed ^ (mixed << shift if shift != 7 else mixed >> shift)
-        mixed = mixed & 0xFFFFFFFFFFFF
+    mixed = (mixed ^ mixed << 13) & 0xFFFFFFFFFFFF
+    mixed = (mixed ^ mixed >> 7) & 0xFFFFFFFFFFFF
+    mixed = (mixed ^ mixed << 17) & 0xFFFFFFFFFFFF
     return (mixed & 0xFFFFFF).float()
 
 
@@ -139,13 +140,6 @@ def register_selector(name: str, ranking: Ranking, *, portable: bool = True) -> 
             "a default"
         )
     SELECTORS[name] = Selector(ranking, portable=portable)
-
-
-def unit_range(values: Tensor, mask: Tensor) -> Tensor:
-    """Values scaled to [0, 1] over the masked ones of each row."""
-    low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-    high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
-    return (values - low) / (high - low).clamp_min(1e-12)
 
 
 SELECTORS: dict[str, Selector] = {

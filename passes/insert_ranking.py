@@ -19,6 +19,15 @@ from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, shape_of, value
 from hawk_compile.passes.site import Site, site_of
 
+READABLE: dict[str, Callable[[Builder, Site], Any]] = {
+    "scores": lambda build, site: site.scores,
+    "embeddings": lambda build, site: site.merged,
+    "visual_mask": lambda build, site: build.call(torch.logical_and, site.visual_mask, site.token_mask),
+    "votes": lambda build, site: build.call(torch.ne, site.votes, 0),
+    "budget": lambda build, site: site.budget,
+}
+"""What a ranking may read, by name."""
+
 
 def insert_ranking(
     gm: fx.GraphModule,
@@ -42,14 +51,13 @@ def insert_ranking(
         return gm
     build = Builder(gm, site.boundary)
     options = dict(ranking_options)
-    given = readable(build, site)
     wanted = [name for name in inspect.signature(ranking).parameters if name not in options]
-    if unknown := [name for name in wanted if name not in given]:
-        raise GraphError(f"selector {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(given)}")
+    if unknown := [name for name in wanted if name not in READABLE]:
+        raise GraphError(f"selector {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}")
     scores = site.scores
     assert scores is not None
     try:
-        ranks = build.call(ranking, **{name: given[name]() for name in wanted}, **options)
+        ranks = build.call(ranking, **{name: READABLE[name](build, site) for name in wanted}, **options)
     except Exception as error:
         raise GraphError(f"selector {ranking.__name__} cannot be traced with symbolic sizes: {error}") from error
     found = value(ranks)
@@ -61,18 +69,6 @@ def insert_ranking(
     site.scores, site.ranked = build.call(torch.ops.aten.to.dtype, ranks, torch.float32), True
     erase_unread(gm.graph, scores, {site.visual_mask, site.token_mask, site.votes, *site.full})
     return gm
-
-
-def readable(build: Builder, site: Site) -> dict[str, Callable[[], Any]]:
-    """What a ranking may read, by name; made when it is asked for."""
-    votes = site.votes
-    return {
-        "scores": lambda: site.scores,
-        "embeddings": lambda: site.merged,
-        "visual_mask": lambda: build.call(torch.logical_and, site.visual_mask, site.token_mask),
-        "votes": lambda: build.call(torch.ne, votes, 0),
-        "budget": lambda: site.budget,
-    }
 
 
 def erase_unread(graph: fx.Graph, node: fx.Node, needed: set[Any]) -> None:

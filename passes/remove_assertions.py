@@ -16,17 +16,23 @@ CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_assert
 GUARDS = "_guards_fn"
 
 
-def remove_assertions(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-    """Erase every check of tensors or sizes that is not part of a computation, and what only it needed."""
-    checks = [node for node in gm.graph.nodes if is_check(node)]
-    for node in reversed(checks):
+def remove_assertions(
+    gm: fx.GraphModule, example_inputs: list[Any], *, checks: tuple[str, ...] = CHECKS
+) -> fx.GraphModule:
+    """Erase every check of tensors or sizes that is not part of a computation, and what only it needed.
+
+    Args:
+        checks: the operators that check, by name.
+    """
+    found = [node for node in gm.graph.nodes if is_check(node, checks)]
+    for node in reversed(found):
         gm.graph.erase_node(node)
-    if checks:
+    if found:
         gm.graph.eliminate_dead_code()  # which keeps what writes in place
     return gm
 
 
-def is_check(node: fx.Node) -> bool:
+def is_check(node: fx.Node, checks: tuple[str, ...]) -> bool:
     if node.op == "call_module":
         return node.target == GUARDS
-    return node.op == "call_function" and op_name(node) in CHECKS and not node.users
+    return node.op == "call_function" and op_name(node) in checks and not node.users

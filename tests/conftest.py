@@ -22,9 +22,10 @@ if WORKER is not None:
     folder = Path(tempfile.gettempdir()) / f"torchinductor_tests_{os.getuid()}_{WORKER}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
+CAPTURED = ("batches", "caches", "decoding", "turns", "refusals")
 TOGETHER = {
-    **dict.fromkeys(("test_batches", "test_caches", "test_decoding", "test_turns", "test_refusals"), "runtime"),
-    **dict.fromkeys(("test_aoti", "test_inductor"), "inductor"),
+    **{f"tests/runtime/test_{name}.py": "runtime" for name in CAPTURED},
+    **dict.fromkeys(("tests/exporting/test_aoti.py", "tests/test_inductor.py"), "inductor"),
 }
 LONGEST = ("runtime", "test_inductor.py", "exporting", "test_architectures.py", "test_backend.py")
 """Files and folders, longest first."""
@@ -45,8 +46,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Groups(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            if "exporting" in file and "aoti" not in file:
-                return file
-            return TOGETHER.get(Path(file).stem, file)
+            return TOGETHER.get(file, file)
 
     return Groups(config, log)

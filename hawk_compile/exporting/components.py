@@ -9,6 +9,7 @@ ids. S' enters as the length of `kept_slots` (and V' as that of `kept_visual_slo
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,16 +97,32 @@ class Component:
             for name, shape in self.shapes.items()
         }
 
+    @functools.cached_property
+    def results(self) -> dict[str, Tensor]:
+        """The module's outputs for the sample."""
+        with torch.no_grad(), self.around():
+            return self.module(**self.sample)
+
     def trace(self) -> ExportedProgram:
         """The module as an ExportedProgram, by transformers' exporter and its patches."""
         from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-        config = DynamoConfig(
-            dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
-        )
-        with quiet(), self.around(), broadcast_masks():
-            program, _ = DynamoExporter().export_program(self.module, dict(self.sample), config)  # type: ignore[arg-type]
-        return program
+        with quiet(), broadcast_masks():
+            return self.program(DynamoExporter, DynamoConfig)
+
+    def program(self, exporter: Any, config: Any, **settings: Any) -> Any:
+        """The module as one of transformers' exporters writes it, every named size symbolic.
+
+        Args:
+            exporter, config: the exporter's class and that of its settings.
+            **settings: more of its settings.
+        """
+        made = config(
+            dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True,
+            **settings,
+        )  # fmt: skip
+        with self.around():
+            return exporter().export_program(self.module, dict(self.sample), made)[0]
 
 
 @contextlib.contextmanager

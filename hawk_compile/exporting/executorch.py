@@ -30,16 +30,13 @@ from torch.utils._sympy.value_ranges import bound_sympy
 from hawk_compile.exporting import profile
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.profile import Range
+from hawk_compile.passes.remove_assertions import CHECKS, remove_assertions
 
 PACKAGES: tuple[str, ...] = ("executorch",)
 RUN_BY = PACKAGES
 EXTRA = "executorch"
-ASSERTIONS = (
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten.sym_constrain_range.default,
-    torch.ops.aten.sym_constrain_range_for_size.default,
-)
+RANGES = ("sym_constrain_range", "sym_constrain_range_for_size")
+"""Checks of sizes in a program, beside assertions."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,8 @@ def write(component: Component, folder: Path, options: Options) -> tuple[list[st
 
     sizes = bounded(component, profile.ranges(component, options.sizes))
     component = replace(component, most={name: size[2] for name, size in sizes.items()})
-    config = ExecutorchConfig(
-        backend="xnnpack", dynamic=True, dynamic_shapes=component.dynamic_shapes,
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )  # fmt: skip
-    with component.around(), adapted():
-        program, _ = ExecutorchExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
+    with adapted():
+        program = component.program(ExecutorchExporter, ExecutorchConfig, backend="xnnpack")
     name = f"{component.name}.pte"
     ExecutorchExporter.save_program(program, folder / name)
     return [name], {"profile": {name: list(size) for name, size in sizes.items()}}
@@ -101,7 +94,7 @@ def adapted() -> Iterator[None]:
         return with_extremes
 
     def fixes(original: dict[str, Any]) -> dict[str, Any]:
-        return {**original, EXTRA: [remove_assertions, *original[EXTRA]]}
+        return {**original, EXTRA: [remove_checks, *original[EXTRA]]}
 
     own_memory = ExecutorchBackendConfig(remove_view_copy=False, sym_shape_eval_pass=largest_shapes())
     patches = [
@@ -160,13 +153,9 @@ def as_product(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return convolve
 
 
-def remove_assertions(program: ExportedProgram) -> None:
+def remove_checks(program: ExportedProgram) -> None:
     """Erase the checks in a program, in place, and what only they use."""
-    graph = program.graph_module.graph
-    for node in [node for node in graph.nodes if node.target in ASSERTIONS]:
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-    program.graph_module.recompile()
+    remove_assertions(program.graph_module, [], checks=(*CHECKS, *RANGES)).recompile()
 
 
 def bounded(component: Component, ranges: dict[str, Range]) -> dict[str, Range]:

@@ -107,8 +107,11 @@ def read(folder: Path) -> Manifest:
             f"{path} is no manifest of hawk_compile ({type(error).__name__}: {error}): export again"
         ) from None
     check_whole(path, manifest)
-    for name, part in manifest.parts.items():
-        check_files(folder, part.sha256, f"component {name}")
+    checked: dict[str, str] = {}
+    for name, part in manifest.parts.items():  # which may share files
+        fresh = {file: sha256 for file, sha256 in part.sha256.items() if checked.get(file) != sha256}
+        check_files(folder, fresh, f"component {name}")
+        checked |= fresh
     check_files(folder, manifest.files, "the configuration")
     return manifest
 

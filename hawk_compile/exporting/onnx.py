@@ -48,12 +48,8 @@ def write(component: Component, folder: Path, options: Options) -> tuple[list[st
     """Write one component; returns the names of its files, the one to open first, and details for the manifest."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    config = OnnxConfig(
-        dynamic=True, dynamic_shapes=component.dynamic_shapes, opset_version=OPSET,
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )  # fmt: skip
-    with component.around(), stable_sort():
-        program, _ = OnnxExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
+    with stable_sort():
+        program = component.program(OnnxExporter, OnnxConfig, opset_version=OPSET)
     name = f"{component.name}.onnx"
     OnnxExporter.save_program(program, folder / name)
     details = {}

@@ -20,12 +20,7 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
     """Write one component; returns the names of its files, the one to open first, and no details."""
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    config = OpenVINOConfig(
-        dynamic=True, dynamic_shapes=component.dynamic_shapes, stateful=False, compress_to_fp16=False,
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )  # fmt: skip
-    with component.around():
-        program, _ = OpenVINOExporter().export_program(component.module, dict(component.sample), config)  # type: ignore[arg-type]
+    program = component.program(OpenVINOExporter, OpenVINOConfig, stateful=False, compress_to_fp16=False)
     name = f"{component.name}.xml"
     OpenVINOExporter.save_program(program, folder / name)
     return [name, f"{component.name}.bin"], {}

@@ -108,16 +108,16 @@ def export(
     check_dtype(model, target, format)
     with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
         parts, encoders = {}, []
-        weights = resolve(config.method.head_weights or config.head_weights, model)
+        weights = resolve(config.used_head_weights, model)
         selection = getattr(options, "selection", "sort")
-        written: set[str] = set()
+        written: dict[str, str] = {}
         for component in components(model, inputs, config, weights.values, format != "aoti", selection):
             started = time.perf_counter()
-            part = parts[component.name] = write_part(target, component, folder, options)
+            part = parts[component.name] = write_part(target, component, folder, options, written)
             if component.name not in (PREFILL, DECODE):
                 encoders.append(component.name)
-            size = sum((folder / name).stat().st_size for name in part.sha256.keys() - written)
-            written |= part.sha256.keys()
+            size = sum((folder / name).stat().st_size for name in part.sha256.keys() - written.keys())
+            written |= part.sha256
             progress(f"{component.name}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
         ids = special_ids(model, config)
         save_beside(model, processor, folder)
@@ -126,8 +126,8 @@ def export(
             ratio=config.ratio,
             selector=config.selector,
             selector_options=dict(config.selector_options),
-            query=config.query or config.method.query,
-            normalization=config.method.normalization or config.normalization,
+            query=config.used_query,
+            normalization=config.used_normalization,
             head_weights=weights.values.tolist(),
             head_weights_origin=weights.origin,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -280,8 +280,8 @@ def prefill_component(
     if layered:
         sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
         shapes["kept_visual_slots"] = ("kept_visual",)
-    query = config.query or config.method.query
-    module = Prefill(model, forward_of(model), special, query, head_weights.to(ids.device), outputs)
+    weights = head_weights.to(ids.device)
+    module = Prefill(model, forward_of(model), special, config.used_query, weights, outputs)
     # Features of later layers are added to at least two tokens: one row would broadcast.
     return Component(PREFILL, module.eval(), sample, shapes, least={"visual": 2} if layered else {})
 
@@ -291,8 +291,6 @@ def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
     rows, new, past = len(prefill.sample["input_ids"]), 2, 3
     positions = prefill.shapes["position_ids"]
     device = prefill.sample["input_ids"].device
-    with torch.no_grad(), prefill.around():
-        made = prefill.module(**prefill.sample)
     ids = prefill.sample["input_ids"][:, -new:].contiguous()
     sample = {"input_ids": ids, "attention_mask": torch.ones((rows, past + new), dtype=torch.int64, device=device)}
     counted = torch.arange(past, past + new, device=device)
@@ -305,9 +303,10 @@ def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
         "position_ids": (*positions[:-2], "batch", "new"),
     }  # fmt: skip
     for layer in range(model.config.get_text_config().num_hidden_layers):
-        for name, held in ((PAST_KEY, made[KEY.format(layer)]), (PAST_VALUE, made[VALUE.format(layer)])):
-            _, heads, _, width = held.shape
-            sample[name.format(layer)] = held.new_zeros((rows, heads, past, width))
+        for name, held in ((PAST_KEY, KEY), (PAST_VALUE, VALUE)):
+            made = prefill.results[held.format(layer)]
+            _, heads, _, width = made.shape
+            sample[name.format(layer)] = made.new_zeros((rows, heads, past, width))
             shapes[name.format(layer)] = ("batch", heads, "past", width)
     return Component(DECODE, Decode(model, forward_of(model)).eval(), sample, shapes)
 
@@ -327,7 +326,11 @@ def rows_of(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
 
 
-def write_part(target: Any, component: Component, folder: Path, options: Any) -> Part:
+def write_part(
+    target: Any, component: Component, folder: Path, options: Any, written: dict[str, str] | None = None
+) -> Part:
+    """Write a component; `written` holds the SHA-256 of files that were there before, which it may share."""
+    known = written or {}
     started = time.perf_counter()
     try:
         with quiet():
@@ -338,14 +341,12 @@ def write_part(target: Any, component: Component, folder: Path, options: Any) ->
         raise ExportError(
             f"{component.name} cannot be exported to {target.__name__.rsplit('.', 1)[-1]}: {error}"
         ) from error
-    with torch.no_grad(), component.around():
-        results = component.module(**component.sample)
     return Part(
         name=component.name,
         file=files[0],
-        sha256={name: digest(folder / name) for name in files},
+        sha256={name: known.get(name) or digest(folder / name) for name in files},
         inputs=[spec(name, component.sample[name], shape) for name, shape in component.shapes.items()],
-        outputs=[spec(name, value, output_shape(component, name, value)) for name, value in results.items()],
+        outputs=[spec(name, value, output_shape(component, name, value)) for name, value in component.results.items()],
         least=component.least_sizes,
         seconds=round(time.perf_counter() - started, 1),
         details=details,

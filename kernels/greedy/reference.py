@@ -37,56 +37,58 @@ def greedy_order(
 
 
 def max_min(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
-    def first() -> Tensor:
-        return -nearest(unit, mask)
-
-    return take(unit, mask, steps, first, lambda closest: -closest)
+    return take(unit, mask, steps, -nearest(unit, mask), by_closest(lambda closest: -closest))
 
 
 def mmr(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
     scaled = unit_range(importance, mask)
-    return take(unit, mask, steps, lambda: scaled, lambda closest: weight * scaled - (1 - weight) * closest)
-
-
-def take(
-    unit: Tensor, mask: Tensor, steps: int, first: Callable[[], Tensor], gain: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Take tokens by a gain [B, S] that depends on the similarity to the closest token taken [B, S]."""
-    left, order = mask.clone(), torch.zeros(mask.shape, device=mask.device)
-    closest = torch.full(mask.shape, -torch.inf, device=mask.device)
-    current = first()
-    for step in range(steps):
-        best = current.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)  # [B, 1]
-        order.scatter_add_(1, best, (steps - step) * left.gather(1, best).float())
-        left.scatter_(1, best, False)
-        taken = unit.gather(1, best.unsqueeze(2).expand(-1, -1, unit.shape[2]))  # [B, 1, D]
-        closest = torch.maximum(closest, torch.matmul(unit, taken.transpose(1, 2)).squeeze(2))
-        current = gain(closest)
-    return order
+    return take(unit, mask, steps, scaled, by_closest(lambda closest: weight * scaled - (1 - weight) * closest))
 
 
 def dpp(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
     """Greedy maximum of the determinant by a growing Cholesky factor (Chen, Zhang and Zhou, 2018)."""
     scaled = unit_range(importance, mask)
     rows, length = mask.shape
-    left, order = mask.clone(), torch.zeros(mask.shape, device=mask.device)
     factor = torch.zeros((rows, steps, length), device=mask.device)
-    gain = scaled.square()  # the kernel's diagonal
-    for step in range(steps):
-        best = gain.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)
-        order.scatter_add_(1, best, (steps - step) * left.gather(1, best).float())
-        left.scatter_(1, best, False)
-        index = best.unsqueeze(2)
-        taken = unit.gather(1, index.expand(-1, -1, unit.shape[2]))  # [B, 1, D]
-        similar = torch.matmul(unit, taken.transpose(1, 2)).squeeze(2)
+
+    def update(step: int, best: Tensor, similar: Tensor, gain: Tensor) -> Tensor:
         kernel = scaled * similar * scaled.gather(1, best)
         before = factor[:, :step]  # [B, step, S]
         own = before.gather(2, best.unsqueeze(1).expand(-1, step, -1))  # [B, step, 1]
         scale = gain.gather(1, best).clamp_min(SMALLEST).sqrt()
-        row = (kernel - (own * before).sum(1)) / scale
-        factor[:, step] = row
-        gain = gain - row.square()
+        factor[:, step] = (kernel - (own * before).sum(1)) / scale
+        return gain - factor[:, step].square()
+
+    return take(unit, mask, steps, scaled.square(), update)  # the kernel's diagonal
+
+
+Update = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(step, token taken [B, 1], similarity to it [B, S], gain before [B, S]) -> gain of taking each token next."""
+
+
+def take(unit: Tensor, mask: Tensor, steps: int, gain: Tensor, update: Update) -> Tensor:
+    """[B, S]: the order in which tokens of the largest gain [B, S] are taken."""
+    left, order = mask.clone(), torch.zeros(mask.shape, device=mask.device)
+    for step in range(steps):
+        best = gain.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)  # [B, 1]
+        order.scatter_add_(1, best, (steps - step) * left.gather(1, best).float())
+        left.scatter_(1, best, False)
+        taken = unit.gather(1, best.unsqueeze(2).expand(-1, -1, unit.shape[2]))  # [B, 1, D]
+        similar = torch.matmul(unit, taken.transpose(1, 2)).squeeze(2)
+        gain = update(step, best, similar, gain)
     return order
+
+
+def by_closest(gain_of: Callable[[Tensor], Tensor]) -> Update:
+    """Gains that depend on the similarity to the closest token taken [B, S]."""
+    closest: Tensor | None = None
+
+    def update(step: int, best: Tensor, similar: Tensor, gain: Tensor) -> Tensor:
+        nonlocal closest
+        closest = similar if closest is None else torch.maximum(closest, similar)
+        return gain_of(closest)
+
+    return update
 
 
 SMALLEST = 1e-12
