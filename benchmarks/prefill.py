@@ -1,6 +1,6 @@
 """How long the decoder's prefill takes with visual tokens removed, over the same model compiled without pruning.
 
-    python benchmarks/prefill.py [--device cuda --dtype bfloat16] [--markdown]
+    python benchmarks/prefill.py [--device cuda --dtype bfloat16 --sides 32 64] [--markdown]
 
 A Qwen2.5-VL with random weights (times do not depend on them), one prompt with one encoded image: the vision tower is
 not timed, since pruning leaves it as it is. Called in turns in one process, medians given: the plain model through
@@ -27,7 +27,7 @@ import hawk_compile
 from hawk_compile.environment import gpus, processor
 
 SIDES = (16, 24, 32)
-"""Visual tokens along one side of the image: 256, 576 and 1,024 of them."""
+"""Visual tokens along one side of the image where none are named: 256, 576 and 1,024 of them."""
 RATIOS = (0.5, 0.8, 0.9)
 TEXT = 64
 """Text tokens of the prompt: half before the image, half behind it."""
@@ -59,9 +59,10 @@ def build(layers: int, width: int, device: str, dtype: torch.dtype) -> Any:
         image_token_id=IMAGE, video_token_id=5, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.generation_config.eos_token_id = END_OF_TURN
-    return model.eval().to(device)
+    return model.eval()
 
 
 def prompt(model: Any, side: int) -> Callable[[], dict[str, Any]]:
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager", "eager"])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="visual tokens along an image's side")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--markdown", action="store_true", help="lines for benchmarks/RESULTS.md")
     given = parser.parse_args()
@@ -181,7 +183,7 @@ def main() -> None:
         plain = copy.deepcopy(model, {id(each): each for each in model.parameters()})
         compiled = torch.compile(plain, backend=given.backend, dynamic=True)
         found = []
-        for side in SIDES:
+        for side in given.sides:
             found += rows(model, side, measure(model, plain, compiled, side, given.rounds, given.backend))
             print(f"{side * side} visual tokens: done", file=sys.stderr)
     if given.markdown:

@@ -25,7 +25,7 @@ if WORKER is not None:
 CAPTURED = ("batches", "caches", "decoding", "turns", "refusals")
 TOGETHER = {
     **{f"tests/runtime/test_{name}.py": "runtime" for name in CAPTURED},
-    **dict.fromkeys(("tests/exporting/test_aoti.py", "tests/test_inductor.py"), "inductor"),
+    **dict.fromkeys(("tests/exporting/test_decoders.py", "tests/test_inductor.py"), "inductor"),
 }
 LONGEST = ("runtime", "test_inductor.py", "exporting", "test_architectures.py", "test_backend.py")
 """Files and folders, longest first."""

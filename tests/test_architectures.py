@@ -1,6 +1,5 @@
 """Every architecture through the same passes, held to the eager model on hand-gathered inputs."""
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -108,8 +107,9 @@ def test_kept_tokens_logits_and_cache_equal_the_hand_gathered_eager_model(name):
     assert compilations(model) == 1
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
-@pytest.mark.parametrize("precision", ["bfloat16", "autocast", "inference_mode"])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("qwen3_vl", "bfloat16"), ("gemma3", "autocast"), ("qwen3_vl", "inference_mode")]
+)
 def test_other_precisions_and_modes(name, precision):
     """Bit for bit on the tokens that were kept; at half precision these are not held to the fp64 reference."""
     model = zoo.build(name, layers=2)
@@ -132,34 +132,19 @@ def test_other_precisions_and_modes(name, precision):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v", "llava", "llava_next", "smolvlm", "gemma3"])
 def test_the_prefill_is_compiled_once_for_ten_shapes(name):
+    """And once more for prompts of embeddings, which have the logits of ids, at the positions that ids would have."""
     model = zoo.build(name, layers=2)
     hawk_compile.optimize(model, ratio=0.6, backend="eager")
     sizes = zoo.sizes(name)[:10]
     prompts = [zoo.inputs(name, model, rows=[size]) for size in sizes]
-    assert (
-        len(
-            {
-                (zoo.visual_count(name, size), prompt["input_ids"].shape[1])
-                for size, prompt in zip(sizes, prompts, strict=True)
-            }
-        )
-        == 10
-    )
-    for prompt in prompts:
-        with torch.no_grad():
-            model(**prompt)
-    assert compilations(model) == graphs(model, [zoo.visual_count(name, size) for size in sizes])
-
-
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava_next", "gemma3"])
-def test_prompts_of_embeddings_are_compiled_once(name):
-    """The same logits as from ids, at the positions that the ids would have."""
-    model = zoo.build(name, layers=1)
-    hawk_compile.optimize(model, ratio=0.6, backend="eager")
-    for size in zoo.sizes(name)[1:5]:
-        with_ids = rows.encoded(model, zoo.inputs(name, model, rows=[size]))
-        with_embeds = copy.copy(with_ids)
-        with_embeds["inputs_embeds"] = model.get_input_embeddings()(with_embeds.pop("input_ids"))
-        with torch.no_grad():
-            assert torch.equal(model(**with_embeds).logits, model(**with_ids).logits)
-    assert compilations(model) == 2  # one for ids, one for embeddings
+    counts = [zoo.visual_count(name, size) for size in sizes]
+    assert len({(count, each["input_ids"].shape[1]) for count, each in zip(counts, prompts, strict=True)}) == 10
+    with torch.no_grad():
+        logits = [model(**prompt).logits for prompt in prompts]
+        compiled = graphs(model, counts)
+        assert compilations(model) == compiled
+        for prompt, expected in zip(prompts[1:5], logits[1:5], strict=True):
+            embedded = rows.encoded(model, prompt)
+            embedded["inputs_embeds"] = model.get_input_embeddings()(embedded.pop("input_ids"))
+            assert torch.equal(model(**embedded).logits, expected)
+    assert compilations(model) == compiled + 1

@@ -1,26 +1,89 @@
-"""AOTInductor packages (`.pt2`): compiled code and weights, loaded by torch without any Python of the model."""
+"""AOTInductor packages (`.pt2`): compiled code, loaded by torch without any Python of the model.
 
+Weights lie beside the code in safetensors. Prefill and decode hold the same decoder: what both need lies in the
+prefill's file alone, and one copy in memory serves both.
+"""
+
+import hashlib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hawk_compile.exporting.components import Component
+from hawk_compile.exporting.components import PREFILL, Component
 
 PACKAGES: tuple[str, ...] = ()
 RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = ""
+SETTINGS = {"aot_inductor.package_constants_in_so": False}
+
+
+class Weights(dict[str, Tensor]):
+    """A file's tensors by name."""
+
+
+opened: weakref.WeakValueDictionary[tuple[Path, str], Weights] = weakref.WeakValueDictionary()
+"""Files in use by their path and device."""
 
 
 def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
-    """Compile one component; returns the names of its files, the one to open first, and no details."""
+    """Compile one component; returns the names of its files, the one to open first, and details for the manifest.
+
+    The details: `weights`, by file the compiled code's names of its constants and the file's names of them.
+    """
+    program = component.trace()
     name = f"{component.name}.pt2"
-    torch._inductor.aoti_compile_and_package(component.trace(), package_path=str(folder / name))
-    return [name], {}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / name), inductor_configs=SETTINGS)
+    values = {**program.state_dict, **program.constants}
+    wanted = torch._inductor.aoti_load_package(str(folder / name)).get_constant_fqns()
+    weights = save_weights({each: values[each].detach() for each in wanted}, folder, component.name)
+    return [name, *weights], {"weights": weights}
+
+
+def save_weights(values: dict[str, Tensor], folder: Path, component: str) -> dict[str, dict[str, str]]:
+    """Write what the prefill's file does not hold yet; returns, by file, whose names the values have there."""
+    own, first = f"{component}.safetensors", folder / f"{PREFILL}.safetensors"
+    held = {content(value): name for name, value in load_file(first).items()} if first.is_file() else {}
+    fresh: dict[str, Tensor] = {}
+    names: dict[str, dict[str, str]] = {first.name: {}, own: {}}
+    for name, value in values.items():
+        value = value.cpu().contiguous()
+        key = content(value)
+        if key in held:
+            names[first.name][name] = held[key]
+        else:
+            fresh[name], names[own][name] = value.clone(), name
+    if fresh:
+        save_file(fresh, folder / own)
+    return {file: taken for file, taken in names.items() if taken}
+
+
+def content(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    """What tells a tensor from others."""
+    return value.dtype, value.shape, hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     run = torch._inductor.aoti_load_package(str(folder / file))
-    return lambda inputs: run(**inputs)
+    device = run.get_metadata()["AOTI_DEVICE_KEY"]
+    held = {name: loaded(folder / name, device) for name in part.details["weights"]}
+    values = {each: held[name][key] for name, taken in part.details["weights"].items() for each, key in taken.items()}
+    run.load_constants(values, check_full_update=True, user_managed=True)
+
+    def call(inputs: dict[str, Tensor], held: Any = held) -> dict[str, Tensor]:  # the code holds no reference to these
+        return run(**inputs)
+
+    return call
+
+
+def loaded(path: Path, device: str) -> Weights:
+    """The tensors of a file: one copy for all that use it at a time. On the CPU they are the file itself, mapped."""
+    key = path.resolve(), device
+    found = opened.get(key)
+    if found is None:
+        opened[key] = found = Weights(load_file(path, device=device))
+    return found

@@ -1,19 +1,27 @@
-"""OpenVINO IR by transformers' exporter, run on the CPU."""
+"""OpenVINO IR by transformers' exporter, run on the CPU.
 
-from collections.abc import Callable
+Prefill and decode hold the same decoder: what both need lies in the prefill's weights, and the decode step's graph is
+opened with that file, which OpenVINO maps into memory once.
+"""
+
+import hashlib
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hawk_compile.exporting.components import Component
+from hawk_compile.exporting.components import DECODE, PREFILL, Component
 
 PACKAGES: tuple[str, ...] = ("openvino",)
 RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = "openvino"
 DTYPES = ("float32", "float16")
 """Of tensors that can be handed to OpenVINO from Python: numpy has no bfloat16."""
+ALIGNMENT = 64
+"""Bytes; OpenVINO's own writer aligns no less."""
 
 
 def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
@@ -23,13 +31,46 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
     program = component.program(OpenVINOExporter, OpenVINOConfig, stateful=False, compress_to_fp16=False)
     name = f"{component.name}.xml"
     OpenVINOExporter.save_program(program, folder / name)
+    first = folder / f"{PREFILL}.xml"
+    if component.name == DECODE and first.is_file():
+        share_weights(first, folder / name)
+        return [name, f"{PREFILL}.bin"], {}
     return [name, f"{component.name}.bin"], {}
+
+
+def share_weights(first: Path, second: Path) -> None:
+    """Let the second graph read the first one's file, to which what it lacks is added; its own file goes."""
+    held = {key: place.get("offset") for place, key, _ in constants(ElementTree.parse(first), first)}
+    graph = ElementTree.parse(second)
+    with first.with_suffix(".bin").open("ab") as file:
+        for place, key, content in constants(graph, second):
+            if key not in held:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                held[key] = str(file.tell())
+                file.write(content)
+            place.set("offset", str(held[key]))
+    graph.write(second, encoding="utf-8", xml_declaration=True)
+    second.with_suffix(".bin").unlink()
+
+
+def constants(
+    graph: "ElementTree.ElementTree[ElementTree.Element[str]]", path: Path
+) -> Iterator[tuple["ElementTree.Element[str]", bytes, bytes]]:
+    """Where each constant of a graph is placed in its file, what tells its bytes from others, and the bytes."""
+    with path.with_suffix(".bin").open("rb") as file:
+        for place in graph.iterfind("layers/layer[@type='Const']/data"):
+            file.seek(int(place.get("offset", 0)))
+            content = file.read(int(place.get("size", 0)))
+            yield place, hashlib.sha256(content).digest(), content
 
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     import openvino
 
-    model = openvino.Core().compile_model(str(folder / file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (weights,) = (name for name in part.sha256 if name.endswith(".bin"))
+    core = openvino.Core()
+    graph = core.read_model(str(folder / file), str(folder / weights))
+    model = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     taken = {name: port for port in model.inputs for name in port.get_names()}
     given = {name: port for port in model.outputs for name in port.get_names()}
 

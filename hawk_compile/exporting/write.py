@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +108,18 @@ def export(
     check_model(model)
     check_dtype(model, target, format)
     with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
-        parts, encoders = {}, []
+        parts: dict[str, Part] = {}
+        encoders: list[str] = []
         weights = resolve(config.used_head_weights, model)
         selection = getattr(options, "selection", "sort")
-        written: dict[str, str] = {}
         for component in components(model, inputs, config, weights.values, format != "aoti", selection):
-            started = time.perf_counter()
-            part = parts[component.name] = write_part(target, component, folder, options, written)
+            before = size_of(folder)
+            part = parts[component.name] = write_part(target, component, folder, options)
             if component.name not in (PREFILL, DECODE):
                 encoders.append(component.name)
-            size = sum((folder / name).stat().st_size for name in part.sha256.keys() - written.keys())
-            written |= part.sha256
-            progress(f"{component.name}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+            progress(f"{component.name}: {(size_of(folder) - before) / 1e6:.1f} MB in {part.seconds} s")
+        parts = with_digests(parts, folder)
+        written = {file for part in parts.values() for file in part.sha256}
         ids = special_ids(model, config)
         save_beside(model, processor, folder)
         manifest = Manifest(
@@ -326,11 +327,19 @@ def rows_of(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
 
 
-def write_part(
-    target: Any, component: Component, folder: Path, options: Any, written: dict[str, str] | None = None
-) -> Part:
-    """Write a component; `written` holds the SHA-256 of files that were there before, which it may share."""
-    known = written or {}
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def with_digests(parts: dict[str, Part], folder: Path) -> dict[str, Part]:
+    """The parts with the SHA-256 of their files, which they may share; each is read once."""
+    found = {file: digest(folder / file) for file in {file for part in parts.values() for file in part.sha256}}
+    return {name: replace(part, sha256={file: found[file] for file in part.sha256}) for name, part in parts.items()}
+
+
+def write_part(target: Any, component: Component, folder: Path, options: Any) -> Part:
+    """Write a component. The hashes of its files are left empty: later components may add to them."""
     started = time.perf_counter()
     try:
         with quiet():
@@ -344,7 +353,7 @@ def write_part(
     return Part(
         name=component.name,
         file=files[0],
-        sha256={name: known.get(name) or digest(folder / name) for name in files},
+        sha256=dict.fromkeys(files, ""),
         inputs=[spec(name, component.sample[name], shape) for name, shape in component.shapes.items()],
         outputs=[spec(name, value, output_shape(component, name, value)) for name, value in component.results.items()],
         least=component.least_sizes,

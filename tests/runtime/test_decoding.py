@@ -65,7 +65,7 @@ def test_image_and_video(name: str) -> None:
     check_greedy(name, prompt(name, Row(images=zoo.sizes(name)[0].images, video=VIDEOS[name])), 4)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
 def test_sampling(name: str) -> None:
     """The same seed draws the same tokens, from the same distributions."""
     inputs = picture(name)
