@@ -1,6 +1,7 @@
 """What the test processes are set to.
 
-Each worker of a parallel run has its own cache of compiled kernels: two that write one file at once break it. Garbage
+Each worker of a parallel run has its own cache of compiled kernels: two that write one file at once break it. It
+compiles by itself: where workers take all cores already, a pool of Inductor's for each only has to be started. Garbage
 is collected seldom, since the traces that most tests make are large and long-lived.
 
 Files are spread over the workers whole. Those that share what takes long to make stay together: models that are
@@ -21,6 +22,7 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None:
     folder = Path(tempfile.gettempdir()) / f"torchinductor_tests_{os.getuid()}_{WORKER}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 CAPTURED = ("batches", "caches", "decoding", "turns", "refusals")
 TOGETHER = {

@@ -1,11 +1,11 @@
 """AOTInductor packages (`.pt2`): compiled code, loaded by torch without any Python of the model.
 
-Weights lie beside the code in safetensors. Prefill and decode hold the same decoder: what both need lies in the
-prefill's file alone, and one copy in memory serves both.
+On a CPU weights lie beside the code in safetensors, mapped into memory. Prefill and decode hold the same decoder:
+what both need lies in the prefill's file alone. On other devices each package holds its own: on CUDA, torch's loader
+crashes on code that comes without weights (seen with torch 2.11).
 """
 
 import hashlib
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,6 @@ from hawk_compile.exporting.components import PREFILL, Component
 PACKAGES: tuple[str, ...] = ()
 RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = ""
-SETTINGS = {"aot_inductor.package_constants_in_so": False}
-
-
-class Weights(dict[str, Tensor]):
-    """A file's tensors by name."""
-
-
-opened: weakref.WeakValueDictionary[tuple[Path, str], Weights] = weakref.WeakValueDictionary()
-"""Files in use by their path and device."""
 
 
 def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:
@@ -37,9 +28,14 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
     """
     program = component.trace()
     name = f"{component.name}.pt2"
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / name), inductor_configs=SETTINGS)
+    path = str(folder / name)
+    apart = all(value.device.type == "cpu" for value in component.sample.values())
+    settings = {"aot_inductor.package_constants_in_so": not apart}
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+    if not apart:
+        return [name], {"weights": {}}
     values = {**program.state_dict, **program.constants}
-    wanted = torch._inductor.aoti_load_package(str(folder / name)).get_constant_fqns()
+    wanted = torch._inductor.aoti_load_package(path).get_constant_fqns()
     weights = save_weights({each: values[each].detach() for each in wanted}, folder, component.name)
     return [name, *weights], {"weights": weights}
 
@@ -51,7 +47,7 @@ def save_weights(values: dict[str, Tensor], folder: Path, component: str) -> dic
     fresh: dict[str, Tensor] = {}
     names: dict[str, dict[str, str]] = {first.name: {}, own: {}}
     for name, value in values.items():
-        value = value.cpu().contiguous()
+        value = value.contiguous()
         key = content(value)
         if key in held:
             names[first.name][name] = held[key]
@@ -69,21 +65,14 @@ def content(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     run = torch._inductor.aoti_load_package(str(folder / file))
-    device = run.get_metadata()["AOTI_DEVICE_KEY"]
-    held = {name: loaded(folder / name, device) for name in part.details["weights"]}
-    values = {each: held[name][key] for name, taken in part.details["weights"].items() for each, key in taken.items()}
-    run.load_constants(values, check_full_update=True, user_managed=True)
+    values: dict[str, Tensor] = {}
+    for name, taken in part.details["weights"].items():
+        held = load_file(folder / name)
+        values |= {constant: held[key] for constant, key in taken.items()}
+    if values:
+        run.load_constants(values, check_full_update=True, user_managed=True)
 
-    def call(inputs: dict[str, Tensor], held: Any = held) -> dict[str, Tensor]:  # the code holds no reference to these
+    def call(inputs: dict[str, Tensor], values: Any = values) -> dict[str, Tensor]:  # the code does not hold them
         return run(**inputs)
 
     return call
-
-
-def loaded(path: Path, device: str) -> Weights:
-    """The tensors of a file: one copy for all that use it at a time. On the CPU they are the file itself, mapped."""
-    key = path.resolve(), device
-    found = opened.get(key)
-    if found is None:
-        opened[key] = found = Weights(load_file(path, device=device))
-    return found
