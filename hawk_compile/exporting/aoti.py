@@ -1,8 +1,7 @@
 """AOTInductor packages (`.pt2`): compiled code, loaded by torch without any Python of the model.
 
 On a CPU weights lie beside the code in safetensors, mapped into memory. Prefill and decode hold the same decoder:
-what both need lies in the prefill's file alone. On other devices each package holds its own: on CUDA, torch's loader
-crashes on code that comes without weights (seen with torch 2.11).
+what both need lies in the prefill's file alone. On other devices each package holds its own.
 """
 
 import hashlib

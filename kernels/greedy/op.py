@@ -1,9 +1,14 @@
 """The operator `hawk::greedy_order`."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from hawk_compile.kernels.greedy import reference
+
+if find_spec("triton") is not None:
+    from hawk_compile.kernels.greedy.triton_kernel import launch_greedy_order
 
 
 @torch.library.custom_op("hawk::greedy_order", mutates_args=())
@@ -45,6 +50,8 @@ def greedy_order(
         raise ValueError(f"rule must be one of {', '.join(reference.RULES)}; got {rule!r}.")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is the share of importance in [0, 1]; got {weight!r}.")
+    if features.is_cuda and find_spec("triton") is not None:
+        return launch_greedy_order(features, importance, visual_mask, budget, rule, weight)
     return reference.greedy_order(features, importance, visual_mask, budget, rule, weight)
 
 

@@ -32,22 +32,29 @@ def greedy_order(
 ) -> Tensor:
     """[B, S] float32, see above."""
     unit = torch.nn.functional.normalize(features.float(), dim=-1)  # [B, S, D]
+    scaled = unit_range(importance.float(), visual_mask)
     steps = int(budget.max()) if budget.numel() else 0
-    return RULES[rule](unit, importance.float(), visual_mask, steps, weight)
+    gain = first_gain(rule, features, scaled, visual_mask)
+    return RULES[rule](unit, scaled, visual_mask, steps, weight, gain)
 
 
-def max_min(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
-    return take(unit, mask, steps, -nearest(unit, mask), by_closest(lambda closest: -closest))
+def first_gain(rule: str, features: Tensor, scaled: Tensor, mask: Tensor) -> Tensor:
+    """[B, S]: what taking each token first gains; "dpp": the kernel's diagonal."""
+    if rule == "max_min":
+        return -nearest(torch.nn.functional.normalize(features.float(), dim=-1), mask)
+    return scaled if rule == "mmr" else scaled.square()
 
 
-def mmr(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
-    scaled = unit_range(importance, mask)
-    return take(unit, mask, steps, scaled, by_closest(lambda closest: weight * scaled - (1 - weight) * closest))
+def max_min(unit: Tensor, scaled: Tensor, mask: Tensor, steps: int, weight: float, gain: Tensor) -> Tensor:
+    return take(unit, mask, steps, gain, by_closest(lambda closest: -closest))
 
 
-def dpp(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: float) -> Tensor:
+def mmr(unit: Tensor, scaled: Tensor, mask: Tensor, steps: int, weight: float, gain: Tensor) -> Tensor:
+    return take(unit, mask, steps, gain, by_closest(lambda closest: weight * scaled - (1 - weight) * closest))
+
+
+def dpp(unit: Tensor, scaled: Tensor, mask: Tensor, steps: int, weight: float, gain: Tensor) -> Tensor:
     """Greedy maximum of the determinant by a growing Cholesky factor (Chen, Zhang and Zhou, 2018)."""
-    scaled = unit_range(importance, mask)
     rows, length = mask.shape
     factor = torch.zeros((rows, steps, length), device=mask.device)
 
@@ -59,7 +66,7 @@ def dpp(unit: Tensor, importance: Tensor, mask: Tensor, steps: int, weight: floa
         factor[:, step] = (kernel - (own * before).sum(1)) / scale
         return gain - factor[:, step].square()
 
-    return take(unit, mask, steps, scaled.square(), update)  # the kernel's diagonal
+    return take(unit, mask, steps, gain, update)
 
 
 Update = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""`hawk::greedy_order` against the rules written out with numpy, one token at a time."""
+"""`hawk::greedy_order`, the reference and the Triton kernel, against the rules written out with numpy."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,16 @@ import hawk_compile.kernels.greedy.op  # noqa: F401  registers the operator
 from hawk_compile.kernels.greedy import reference
 
 SHAPES = [(1, 1, 3), (1, 7, 5), (2, 33, 17), (3, 40, 8)]
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def greedy_order(request, launch, device):
+    """Either implementation; a kernel of several programs a row where they run at once, on CUDA."""
+    if request.param == "reference":
+        return reference.greedy_order
+    return lambda *arguments: launch(
+        "greedy.launch_greedy_order", *arguments, programs=None if device == "cuda" else 1, block=16
+    )
 
 
 def case(rows, length, width, seed=0):
@@ -51,11 +61,11 @@ def by_hand(features, importance, mask, steps, rule, weight):
 
 @pytest.mark.parametrize("rule", list(reference.RULES))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_order_is_that_of_the_rule(rule, shape):
+def test_the_order_is_that_of_the_rule(greedy_order, rule, shape):
     features, importance, mask = case(*shape)
     steps = 4 if rule == "dpp" else 9  # of which determinants are still far from 0
     budget = torch.full((shape[0],), steps)
-    order = torch.ops.hawk.greedy_order(features, importance, mask, budget, rule, 0.5)
+    order = greedy_order(features, importance, mask, budget, rule, 0.5)
     assert order.dtype == torch.float32 and order[~mask].count_nonzero() == 0
     for row in range(shape[0]):
         expected = by_hand(features[row].numpy(), importance[row].numpy(), mask[row].numpy(), steps, rule, 0.5)
@@ -81,13 +91,24 @@ def test_blocks_of_similarities_change_nothing(monkeypatch):
     assert torch.equal(whole, parts)
 
 
-def test_rows_without_visual_tokens_and_features_without_length():
+def test_rows_without_visual_tokens_and_features_without_length(greedy_order):
     features, importance, mask = case(2, 12, 4)
     mask[0] = False
     features[1] = 0
     for rule in reference.RULES:
-        order = torch.ops.hawk.greedy_order(features, importance, mask, torch.tensor([3, 3]), rule, 0.5)
+        order = greedy_order(features, importance, mask, torch.tensor([3, 3]), rule, 0.5)
         assert order[0].count_nonzero() == 0 and order.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", list(reference.RULES))
+def test_half_precision_and_strides(launch, device, rule, dtype):
+    """Similarities are fp32, whatever the features are, and these may be part of something larger."""
+    features, importance, mask = case(2, 45, 40)
+    features = features.to(dtype)[:, :, ::2]
+    arguments = (features, importance, mask, torch.tensor([6, 4]), rule, 0.5)
+    found = launch("greedy.launch_greedy_order", *arguments, programs=None if device == "cuda" else 1)
+    assert torch.equal(found, reference.greedy_order(*arguments))
 
 
 def test_opcheck():

@@ -19,6 +19,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bool: "*i1",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 SIZE, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 4096, 3584, 28, 4, 128
 
@@ -53,6 +54,11 @@ def select():
     return meta(1, SIZE, dtype=torch.float32), *masks(), meta(1, dtype=torch.int64), 1024
 
 
+def greedy(rule):
+    features, importance = meta(2, SIZE, WIDTH, dtype=torch.bfloat16), meta(2, SIZE, dtype=torch.float32)
+    return features, importance, meta(2, SIZE, dtype=torch.bool), meta(2, dtype=torch.int64), rule, 0.5, 132
+
+
 def gather(dtype, *trailing):
     return meta(1, SIZE, *trailing, dtype=dtype), meta(1, 1024, dtype=torch.int64)
 
@@ -65,6 +71,8 @@ LAUNCHES = {
     "folded-fp16": ("score.launch_folded", folded(torch.float16, "softmax"), PART),
     "folded-fp32": ("score.launch_folded", folded(torch.float32, "minmax"), PART),
     "projected-bf16": ("score.launch_projected", projected(torch.bfloat16), {"_average", "_raw_scores"}),
+    "greedy-mmr": ("greedy.launch_greedy_order", greedy("mmr"), {"_take"}),
+    "greedy-dpp": ("greedy.launch_greedy_order", greedy("dpp"), {"_take"}),
     "select": ("select.launch_select", select(), {"_select_row"}),
     "gather-bf16": ("gather.launch_gather", gather(torch.bfloat16, WIDTH), {"_copy_rows"}),
     "gather-bool": ("gather.launch_gather", gather(torch.bool), {"_copy_rows"}),

@@ -1,0 +1,112 @@
+"""What each selector costs: scoring (where it reads the score), ranking and selection of one prompt.
+
+    python benchmarks/ranking.py [--device cuda --dtype bfloat16] [--visual 1024 4096 16384] [--markdown]
+
+The shape is that of a 7B decoder (width 3,584, 28 query heads of 128 over 4 KV heads), one prompt with one image and 64
+text tokens on either side, 80 % of the visual tokens removed. Operators run one by one, as without a compiler: what
+Inductor fuses is cheaper than here. Medians; on a GPU by its own events.
+"""
+
+import argparse
+import inspect
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from prefill import DTYPES, machine
+from torch import Tensor
+
+import hawk_compile
+from hawk_compile.kernels.score import op as score_op  # noqa: F401  registers the operator
+from hawk_compile.kernels.select import op as select_op  # noqa: F401
+from hawk_compile.passes.insert_ranking import READABLE
+from hawk_compile.selectors import SELECTORS
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM, TEXT = 3584, 28, 4, 128, 64
+RATIO = 0.8
+
+
+def prompt(visual: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What rankings read, but for the score."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = TEXT + visual + TEXT
+    position = torch.arange(size, device=device).unsqueeze(0)
+    votes = position >= TEXT + visual
+    return {
+        "embeddings": torch.randn(1, size, WIDTH, generator=generator, device=device).to(dtype),
+        "visual_mask": (position >= TEXT) & ~votes,
+        "votes": votes,
+        "budget": torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(visual)], device=device),
+    }
+
+
+def call(name: str, given: dict[str, Tensor], weights: list[Any]) -> Callable[[], Any]:
+    """A selector on a prompt, from embeddings to kept positions."""
+    ranking = SELECTORS[name].ranking
+    wanted = inspect.signature(ranking).parameters.keys() & READABLE.keys() if ranking else {"scores"}
+    length = 2 * TEXT + int(given["budget"])
+    everything = torch.ones_like(given["visual_mask"])
+
+    def run() -> Any:
+        known = dict(given)
+        if "scores" in wanted:
+            states = (given["embeddings"], given["visual_mask"], given["votes"])
+            known["scores"] = torch.ops.hawk.score_folded(*states, *weights, "l2")
+        order = known["scores"] if ranking is None else ranking(**{each: known[each] for each in wanted})
+        return torch.ops.hawk.select(order, given["visual_mask"], everything, given["budget"], length)
+
+    return run
+
+
+def milliseconds(run: Callable[[], Any], device: str, rounds: int) -> float:
+    if device.startswith("cuda"):
+        from triton.testing import do_bench
+
+        return float(do_bench(run, return_mode="median"))
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        found.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--visual", type=int, nargs="+", default=(1024, 4096, 16384))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--markdown", action="store_true", help="lines for benchmarks/RESULTS.md")
+    given = parser.parse_args()
+    dtype = getattr(torch, given.dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=given.device) * WIDTH**-0.5).to(dtype)
+
+    head_weights = torch.full((HEADS,), 1 / HEADS, device=given.device)
+    rows = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
+    weights = [each for count in rows for each in (draw(count, WIDTH), draw(count))] + [head_weights]
+    found: dict[str, list[float]] = {name: [] for name in SELECTORS}
+    with torch.no_grad():
+        for visual in given.visual:
+            inputs = prompt(visual, given.device, dtype)
+            for name, times in found.items():
+                times.append(milliseconds(call(name, inputs, weights), given.device, given.rounds))
+            print(f"{visual} visual tokens: done", file=sys.stderr)
+    print(f"{machine(given.device)}\n\n`python {' '.join(sys.argv)}`\n")
+    lines = [("selector", *(f"V = {visual:,}, ms" for visual in given.visual))]
+    lines += [(name, *(f"{each:,.3f}" for each in times)) for name, times in found.items()]
+    if given.markdown:
+        lines.insert(1, ("---", *("---:" for _ in given.visual)))
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    for line in lines:
+        print(line[0].ljust(12), *(cell.rjust(18) for cell in line[1:]))
+
+
+if __name__ == "__main__":
+    main()
