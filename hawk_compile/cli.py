@@ -1,4 +1,4 @@
-"""The command line: `hawk-compile demo`, `inspect`, `export`, `run`, `env` and `passes`.
+"""The command line: `hawk-compile demo`, `inspect`, `evaluate`, `export`, `run`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
@@ -102,6 +102,34 @@ def inspect(
     else:
         numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
     out.print(rows(numbers))
+
+
+@app.command()
+@clear_errors
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    data: Annotated[str, typer.Option(help='A JSON Lines file of image, question and answer, or "demo".')],
+    ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed.")] = "0.5,0.6,0.8,0.9",
+    selectors: Annotated[str, typer.Option(help='Names with commas between, or "all".')] = "all",
+    baseline: Annotated[str, typer.Option(help="The selector that others are compared with.")] = "hawk",
+    metric: Annotated[str, typer.Option(help="exact_match, anls or relaxed_accuracy.")] = "exact_match",
+    limit: Annotated[int | None, typer.Option(help="No more than the first so many questions.")] = None,
+    batch: Annotated[int, typer.Option(help="Questions answered together.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")] = None,
+    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
+    skip_bad: Annotated[bool, typer.Option(help="Go on without samples that cannot be used.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for table, JSON and plot.")] = Path("evaluation"),
+) -> None:
+    """Compare selectors: how many answers stay right with visual tokens removed."""
+    from hawk_compile.evaluation.commands import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        console(), checkpoint, data, out, ratios=ratios, selectors=selectors, dtype=dtype, device=device,
+        baseline=baseline, metric=metric, limit=limit, batch=batch, max_new_tokens=tokens, backend=backend,
+        skip_bad=skip_bad,
+    )  # fmt: skip
 
 
 @app.command()

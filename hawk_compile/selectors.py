@@ -98,6 +98,11 @@ def qapruner(
     return relevance + error_weight * error + outlier_weight * outlier
 
 
+def norm(embeddings: Tensor) -> Tensor:
+    """How long a token's embedding is: a control that looks at no question and at no other token."""
+    return embeddings.float().norm(dim=2)
+
+
 def random(embeddings: Tensor, *, seed: int = 0) -> Tensor:
     """Noise that is the same for the same prompt and seed: a hash of each token's position and first channel."""
     length = embeddings.shape[1]
@@ -151,6 +156,7 @@ SELECTORS: dict[str, Selector] = {
     "cdpruner": Selector(cdpruner, portable=False),
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),
+    "norm": Selector(norm),
     "random": Selector(random),
     "stride": Selector(stride),
 }

@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hawk_compile.errors import ExportError, InputError, UnsupportedModelError
+from hawk_compile.checkpoints import DTYPES, prompt, read_checkpoint, read_processor
+from hawk_compile.errors import ExportError, InputError
 from hawk_compile.exporting.check import compare
 from hawk_compile.exporting.runner import load
 from hawk_compile.exporting.write import export
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUESTION = "What is in this picture?"
 EXPORTED, CHECKED = (320, 448), ((448, 320), (384, 384), (448, 512))
 """Height and width of the picture that shows how a model is called, and of those that check the result."""
@@ -85,44 +82,6 @@ def sizes_of(given: list[str]) -> dict[str, Any]:
         except ValueError:
             raise InputError(f"size must be NAME=MINIMUM:USUAL:MAXIMUM in whole numbers, got {each!r}") from None
     return found
-
-
-def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UnsupportedModelError(
-            f"{folder} is no image-text-to-text checkpoint that can be pruned: {reason}"
-        ) from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None
-    return model, read_processor(folder)
-
-
-def read_processor(folder: Path) -> Any:
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(
-            f"{folder} holds no processor that can be read ({reason}): put the checkpoint's processor files there"
-        ) from None
-    if getattr(processor, "chat_template", None) is None:
-        raise InputError(
-            f"{folder} has no chat template, by which prompts are made here: put the checkpoint's chat_template.jinja "
-            "there, or use hawk_compile.export and hawk_compile.load with inputs of your own"
-        )
-    return processor
-
-
-def prompt(processor: Any, pictures: list[Image.Image], question: str) -> dict[str, Any]:
-    """The inputs of `generate` for one question about pictures, by the checkpoint's own chat template."""
-    content: list[dict[str, str]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(text=[text], images=pictures or None, return_tensors="pt"))
 
 
 def noise(height: int, width: int) -> np.ndarray:

@@ -1,0 +1,56 @@
+"""What `hawk-compile evaluate` does, and what it prints."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+
+from hawk_compile.checkpoints import DTYPES, read_checkpoint
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.evaluation.evaluate import evaluate
+from hawk_compile.evaluation.samples import DEMO
+from hawk_compile.evaluation.table import markdown, write
+from hawk_compile.optimize import restore
+
+
+def evaluate_checkpoint(
+    console: Console, checkpoint: Path, data: str, out: Path, *, ratios: str, selectors: str, dtype: str,
+    device: str | None, **settings: Any,
+) -> None:  # fmt: skip
+    """Evaluate a checkpoint folder, print the table and write it with JSON and a plot.
+
+    Raises:
+        InputError: a folder that is no checkpoint, an unknown dtype, or samples that cannot be used.
+        ConfigError: ratios that are no numbers, or an unknown selector.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model, processor = read_checkpoint(checkpoint, DTYPES[dtype])
+    if device is not None:
+        model.to(device)
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("answers", total=None)
+        found = evaluate(
+            model, processor, data, ratios=numbers(ratios), selectors=names(selectors), warn=console.print,
+            progress=lambda done, total: bar.update(task, completed=done, total=total), **settings,
+        )  # fmt: skip
+    if data.split(":")[0] == DEMO:
+        from hawk_compile.evaluation.demo import control_rows
+
+        found.rows += control_rows(model, processor, found)
+        restore(model)
+    written = write(found, out)
+    console.print(markdown(found))
+    console.print(f"written: {', '.join(map(str, written))}")
+
+
+def numbers(given: str) -> list[float]:
+    try:
+        return [float(each) for each in given.split(",")]
+    except ValueError:
+        raise ConfigError(f"ratios must be numbers with commas between, such as 0.5,0.8, got {given!r}") from None
+
+
+def names(given: str) -> "str | list[str]":
+    return given if given == "all" else [each.strip() for each in given.split(",")]

@@ -1,0 +1,286 @@
+"""`evaluate`: how many answers stay right when visual tokens are removed, by method and ratio, on the same questions.
+
+Pictures are encoded once for all methods; every method and ratio then answers the same batches by `generate`, inside
+the compiled graph that `optimize` makes. What is compared is paired: sample by sample.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hawk_compile import capture
+from hawk_compile.config import HawkConfig
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.evaluation.metrics import METRICS, Metric
+from hawk_compile.evaluation.samples import Sample, read_samples
+from hawk_compile.optimize import RUNTIME, check_model, optimize, report, restore
+from hawk_compile.selectors import SELECTORS
+
+UNPRUNED = "unpruned"
+ROUNDS = 5
+"""Prefills of the first batch that are timed, of each method and ratio in turns."""
+
+Methods = Mapping[str, Mapping[str, Any]]
+"""Label -> settings of `optimize`, but for the ratio."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one ratio.
+
+    Attributes:
+        scores: [N] float64, what the metric gives each sample.
+        kept: mean number of visual tokens kept; None where a choice was made outside of the graph.
+        seconds: median time of a prefill of the first batch, pictures encoded; None where none was timed.
+    """
+
+    method: str
+    ratio: float
+    scores: np.ndarray
+    kept: float | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        unpruned: the row of the model without pruning, at ratio 0.
+        rows: every method at every ratio.
+        baseline: the method that the others are compared with.
+        visual: mean number of visual tokens of a prompt.
+    """
+
+    model: str
+    data: str
+    metric: str
+    baseline: str
+    samples: list[Sample]
+    visual: float
+    unpruned: Row
+    rows: list[Row] = field(default_factory=list)
+
+    def row(self, method: str, ratio: float) -> Row:
+        return next(row for row in self.rows if (row.method, row.ratio) == (method, ratio))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    data: "str | PathLike[str] | Iterable[Any]",
+    *,
+    ratios: Sequence[float] = (0.5, 0.6, 0.8, 0.9),
+    selectors: "str | Sequence[str] | Methods" = "all",
+    baseline: str = "hawk",
+    metric: "str | Metric" = "exact_match",
+    batch: int = 8,
+    max_new_tokens: int = 16,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Evaluation:
+    """Answer every question without pruning and with every method at every ratio. The model is left as it was.
+
+    Args:
+        model: an image-text-to-text model, optimised or not.
+        processor: its processor, with a chat template.
+        data: a JSON Lines file, records, a Hugging Face dataset, or "demo"; see `hawk_compile.evaluation.samples`.
+        ratios: fractions of visual tokens removed, each in [0, 1).
+        selectors: names of selectors, "all" of them, or methods: label -> settings of `optimize`.
+        baseline: the method that others are compared with, one of them.
+        metric: "exact_match", "anls", "relaxed_accuracy", or a function (said, answers) -> [0, 1].
+        batch: questions that are answered together.
+        max_new_tokens: most tokens of an answer.
+        limit, skip_bad, warn: as for `read_samples`.
+        progress: told how many answers of how many have been scored.
+        **settings: of `optimize`, for all methods: head_weights, normalization, backend, ...
+
+    Raises:
+        ConfigError, HeadWeightsError, UnsupportedModelError, GraphError: as `optimize`.
+        InputError: samples that cannot be used, or a metric that gives no number in [0, 1].
+    """
+    check_model(model)
+    methods = methods_of(selectors, settings)
+    for given in methods.values():
+        for ratio in ratios:
+            HawkConfig(ratio=ratio, **given)
+    if baseline not in methods:
+        raise ConfigError(f"baseline must be one of the methods {', '.join(methods)}, got {baseline!r}")
+    score = metric_of(metric)
+    samples = read_samples(data, limit=limit, skip_bad=skip_bad, warn=warn)
+    cells: list[tuple[str, float]] = [(UNPRUNED, 0.0), *((name, ratio) for name in methods for ratio in ratios)]
+    scores = {cell: np.empty(len(samples)) for cell in cells}
+    kept = dict.fromkeys(cells, 0)
+    visual, done = 0, 0
+    seconds: dict[tuple[str, float], float] = {}
+    with left_as_it_was(model) as switch:
+        for places in batches(samples, batch):
+            part = [samples[place] for place in places]
+            inputs = encoded(model, processor, part)
+            for cell in cells:
+                switch(cell[1], methods.get(cell[0]))
+                for place, said in zip(places, answers(model, processor, inputs, max_new_tokens), strict=True):
+                    scores[cell][place] = checked(score(said, samples[place].answers), samples[place])
+                if cell[0] != UNPRUNED:
+                    found = report(model)
+                    kept[cell] += int(found.kept_visual_tokens.sum())
+                    visual += int(found.visual_tokens.sum()) if cell == cells[1] else 0
+                done += len(part)
+                progress(done, len(cells) * len(samples))
+            if not seconds:
+                seconds = prefill_seconds(model, inputs, cells, methods, switch)
+    rows = [
+        Row(name, ratio, scores[name, ratio], kept[name, ratio] / len(samples), seconds[name, ratio])
+        for name, ratio in cells
+    ]
+    return Evaluation(
+        model=str(model.config._name_or_path or type(model).__name__),
+        data=fspath(data) if isinstance(data, (str, PathLike)) else type(data).__name__,
+        metric=metric if isinstance(metric, str) else metric.__name__,
+        baseline=baseline,
+        samples=samples,
+        visual=visual / len(samples),
+        unpruned=rows[0],
+        rows=rows[1:],
+    )
+
+
+def methods_of(selectors: "str | Sequence[str] | Methods", settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Label -> settings, from names or ready ones."""
+    if isinstance(selectors, Mapping):
+        found = {name: {**settings, **given} for name, given in selectors.items()}
+    else:
+        names = list(SELECTORS) if selectors == "all" else [selectors] if isinstance(selectors, str) else selectors
+        found = {}
+        for name in names:
+            own = dict(settings)
+            if name in SELECTORS and SELECTORS[name].head_weights:  # which fixes them
+                own.pop("head_weights", None)
+            found[name] = {**own, "selector": name}
+    if not found:
+        raise ConfigError(f"selectors must name at least one of {', '.join(SELECTORS)}, got none")
+    return found
+
+
+def metric_of(metric: "str | Metric") -> Metric:
+    if callable(metric):
+        return metric
+    if metric not in METRICS:
+        raise ConfigError(f"metric must be one of {', '.join(METRICS)} or a function, got {metric!r}")
+    return METRICS[metric]
+
+
+def checked(score: float, sample: Sample) -> float:
+    if not isinstance(score, (int, float)) or not 0 <= score <= 1:  # which NaN is not either
+        raise InputError(f"{sample.origin}: the metric must give a number in [0, 1], got {score!r}: mend the metric")
+    return float(score)
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping[str, Any] | None], None]]":
+    """A function that sets ratio and method (None: no pruning), and keeps what it compiled; all is undone after it."""
+    earlier, training = model.__dict__.get(RUNTIME), [each for each in model.modules() if each.training]
+    compiled: dict[Any, Any] = {}
+
+    def switch(ratio: float, settings: Mapping[str, Any] | None) -> None:
+        restore(model)
+        if settings is None:
+            return
+        key = tuple((name, str(value)) for name, value in sorted(settings.items()))
+        runtime = optimize(model, ratio=ratio, **settings).__dict__[RUNTIME]
+        if key in compiled:
+            runtime.take_compiled(compiled[key])
+        compiled[key] = runtime
+
+    model.eval()
+    try:
+        yield switch
+    finally:
+        restore(model)
+        if earlier is not None:
+            optimize(model, earlier.config).__dict__[RUNTIME].take_compiled(earlier)
+        for module in training:
+            module.training = True
+
+
+def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
+    """Places of samples that are answered together: alike in their pictures, so that little is padded."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigError(f"batch must be a whole number of at least 1, got {size!r}")
+
+    def area(place: int) -> tuple[int, int]:
+        pictures = samples[place].pictures()
+        return len(pictures), sum(picture.width * picture.height for picture in pictures)
+
+    order = sorted(range(len(samples)), key=area)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+@torch.no_grad()
+def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The inputs of `generate` for a batch, padded on the left, its pictures encoded."""
+    texts = []
+    for sample in samples:
+        content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
+        turn = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
+    pictures = [sample.pictures() for sample in samples]
+    made = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    inputs = {name: value.to(model.device) for name, value in made.items()}
+    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with_positions = {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}
+    result = capture.encode(model, with_positions)
+    result.pop("mm_token_type_ids", None)
+    return result
+
+
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs for another call: a forward writes into the features that it is given."""
+    features = {name: type(output)(**output) for name, output in inputs["mm_encoder_outputs"].items() if output}
+    return {**inputs, "mm_encoder_outputs": features}
+
+
+def answers(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
+    out = model.generate(**fresh(inputs), max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def prefill_seconds(
+    model: Any,
+    inputs: dict[str, Any],
+    cells: Sequence[tuple[str, float]],
+    methods: Methods,
+    switch: "Callable[[float, Mapping[str, Any] | None], None]",
+) -> dict[tuple[str, float], float]:
+    """Median seconds of a prefill by method and ratio. Without pruning: compiled as the others are, at ratio 0."""
+    spent: dict[tuple[str, float], list[float]] = {cell: [] for cell in cells}
+    first = next(iter(methods))
+    for number in range(ROUNDS + 1):
+        for cell in cells:
+            switch(cell[1], methods.get(cell[0], methods[first]))
+            call = fresh(inputs)
+            synchronize(model.device)
+            started = time.perf_counter()
+            model(**call, logits_to_keep=1)
+            synchronize(model.device)
+            if number:  # the first may compile
+                spent[cell].append(time.perf_counter() - started)
+    return {cell: statistics.median(times) for cell, times in spent.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,118 @@
+"""`evaluate` on the shipped model: its answers are those of one question at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hawk_compile
+from hawk_compile.cli import app
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.evaluation.demo import control_rows
+from hawk_compile.evaluation.evaluate import evaluate
+from hawk_compile.evaluation.samples import read_samples
+from hawk_compile.evaluation.table import lines, markdown
+from tests.exporting import demo
+
+RATIOS = (0.6, 0.9)
+
+
+@pytest.fixture(scope="module")
+def found():
+    model = hawk_compile.optimize(demo.model(), ratio=0.3, backend="eager")
+    seen = []
+    result = evaluate(
+        model, demo.processor(), "demo:tune", ratios=RATIOS, selectors=("hawk", "random", "divprune"), limit=24,
+        batch=7, backend="eager", max_new_tokens=2, progress=lambda *done: seen.append(done),
+    )  # fmt: skip
+    assert hawk_compile.optimize(model) is model and seen[-1] == (7 * 24, 7 * 24)
+    hawk_compile.restore(model)
+    return result
+
+
+def test_scores_are_those_of_single_questions(found):
+    model = demo.model()
+    for method, ratio in (("hawk", 0.6), ("divprune", 0.9)):
+        hawk_compile.optimize(model, ratio=ratio, selector=method, backend="eager")
+        alone = [said(model, sample) == sample.answers[0] for sample in found.samples]
+        assert found.row(method, ratio).scores.tolist() == alone
+    hawk_compile.restore(model)
+    assert found.unpruned.scores.tolist() == [said(model, sample) == sample.answers[0] for sample in found.samples]
+
+
+def said(model, sample):
+    content = [{"type": "image"}, {"type": "text", "text": sample.question}]
+    text = demo.processor().apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = demo.processor()(text=[text], images=[sample.pictures()], return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    return demo.processor().decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_what_is_counted_and_timed(found):
+    assert [(row.method, row.ratio) for row in found.rows] == [
+        (name, ratio) for name in ("hawk", "random", "divprune") for ratio in RATIOS
+    ]
+    for row in found.rows:
+        assert row.kept == pytest.approx(found.visual * (1 - row.ratio), abs=1) and row.seconds > 0
+
+
+def test_controls_of_the_demo(found):
+    rows = control_rows(demo.model(), demo.processor(), found)
+    hawk_compile.restore(demo.model())
+    assert [(row.method.split(",")[0], row.ratio) for row in rows] == [
+        (name, ratio) for name in ("hawk", "oracle") for ratio in RATIOS
+    ]
+    oracle = np.mean([row.scores.mean() for row in rows if row.method == "oracle"])
+    assert oracle >= np.mean([row.scores.mean() for row in rows if row.method != "oracle"])
+
+
+def test_the_table(found):
+    text = markdown(found)
+    assert "24 questions of demo:tune, exact_match" in text and "| removed | method |" in text
+    assert len(text.strip().splitlines()) == 2 + 2 + 1 + 6
+    first, *others = lines(found)
+    assert first.row is found.unpruned and first.gap is None
+    for line in others:
+        assert (line.gap is None) == (line.row.method == "hawk")
+        if line.gap is not None:
+            base = found.row("hawk", line.row.ratio).scores
+            assert line.gap.mean == pytest.approx((line.row.scores - base).mean())
+            assert line.verdict == "" or line.p < 0.05
+
+
+def test_bad_settings():
+    model, processor = demo.model(), demo.processor()
+    for settings, message in (
+        ({"selectors": ["best"]}, "selector must be one of"),
+        ({"ratios": [1.0]}, "ratio is the fraction of visual tokens removed"),
+        ({"baseline": "dart", "selectors": ["hawk"]}, "baseline must be one of the methods hawk, got 'dart'"),
+        ({"metric": "bleu"}, "metric must be one of exact_match, anls, relaxed_accuracy or a function, got 'bleu'"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(model, processor, "demo:tune", limit=2, **{"selectors": ["hawk"], "backend": "eager", **settings})
+    with pytest.raises(InputError, match=r"tune scene 0: the metric must give a number in \[0, 1\], got nan"):
+        evaluate(model, processor, "demo:tune", limit=1, selectors=["hawk"], metric=lambda *_: float("nan"))
+    assert "_hawk_runtime" not in model.__dict__
+
+
+def test_the_command_line(tmp_path):
+    samples = read_samples("demo:tune", limit=4)
+    records = []
+    for number, sample in enumerate(samples):
+        sample.images[0].save(tmp_path / f"{number}.png")
+        records.append({"image": f"{number}.png", "question": sample.question, "answer": sample.answers[0]})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*records, {"question": "?"}])))
+    arguments = ["evaluate", demo.FOLDER, "--data", str(tmp_path / "data.jsonl"), "--ratios", "0.8", "--tokens", "2",
+                 "--selectors", "hawk,stride", "--backend", "eager", "--out", str(tmp_path / "out")]  # fmt: skip
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and "line 5: a question needs an image" in refused.stderr
+    called = CliRunner().invoke(app, [*arguments, "--skip-bad"], env={"COLUMNS": "200"})
+    assert called.exit_code == 0, called.output
+    assert "skipped: " in called.stdout and "line 5" in called.stdout
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"evaluation.{s}" for s in ("md", "json", "png")}
+    held = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert held["rows"][0]["method"] == "unpruned" and len(held["rows"][0]["scores"]) == 4
