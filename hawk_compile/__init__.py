@@ -5,11 +5,15 @@
     hawk_compile.report(model)                        # what the last prefill kept
     model = hawk_compile.restore(model)               # exactly the model it was
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
+    hawk_compile.calibrate(model, processor, "questions.jsonl").write("head_weights.json")
+    hawk_compile.evaluate(model, processor, "questions.jsonl", ratios=(0.6, 0.8))
     hawk_compile.export(model, inputs, "out/", format="onnx", ratio=0.8)
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
 """
 
+from hawk_compile.calibration.calibrate import Calibration, calibrate
 from hawk_compile.config import HawkConfig
+from hawk_compile.evaluation.evaluate import Evaluation, evaluate
 from hawk_compile.exporting.runner import Runner, load
 from hawk_compile.exporting.write import export
 from hawk_compile.inspection import Inspection
@@ -20,10 +24,14 @@ from hawk_compile.selectors import register_selector
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
+    "Evaluation",
     "HawkConfig",
     "Inspection",
     "Report",
     "Runner",
+    "calibrate",
+    "evaluate",
     "export",
     "inspect",
     "load",

@@ -13,6 +13,19 @@ from hawk_compile.errors import InputError, UnsupportedModelError
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def read_for_tasks(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """Model and processor, as the command line names dtype and device.
+
+    Raises:
+        InputError: a folder that is no checkpoint, or an unknown dtype.
+        UnsupportedModelError: a checkpoint of another kind.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model, processor = read_checkpoint(folder, DTYPES[dtype])
+    return (model if device is None else model.to(device)), processor
+
+
 def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")

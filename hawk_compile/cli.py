@@ -1,4 +1,4 @@
-"""The command line: `hawk-compile demo`, `inspect`, `evaluate`, `export`, `run`, `env` and `passes`.
+"""The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `export`, `run`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
@@ -102,6 +102,33 @@ def inspect(
     else:
         numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
     out.print(rows(numbers))
+
+
+@app.command()
+@clear_errors
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    data: Annotated[list[str], typer.Option(help='A JSON Lines file, or "demo:calibration"; may be given repeatedly.')],
+    ablation: Annotated[str, typer.Option(help="What leaving a head out means: score, attention or output.")] = "score",
+    metric: Annotated[str, typer.Option(help="likelihood, exact_match, anls or relaxed_accuracy.")] = "likelihood",
+    ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed (score).")] = "0.6,0.8,0.9",
+    limit: Annotated[int | None, typer.Option(help="No more than the first so many questions of each.")] = None,
+    batch: Annotated[int, typer.Option(help="Questions answered together.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")] = None,
+    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
+    skip_bad: Annotated[bool, typer.Option(help="Go on without samples that cannot be used.")] = False,
+    out: Annotated[Path, typer.Option(help="The file to write, progress beside it.")] = Path("head_weights.json"),
+) -> None:
+    """Measure how important each query head is; head_weights= takes the file. A run that was cut off goes on."""
+    from hawk_compile.calibration.commands import calibrate_checkpoint
+
+    calibrate_checkpoint(
+        console(), checkpoint, data, out, ratios=ratios, dtype=dtype, device=device, ablation=ablation, metric=metric,
+        limit=limit, batch=batch, max_new_tokens=tokens, seed=seed, backend=backend, skip_bad=skip_bad,
+    )  # fmt: skip
 
 
 @app.command()

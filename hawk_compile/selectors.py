@@ -66,8 +66,19 @@ def idpruner(
     return torch.ops.hawk.greedy_order(embeddings, scores, visual_mask, budget, "mmr", importance)
 
 
-def cdpruner(embeddings: Tensor, scores: Tensor, visual_mask: Tensor, budget: Tensor) -> Tensor:
-    return torch.ops.hawk.greedy_order(embeddings, scores, visual_mask, budget, "dpp", 0.0)
+def cdpruner(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor) -> Tensor:
+    """Relevance is the similarity to the voting text's mean embedding; the paper takes it from CLIP's text encoder."""
+    text = (embeddings.float() * votes.unsqueeze(2)).sum(1, keepdim=True)
+    relevance = torch.nn.functional.cosine_similarity(embeddings.float(), text, dim=2)
+    return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
+
+
+def hawk_diverse(
+    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, budget: Tensor, *, sharpness: float = 1.0
+) -> Tensor:
+    """The HAWK score in [0, 1] to the power of `sharpness`, against what is kept already by the largest determinant."""
+    importance = unit_range(scores, visual_mask) ** sharpness
+    return torch.ops.hawk.greedy_order(embeddings, importance, visual_mask, budget, "dpp", 0.0)
 
 
 def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
@@ -154,6 +165,7 @@ SELECTORS: dict[str, Selector] = {
     "divprune": Selector(divprune, portable=False),
     "idpruner": Selector(idpruner, portable=False),
     "cdpruner": Selector(cdpruner, portable=False),
+    "hawk_diverse": Selector(hawk_diverse, portable=False),
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),
     "norm": Selector(norm),

@@ -19,7 +19,7 @@ from tests.zoo import common, rows
 
 NAME = "qwen2_5_vl"
 RATIO = 0.6
-RANKED = ("divprune", "idpruner", "dart", "qapruner", "random", "stride")
+RANKED = ("divprune", "idpruner", "cdpruner", "hawk_diverse", "dart", "qapruner", "norm", "random", "stride")
 
 
 def build(**settings: Any) -> Any:
@@ -122,15 +122,15 @@ def norm_of_embedding(embeddings: Tensor, *, power: float = 2.0) -> Tensor:
 
 
 def test_a_selector_of_ones_own() -> None:
-    register_selector("norm", norm_of_embedding)
+    register_selector("longest", norm_of_embedding)
     try:
-        model = build(selector="norm", selector_options={"power": 1.0})
+        model = build(selector="longest", selector_options={"power": 1.0})
         inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
         given = given_by_hand(inputs)
         ranks = norm_of_embedding(given["embeddings"], power=1.0)
         assert kept_by(model, inputs).keep_indices[0].tolist() == positions(ranks, given)
         with pytest.raises(ConfigError, match="is that of another selector"):
-            register_selector("norm", lambda scores: scores)
+            register_selector("longest", lambda scores: scores)
     finally:
         del SELECTORS["norm"]
 

@@ -1,13 +1,15 @@
 """What `hawk-compile evaluate` does, and what it prints."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from hawk_compile.checkpoints import DTYPES, read_checkpoint
-from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.checkpoints import read_for_tasks
+from hawk_compile.errors import ConfigError
 from hawk_compile.evaluation.evaluate import evaluate
 from hawk_compile.evaluation.samples import DEMO
 from hawk_compile.evaluation.table import markdown, write
@@ -24,16 +26,11 @@ def evaluate_checkpoint(
         InputError: a folder that is no checkpoint, an unknown dtype, or samples that cannot be used.
         ConfigError: ratios that are no numbers, or an unknown selector.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    model, processor = read_checkpoint(checkpoint, DTYPES[dtype])
-    if device is not None:
-        model.to(device)
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("answers", total=None)
+    model, processor = read_for_tasks(checkpoint, dtype, device)
+    with bar(console, "answers") as told:
         found = evaluate(
             model, processor, data, ratios=numbers(ratios), selectors=names(selectors), warn=console.print,
-            progress=lambda done, total: bar.update(task, completed=done, total=total), **settings,
+            progress=told, **settings,
         )  # fmt: skip
     if data.split(":")[0] == DEMO:
         from hawk_compile.evaluation.demo import control_rows
@@ -41,8 +38,16 @@ def evaluate_checkpoint(
         found.rows += control_rows(model, processor, found)
         restore(model)
     written = write(found, out)
-    console.print(markdown(found))
+    console.print(markdown(found), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}")
+
+
+@contextlib.contextmanager
+def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left, as a function of what is done and of how much there is."""
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def numbers(given: str) -> list[float]:

@@ -197,7 +197,8 @@ def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping
         restore(model)
         if settings is None:
             return
-        key = tuple((name, str(value)) for name, value in sorted(settings.items()))
+        # Ratio and head weights are inputs of the graph, all else may be part of it.
+        key = tuple((name, str(value)) for name, value in sorted(settings.items()) if name != "head_weights")
         runtime = optimize(model, ratio=ratio, **settings).__dict__[RUNTIME]
         if key in compiled:
             runtime.take_compiled(compiled[key])

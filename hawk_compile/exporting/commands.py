@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from hawk_compile.checkpoints import DTYPES, prompt, read_checkpoint, read_processor
+from hawk_compile.checkpoints import prompt, read_for_tasks, read_processor
 from hawk_compile.errors import ExportError, InputError
 from hawk_compile.exporting.check import compare
 from hawk_compile.exporting.runner import load
@@ -28,9 +28,7 @@ def export_checkpoint(
         InputError: a folder that is no checkpoint, or an unknown dtype.
         ExportError: the check failed.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    model, processor = read_checkpoint(checkpoint, DTYPES[dtype])
+    model, processor = read_for_tasks(checkpoint, dtype, None)
     started = time.perf_counter()
     sample = prompt(processor, [Image.fromarray(noise(*EXPORTED))], QUESTION)
     manifest = export(model, sample, out, processor=processor, progress=console.print, **settings)

@@ -1,0 +1,45 @@
+"""How likely a model finds the right answer: a metric that needs no generation, and no luck."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_compile.evaluation.evaluate import fresh
+from hawk_compile.evaluation.samples import Sample
+
+LIKELIHOOD = "likelihood"
+
+
+@torch.no_grad()
+def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Sequence[Sample]) -> list[float]:
+    """The mean log-likelihood of the tokens of each sample's first answer, in nats a token.
+
+    Args:
+        inputs: an encoded batch, as `evaluation.evaluate.encoded` makes it: padded on the left.
+    """
+    wanted = [processor.tokenizer(each.answers[0], add_special_tokens=False)["input_ids"] for each in samples]
+    longest = max(map(len, wanted))
+    ids = torch.tensor([each + each[-1:] * (longest - len(each)) for each in wanted], device=model.device)
+    counts = torch.tensor([len(each) for each in wanted], device=model.device)
+    out = model.generate(
+        **fresh(inputs), max_new_tokens=longest, min_new_tokens=longest, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, logits_processor=[Forced(inputs["input_ids"].shape[1], ids)],
+    )  # fmt: skip
+    logits = torch.stack(out.logits, 1).float()  # [B, T, vocabulary]
+    found = logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2)
+    real = torch.arange(longest, device=model.device) < counts.unsqueeze(1)
+    return ((found * real).sum(1) / counts).tolist()
+
+
+class Forced:
+    """Lets generate say given tokens [B, T], whatever it would say."""
+
+    def __init__(self, start: int, ids: Tensor):
+        self.start, self.ids = start, ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.start
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter(1, self.ids[:, step : step + 1], 0.0)

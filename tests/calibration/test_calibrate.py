@@ -1,0 +1,159 @@
+"""`calibrate` on the shipped model and on tiny ones: what each ablation leaves out, and that a killed run goes on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hawk_compile
+from hawk_compile.calibration.ablation import ablated
+from hawk_compile.calibration.calibrate import calibrate
+from hawk_compile.calibration.likelihood import likelihoods
+from hawk_compile.cli import app
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.evaluation.evaluate import encoded
+from hawk_compile.evaluation.samples import read_samples
+from tests import zoo
+from tests.exporting import demo
+
+SETTINGS = {"limit": 8, "batch": 3, "metric": "likelihood", "ratios": (0.9,), "backend": "eager"}
+
+
+def calibrated(**settings):
+    return calibrate(demo.model(), demo.processor(), "demo:calibration", **{**SETTINGS, **settings})
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_output_of_one_head_is_zero(name):
+    """As if its columns of the output projection were."""
+    model = zoo.build(name, layers=2)
+    inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[2], zoo.sizes(name)[3]])
+    attention = model.base_model.get_decoder().layers[0].self_attn
+    width = attention.head_dim
+    visual = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with ablated(model, "output", 1, visual):
+            found = model(**inputs).logits
+        assert torch.equal(model(**inputs).logits, plain)
+        attention.o_proj.weight[:, width : 2 * width] = 0
+        torch.testing.assert_close(found, model(**inputs).logits)
+    assert not torch.allclose(found, plain, atol=1e-4)
+
+
+def test_text_does_not_see_pictures_through_one_head():
+    """Computed by hand for every query; with padding in front."""
+    name = "llava"
+    model = zoo.build(name, layers=1)
+    inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[2], zoo.sizes(name)[3]])
+    visual = inputs["input_ids"] == model.config.image_token_id
+    attention, held = model.base_model.get_decoder().layers[0].self_attn, {}
+    hooks = [
+        attention.q_proj.register_forward_hook(lambda m, i, o: held.update(q=o)),
+        attention.o_proj.register_forward_pre_hook(lambda m, i: held.update(out=i[0])),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        plain = held["out"]
+        with ablated(model, "attention", 2, visual):
+            model(**inputs)
+        without = held["out"]
+        for hook in hooks:
+            hook.remove()
+    shape = (*plain.shape[:2], -1, attention.head_dim)
+    changed = (plain - without).reshape(shape).abs().amax(-1) > 1e-6  # [B, S, H]
+    behind = visual.cumsum(1) > 0
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(visual)
+    assert not changed[..., [0, 1, 3]].any()
+    assert torch.equal(changed[..., 2][real], (behind & ~visual)[real])
+
+
+def test_weights_are_clipped_drops_in_proportion():
+    found = calibrated()
+    measured = found.datasets["demo:calibration"]
+    drops = np.array([head["drop"] for head in measured["heads"]])
+    assert found.weights == pytest.approx((drops.clip(0) / drops.clip(0).sum()).tolist(), abs=1e-6)
+    assert found.unsure == [number for number, head in enumerate(measured["heads"]) if not head["above_noise"]]
+    assert measured["questions"] == 8 and len(measured["sha256"]) == 64 and measured["score"] < 0
+    assert all(head["low"] <= head["drop"] <= head["high"] for head in measured["heads"])
+
+
+def test_what_the_score_ablation_measures():
+    """The likelihood under pruning by all heads but one, one question at a time."""
+    model, processor = demo.model(), demo.processor()
+    found = calibrated(limit=3)
+    samples, means = read_samples("demo:calibration", limit=3), []
+    for left_out in (None, 5):
+        weights = tuple(float(head != left_out) for head in range(8))
+        hawk_compile.optimize(model, ratio=0.9, head_weights=weights, backend="eager")
+        means.append(
+            np.mean([likelihoods(model, processor, encoded(model, processor, [each]), [each]) for each in samples])
+        )
+    hawk_compile.restore(model)
+    measured = found.datasets["demo:calibration"]
+    assert measured["score"] == pytest.approx(means[0], abs=1e-4)
+    assert measured["heads"][5]["drop"] == pytest.approx(means[0] - means[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["attention", "output"])
+def test_the_other_ablations_leave_the_model_unpruned(ablation):
+    found = calibrated(ablation=ablation, limit=6)
+    assert found.ablation == ablation and found.ratios == []
+    assert sum(found.weights) == pytest.approx(1, abs=1e-6) and "_hawk_runtime" not in demo.model().__dict__
+
+
+def test_several_datasets_are_averaged():
+    sets = {name: read_samples(f"demo:{name}", limit=4) for name in ("calibration", "tune")}
+    found = calibrate(demo.model(), demo.processor(), sets, **{**SETTINGS, "limit": None})
+    shares = []
+    for measured in found.datasets.values():
+        drops = np.array([head["drop"] for head in measured["heads"]]).clip(0)
+        shares.append(drops / drops.sum())
+    assert list(found.datasets) == ["calibration", "tune"]
+    assert found.weights == pytest.approx(np.mean(shares, axis=0).tolist(), abs=1e-6)
+
+
+def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
+    """Killed while it writes a batch: what stands there is used, and the cut line is not."""
+    progress = tmp_path / "progress"
+    whole = calibrated(progress_file=progress)
+    whole.write(tmp_path / "whole.json")
+    lines = progress.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 3
+    date = json.loads(lines[0])["date"]
+    lines[0] = lines[0].replace(date, "2026-01-01")
+    progress.write_text("".join(lines[:2]) + lines[2][:40])
+    seen = []
+    again = calibrated(progress_file=progress, progress=lambda *done: seen.append(done))
+    assert seen == [(3, 8), (6, 8), (8, 8)] and again.date == "2026-01-01"
+    dataclasses.replace(again, date=whole.date).write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    with pytest.raises(InputError, match="belongs to a calibration with other settings"):
+        calibrated(progress_file=progress, ablation="output")
+
+
+def test_what_cannot_be_calibrated(tmp_path):
+    with pytest.raises(ConfigError, match="ablation must be one of score, attention, output, got 'heads'"):
+        calibrated(ablation="heads")
+    with pytest.raises(ConfigError, match="ratio is the fraction"):
+        calibrated(ratios=(2.0,))
+    with pytest.raises(InputError, match="leaving out a head lowers the score on no dataset"):
+        calibrated(metric=lambda said, answers: 1.0, limit=2)
+    (tmp_path / "progress").write_text("nothing\n")
+    with pytest.raises(InputError, match="holds no progress of a calibration"):
+        calibrated(progress_file=tmp_path / "progress")
+
+
+def test_the_command_line_writes_what_optimize_takes(tmp_path):
+    out = tmp_path / "head_weights.json"
+    arguments = ["calibrate", demo.FOLDER, "--data", "demo:calibration", "--limit", "6", "--backend", "eager",
+                 "--out", str(out)]  # fmt: skip
+    called = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert called.exit_code == 0, called.output
+    assert f"written: {out}" in called.stdout and [each.name for each in tmp_path.iterdir()] == [out.name]
+    model = hawk_compile.optimize(demo.model(), head_weights=str(out))
+    hawk_compile.restore(model)
+    assert len(json.loads(out.read_text())["weights"]) == 8
