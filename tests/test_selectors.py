@@ -132,7 +132,7 @@ def test_a_selector_of_ones_own() -> None:
         with pytest.raises(ConfigError, match="is that of another selector"):
             register_selector("longest", lambda scores: scores)
     finally:
-        del SELECTORS["norm"]
+        del SELECTORS["longest"]
 
 
 def one_number(scores: Tensor) -> Tensor:
