@@ -1,4 +1,5 @@
-"""The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `export`, `run`, `env` and `passes`.
+"""The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `show`, `export`,
+`run`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
@@ -156,6 +157,29 @@ def evaluate(
         console(), checkpoint, data, out, ratios=ratios, selectors=selectors, dtype=dtype, device=device,
         baseline=baseline, metric=metric, limit=limit, batch=batch, max_new_tokens=tokens, backend=backend,
         skip_bad=skip_bad,
+    )  # fmt: skip
+
+
+@app.command()
+@clear_errors
+def show(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    ratio: Ratio = 0.8,
+    selector: Annotated[str, typer.Option(help="How visual tokens are ranked.")] = "hawk",
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")] = None,
+    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("hawk-show.png"),
+) -> None:
+    """Draw what pruning keeps of a picture for a question, the scores, and each head's own."""
+    from hawk_compile.pictures.commands import show_checkpoint
+
+    show_checkpoint(
+        console(), checkpoint, image, question, out, ratio=ratio, selector=selector, max_new_tokens=tokens,
+        dtype=dtype, device=device, backend=backend,
     )  # fmt: skip
 
 

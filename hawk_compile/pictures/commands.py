@@ -1,0 +1,28 @@
+"""What `hawk-compile show` does, and what it prints."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hawk_compile.checkpoints import read_for_tasks
+from hawk_compile.evaluation.samples import picture
+from hawk_compile.pictures.draw import draw
+from hawk_compile.pictures.seen import look
+
+
+def show_checkpoint(
+    console: Console, checkpoint: Path, image: Path, question: str, out: Path, *, dtype: str, device: str | None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Ask a checkpoint about a picture, print both answers and write the picture of what was kept.
+
+    Raises:
+        InputError: a folder that is no checkpoint, a picture that cannot be read or drawn, or a file in no place.
+    """
+    model, processor = read_for_tasks(checkpoint, dtype, device)
+    seen = look(model, processor, picture(image, "image"), question, **settings)
+    draw(seen, out)
+    console.print(f"unpruned: {seen.unpruned}")
+    console.print(f"pruned:   {seen.answer}   ({seen.kept.sum()} of {seen.kept.size} visual tokens kept)")
+    console.print(f"written:  {out}")
