@@ -1,5 +1,6 @@
 """Checkpoint folders and their processors, read for the command line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ def read_for_tasks(folder: Path, dtype: str, device: str | None) -> tuple[Any, A
     """Model and processor, as the command line names dtype and device.
 
     Raises:
-        InputError: a folder that is no checkpoint, or an unknown dtype.
+        InputError: a folder that is no checkpoint, an unknown dtype or device.
         UnsupportedModelError: a checkpoint of another kind.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        place = torch.device(device or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"device must be one that torch has here, such as cpu or cuda, got {device!r}: {reason}"
+        ) from None
     model, processor = read_checkpoint(folder, DTYPES[dtype])
-    return (model if device is None else model.to(device)), processor
+    return model.to(place), processor
 
 
 def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -57,8 +66,45 @@ def read_processor(folder: Path) -> Any:
     return processor
 
 
+def prompts(
+    processor: Any, pictures: Sequence[list[Image.Image]], questions: Sequence[str], answers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The inputs of `generate` for questions about pictures, padded on the left, by the checkpoint's own chat template.
+
+    Args:
+        answers: what stands behind each question already, if anything.
+
+    Raises:
+        InputError: the processor has no chat template.
+    """
+    texts = [
+        rendered(processor, len(each), question) + answer
+        for each, question, answer in zip(pictures, questions, answers or [""] * len(questions), strict=True)
+    ]
+    given: dict[str, Any] = {"text": texts, "images": list(pictures) if any(pictures) else None, "return_tensors": "pt"}
+    if begins(processor, texts[0]):  # the tokenizer would put a second one in front
+        given["add_special_tokens"] = False
+    if len(texts) > 1:
+        given |= {"padding": True, "padding_side": "left"}
+    return dict(processor(**given))
+
+
 def prompt(processor: Any, pictures: list[Image.Image], question: str) -> dict[str, Any]:
-    """The inputs of `generate` for one question about pictures, by the checkpoint's own chat template."""
-    content: list[dict[str, str]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(text=[text], images=pictures or None, return_tensors="pt"))
+    """`prompts` of one question."""
+    return prompts(processor, [pictures], [question])
+
+
+def rendered(processor: Any, pictures: int, question: str) -> str:
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError(
+            f"processor {type(processor).__name__} has no chat template, by which prompts are made here: give one that "
+            "has, or set processor.chat_template"
+        )
+    content: list[dict[str, str]] = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def begins(processor: Any, text: str) -> bool:
+    """Whether a rendered prompt starts with the token that the tokenizer starts with."""
+    token = getattr(processor.tokenizer, "bos_token", None)
+    return isinstance(token, str) and text.startswith(token)

@@ -23,6 +23,13 @@ app = typer.Typer(
 )
 
 Ratio = Annotated[float, typer.Option(help="Fraction of visual tokens removed, in [0, 1).")]
+Dtype = Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")]
+Device = Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")]
+Backend = Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")]
+SkipBad = Annotated[bool, typer.Option(help="Go on without samples that cannot be used.")]
+Batch = Annotated[int, typer.Option(help="Questions answered together.")]
+AnswerTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +54,7 @@ def demo(
     questions: Annotated[int, typer.Option(help="Held-out questions to ask, at least 8.")] = 320,
     ratio: Ratio = 0.8,
     seed: Annotated[int, typer.Option(help="Chooses the scene that is shown and the random tokens.")] = 0,
-    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
+    backend: Backend = "inductor",
     out: Annotated[Path, typer.Option(help="Where to write the picture of the kept tokens.")] = Path("hawk-demo.png"),
 ) -> None:
     """Ask the shipped model about scenes it has never seen, with and without pruning."""
@@ -108,19 +115,19 @@ def inspect(
 @app.command()
 @clear_errors
 def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    checkpoint: Checkpoint,
     data: Annotated[list[str], typer.Option(help='A JSON Lines file, or "demo:calibration"; may be given repeatedly.')],
     ablation: Annotated[str, typer.Option(help="What leaving a head out means: score, attention or output.")] = "score",
-    metric: Annotated[str, typer.Option(help="likelihood, exact_match, anls or relaxed_accuracy.")] = "likelihood",
+    metric: Annotated[str, typer.Option(help="exact_match, anls, relaxed_accuracy or likelihood.")] = "exact_match",
     ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed (score).")] = "0.6,0.8,0.9",
     limit: Annotated[int | None, typer.Option(help="No more than the first so many questions of each.")] = None,
-    batch: Annotated[int, typer.Option(help="Questions answered together.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 16,
+    batch: Batch = 8,
+    tokens: AnswerTokens = 16,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")] = None,
-    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
-    skip_bad: Annotated[bool, typer.Option(help="Go on without samples that cannot be used.")] = False,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    backend: Backend = "inductor",
+    skip_bad: SkipBad = False,
     out: Annotated[Path, typer.Option(help="The file to write, progress beside it.")] = Path("head_weights.json"),
 ) -> None:
     """Measure how important each query head is; head_weights= takes the file. A run that was cut off goes on."""
@@ -135,19 +142,19 @@ def calibrate(
 @app.command()
 @clear_errors
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    checkpoint: Checkpoint,
     data: Annotated[str, typer.Option(help='A JSON Lines file of image, question and answer, or "demo".')],
     ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed.")] = "0.5,0.6,0.8,0.9",
     selectors: Annotated[str, typer.Option(help='Names with commas between, or "all".')] = "all",
     baseline: Annotated[str, typer.Option(help="The selector that others are compared with.")] = "hawk",
     metric: Annotated[str, typer.Option(help="exact_match, anls or relaxed_accuracy.")] = "exact_match",
     limit: Annotated[int | None, typer.Option(help="No more than the first so many questions.")] = None,
-    batch: Annotated[int, typer.Option(help="Questions answered together.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")] = None,
-    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
-    skip_bad: Annotated[bool, typer.Option(help="Go on without samples that cannot be used.")] = False,
+    batch: Batch = 8,
+    tokens: AnswerTokens = 16,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    backend: Backend = "inductor",
+    skip_bad: SkipBad = False,
     out: Annotated[Path, typer.Option(help="The folder for table, JSON and plot.")] = Path("evaluation"),
 ) -> None:
     """Compare selectors: how many answers stay right with visual tokens removed."""
@@ -163,15 +170,15 @@ def evaluate(
 @app.command()
 @clear_errors
 def show(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    checkpoint: Checkpoint,
     image: Annotated[Path, typer.Argument(help="A picture.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     ratio: Ratio = 0.8,
     selector: Annotated[str, typer.Option(help="How visual tokens are ranked.")] = "hawk",
-    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
-    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")] = None,
-    backend: Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")] = "inductor",
+    tokens: AnswerTokens = 64,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    backend: Backend = "inductor",
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("hawk-show.png"),
 ) -> None:
     """Draw what pruning keeps of a picture for a question, the scores, and each head's own."""
@@ -186,11 +193,11 @@ def show(
 @app.command()
 @clear_errors
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     format: Annotated[str, typer.Option(help="onnx, aoti, openvino, tensorrt or executorch.")] = "onnx",
     ratio: Ratio = 0.8,
-    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    dtype: Dtype = "fp32",
     quantization: Annotated[str | None, typer.Option(help="int8 weights in the decoder (onnx): int8.")] = None,
     size: Annotated[
         list[str], typer.Option(help="A size to build for, as prompt=16:512:2048 (tensorrt, executorch; repeatable).")

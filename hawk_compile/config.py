@@ -116,6 +116,9 @@ def check_selector(config: HawkConfig) -> None:
         if type(given) is not type(known[name]):
             kind = type(known[name]).__name__
             raise ConfigError(f'selector_options["{name}"] must be of type {kind}, got {given!r}')
+        low, high = selector.bounds.get(name, (-math.inf, math.inf))
+        if isinstance(given, (int, float)) and not low <= given <= high:
+            raise ConfigError(f'selector_options["{name}"] must be in [{low:g}, {high:g}], got {given!r}')
     if selector.head_weights == "uniform" and not (
         isinstance(config.head_weights, str) and config.head_weights in ("auto", "uniform")
     ):

@@ -15,8 +15,9 @@ methods: README, "Selectors".
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Selector:
         head_weights: "uniform" where the method knows no head weights; None: as the settings say.
         normalization: of each head's scores, if the method fixes it.
         portable: whether the ranking can be exported: it consists of PyTorch's own operators.
+        bounds: least and largest values of options that have any.
     """
 
     ranking: Ranking | None = None
@@ -47,6 +49,7 @@ class Selector:
     head_weights: str | None = None
     normalization: str | None = None
     portable: bool = True
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -163,9 +166,9 @@ SELECTORS: dict[str, Selector] = {
     "uniform": Selector(head_weights="uniform"),
     "fastv": Selector(query="last", head_weights="uniform", normalization="softmax"),
     "divprune": Selector(divprune, portable=False),
-    "idpruner": Selector(idpruner, portable=False),
+    "idpruner": Selector(idpruner, portable=False, bounds={"importance": (0, 1)}),
     "cdpruner": Selector(cdpruner, portable=False),
-    "hawk_diverse": Selector(hawk_diverse, portable=False),
+    "hawk_diverse": Selector(hawk_diverse, portable=False, bounds={"sharpness": (0, math.inf)}),
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),
     "norm": Selector(norm),

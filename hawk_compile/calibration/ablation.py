@@ -37,14 +37,17 @@ def ablated(model: PreTrainedModel, kind: str, head: int | None, visual: Tensor)
     base: Any = model.base_model
     decoder = {id(module) for module in base.get_decoder().modules()}
     plain = ALL_ATTENTION_FUNCTIONS[FUNCTION]
+    length = 0  # of the row so far: a cache may hold its end alone
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *a: Any, **k: Any
     ) -> Any:
         if head is None or getattr(module, "layer_idx", None) != LAYER or id(module) not in decoder:
             return plain(module, query, key, value, attention_mask, *a, **k)
+        nonlocal length
+        length += query.shape[2]
         if kind == ATTENTION:
-            attention_mask = hidden(attention_mask, query, key, head, visual)
+            attention_mask = hidden(attention_mask, query, key, head, visual, length)
         out, weights = plain(module, query, key, value, attention_mask, *a, **k)  # [B, S, H, d]
         if kind == OUTPUT:
             out = out.index_fill(2, torch.tensor([head], device=out.device), 0)
@@ -58,13 +61,13 @@ def ablated(model: PreTrainedModel, kind: str, head: int | None, visual: Tensor)
             ALL_ATTENTION_FUNCTIONS[FUNCTION] = plain
 
 
-def hidden(mask: Tensor | None, query: Tensor, key: Tensor, head: int, visual: Tensor) -> Tensor:
+def hidden(mask: Tensor | None, query: Tensor, key: Tensor, head: int, visual: Tensor, length: int) -> Tensor:
     """[B, H, Sq, Skv] bool: the mask, without visual keys for the text queries of one head."""
     rows, heads, new = query.shape[:3]
     total = key.shape[2]
     allowed = seen(mask, new, total, query.device).expand(rows, heads, new, total).clone()
-    is_visual = torch.zeros((rows, total), dtype=torch.bool, device=query.device)
-    is_visual[:, : visual.shape[1]] = visual[:, :total]
+    behind = max(0, length - visual.shape[1])  # what has been said since the prompt is text
+    is_visual = torch.nn.functional.pad(visual, (0, behind))[:, length - total : length]
     text = ~is_visual[:, total - new :]  # the queries stand at the end
     allowed[:, head] &= ~(text.unsqueeze(2) & is_visual.unsqueeze(1))
     return allowed

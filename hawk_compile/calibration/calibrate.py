@@ -23,11 +23,20 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile import capture
-from hawk_compile.calibration.ablation import ABLATIONS, SCORE, ablated
+from hawk_compile.calibration.ablation import ABLATIONS, LAYER, SCORE, ablated
 from hawk_compile.calibration.likelihood import LIKELIHOOD, likelihoods
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.evaluation.evaluate import answers, batches, checked, encoded, left_as_it_was, metric_of
+from hawk_compile.evaluation.evaluate import (
+    answers,
+    at_least_1,
+    batches,
+    checked,
+    encoded,
+    left_as_it_was,
+    metric_of,
+    name_of,
+)
 from hawk_compile.evaluation.metrics import Metric
 from hawk_compile.evaluation.samples import Sample, read_samples
 from hawk_compile.evaluation.statistics import interval
@@ -107,8 +116,8 @@ def calibrate(
         model, processor: as for `evaluate`.
         data: questions, as for `evaluate`, or several sets of them: name -> questions.
         ablation: "score", "attention" or "output"; see `hawk_compile.calibration.ablation`.
-        metric: as for `evaluate`, or "likelihood": the mean log-likelihood of a right answer's tokens, which needs no
-            generation and is far less noisy.
+        metric: as for `evaluate`, or "likelihood": the mean log-likelihood of a right answer's tokens, which is far
+            less noisy.
         ratios: fractions of visual tokens removed, over which "score" takes the mean; the others remove nothing.
         limit: questions of each dataset.
         seed: of the bootstrap.
@@ -127,13 +136,16 @@ def calibrate(
         raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
     for ratio in ratios:
         HawkConfig(ratio=ratio, backend=backend)
-    name = metric if isinstance(metric, str) else metric.__name__
     score = None if metric == LIKELIHOOD else metric_of(metric)
+    at_least_1("max_new_tokens", max_new_tokens)
+    if isinstance(data, Mapping) and not data:
+        raise InputError("data must hold at least one dataset, got an empty mapping")
     sets = dict(data) if isinstance(data, Mapping) else {fspath(data) if is_name(data) else "data": data}
     samples = {each: read_samples(given, limit=limit, skip_bad=skip_bad, warn=warn) for each, given in sets.items()}
     about = {
-        "ablation": ablation, "metric": name, "ratios": list(ratios) if ablation == SCORE else [], "seed": seed,
-        "batch": batch, "max_new_tokens": max_new_tokens, "model": str(model.config._name_or_path),
+        "ablation": ablation, "metric": name_of(metric), "ratios": list(ratios) if ablation == SCORE else [],
+        "batch": batch, "max_new_tokens": max_new_tokens, "backend": backend, "model": str(model.config._name_or_path),
+        "weights": fingerprint(model), "versions": {each: importlib.metadata.version(each) for each in OWN_PACKAGES},
         "datasets": {each: digest(found) for each, found in samples.items()},
     }  # fmt: skip
     record = Record(None if progress_file is None else Path(progress_file), about)
@@ -204,19 +216,24 @@ class Record:
     def __init__(self, path: Path | None, about: dict[str, Any]):
         self.path, self.found = path, {}
         self.date = datetime.date.today().isoformat()
-        lines = whole_lines(path) if path is not None and path.is_file() else []
-        if lines:
-            earlier = lines[0]
+        if path is None:
+            return
+        if path.exists():
+            earlier, *done = whole_lines(path)
             if {**earlier, "date": None} != {**json.loads(json.dumps(about)), "date": None}:
                 raise InputError(
                     f"progress_file {path} belongs to a calibration with other settings, data or model: remove it, or "
                     "give another file"
                 )
             self.date = earlier["date"]
-            self.found = {line["batch"]: line["scores"] for line in lines[1:]}
-        if path is not None:
-            text = [{**about, "date": self.date}, *({"batch": k, "scores": v} for k, v in self.found.items())]
-            path.write_text("".join(json.dumps(line) + "\n" for line in text), encoding="utf-8")
+            self.found = {line["batch"]: line["scores"] for line in done}
+        text = [{**about, "date": self.date}, *({"batch": k, "scores": v} for k, v in self.found.items())]
+        try:
+            fresh = path.with_name(f"{path.name}.new")
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in text), encoding="utf-8")
+            fresh.replace(path)
+        except OSError as error:
+            raise InputError(f"progress_file {path} cannot be written ({error}): give another place") from None
 
     def of(self, batch: str, measure: Callable[[], list[list[float]]]) -> list[list[float]]:
         """A batch's scores [runs][samples]: from the file, or measured and written to it."""
@@ -229,15 +246,18 @@ class Record:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a progress file, but for a last one that was cut off."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise InputError(f"progress_file {path} holds no progress of a calibration: give another file") from None
+    """The lines of a progress file, what it is of first, but for a last one that was cut off.
+
+    Raises:
+        InputError: a file of something else.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        head, *done = found
+        assert "ablation" in head and "date" in head and all({"batch", "scores"} <= each.keys() for each in done)
+    except (ValueError, TypeError, AttributeError, AssertionError):
+        raise InputError(f"progress_file {path} holds no progress of a calibration: give another file") from None
     return found
 
 
@@ -272,8 +292,16 @@ def summary(
         unsure=[head for head in range(len(weights)) if head not in sure],
         ablation=about["ablation"], metric=about["metric"], ratios=about["ratios"], seed=seed, model=about["model"],
         revision=getattr(model.config, "_commit_hash", None), date=date,
-        versions={name: importlib.metadata.version(name) for name in OWN_PACKAGES},
+        versions=about["versions"],
     )  # fmt: skip
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of dtype, device and sums of the scoring layer's parameters: another checkpoint has others."""
+    base: Any = model.base_model
+    layer = base.get_decoder().layers[LAYER]
+    held = {name: float(value.detach().double().sum()) for name, value in layer.named_parameters()}
+    return hashlib.sha256(json.dumps([str(model.dtype), model.device.type, held]).encode()).hexdigest()
 
 
 def is_name(data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How likely a model finds the right answer: a metric that needs no generation, and no luck."""
+"""How likely a model finds the right answer: a metric without the luck of what it happens to say."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.checkpoints import rendered
+from hawk_compile.errors import InputError
 from hawk_compile.evaluation.evaluate import fresh
 from hawk_compile.evaluation.samples import Sample
 
@@ -19,7 +21,7 @@ def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Seq
     Args:
         inputs: an encoded batch, as `evaluation.evaluate.encoded` makes it: padded on the left.
     """
-    wanted = [processor.tokenizer(each.answers[0], add_special_tokens=False)["input_ids"] for each in samples]
+    wanted = [behind(processor, each) for each in samples]
     longest = max(map(len, wanted))
     ids = torch.tensor([each + each[-1:] * (longest - len(each)) for each in wanted], device=model.device)
     counts = torch.tensor([len(each) for each in wanted], device=model.device)
@@ -31,6 +33,24 @@ def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Seq
     found = logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2)
     real = torch.arange(longest, device=model.device) < counts.unsqueeze(1)
     return ((found * real).sum(1) / counts).tolist()
+
+
+def behind(processor: Any, sample: Sample) -> list[int]:
+    """The ids of the first answer as they follow the prompt, whose last characters may belong to its first token.
+
+    Raises:
+        InputError: an answer without a token.
+    """
+
+    def ids(text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    text = rendered(processor, len(sample.images), sample.question)
+    before, whole = ids(text), ids(text + sample.answers[0])
+    found = whole[len(before) :] if whole[: len(before)] == before else ids(sample.answers[0])
+    if not found:
+        raise InputError(f"{sample.origin}: an answer must hold a token, got {sample.answers[0]!r}: give another one")
+    return found
 
 
 class Forced:

@@ -10,10 +10,10 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from hawk_compile.checkpoints import read_for_tasks
 from hawk_compile.errors import ConfigError
+from hawk_compile.evaluation.demo import MODEL, control_rows
 from hawk_compile.evaluation.evaluate import evaluate
 from hawk_compile.evaluation.samples import DEMO
-from hawk_compile.evaluation.table import markdown, write
-from hawk_compile.optimize import restore
+from hawk_compile.evaluation.table import check_writable, markdown, write
 
 
 def evaluate_checkpoint(
@@ -26,17 +26,15 @@ def evaluate_checkpoint(
         InputError: a folder that is no checkpoint, an unknown dtype, or samples that cannot be used.
         ConfigError: ratios that are no numbers, or an unknown selector.
     """
+    check_writable(out)
     model, processor = read_for_tasks(checkpoint, dtype, device)
     with bar(console, "answers") as told:
         found = evaluate(
             model, processor, data, ratios=numbers(ratios), selectors=names(selectors), warn=console.print,
             progress=told, **settings,
         )  # fmt: skip
-    if data.split(":")[0] == DEMO:
-        from hawk_compile.evaluation.demo import control_rows
-
-        found.rows += control_rows(model, processor, found)
-        restore(model)
+    if data.split(":")[0] == DEMO and checkpoint.resolve() == MODEL.resolve():
+        found.rows += control_rows(model.cpu(), processor, found)
     written = write(found, out)
     console.print(markdown(found), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}")

@@ -3,10 +3,11 @@
     oracle             the asked-for object's tokens are kept, then random ones: what a choice by question can reach
     another question   HAWK's scores for the next question about the same scene: how much of them the question makes
 
-Both choices are made outside of the graph: the decoder runs on inputs gathered by hand.
+Both choices are made outside of the graph: the shipped model's decoder runs on inputs gathered by hand.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from hawk_compile.demo.scenes import COLORS, DIGITS, SPLITS, Question, Scene, pi
 from hawk_compile.errors import InputError
 from hawk_compile.evaluation.evaluate import Evaluation, Row
 from hawk_compile.evaluation.samples import DEMO, Sample
+from hawk_compile.optimize import restore
 
+MODEL = Path(__file__).parents[1] / "demo" / "model"
+"""The shipped checkpoint."""
 QUESTIONS, PER_SCENE = 2000, 4
 ANOTHER, ORACLE = "hawk, another question's scores", "oracle"
 
@@ -54,15 +58,21 @@ def kind_of(answer: str) -> str:
 
 
 def control_rows(model: Any, processor: Any, found: Evaluation) -> list[Row]:
-    """The two control rows at every ratio of an evaluation of the demo's questions."""
+    """The two control rows at every ratio of an evaluation of the demo's questions. The model is left unpruned.
+
+    Args:
+        model, processor: the shipped ones, on the CPU.
+    """
     pairs = [(each.scene, each.asked) for each in found.samples if isinstance(each, DemoSample)]
     prompts = prepare(model, processor, pairs)  # type: ignore[arg-type]
     ratios = list(dict.fromkeys(row.ratio for row in found.rows))
     _, scores = by_pass(model, prompts, ratio=ratios[0], backend="eager")
     choices = {ANOTHER: another_question(prompts, scores), ORACLE: oracle}
     answers = np.array([prompt.answer for prompt in prompts])
-    return [
+    rows = [
         Row(label, ratio, (by_hand(model, prompts, ratio, choice) == answers).astype(np.float64))
         for label, choice in choices.items()
         for ratio in ratios
     ]
+    restore(model)
+    return rows

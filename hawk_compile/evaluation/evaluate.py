@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile import capture
-from hawk_compile.config import HawkConfig
+from hawk_compile.checkpoints import prompts
+from hawk_compile.config import make_config
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.evaluation.metrics import METRICS, Metric
 from hawk_compile.evaluation.samples import Sample, read_samples
@@ -26,7 +27,7 @@ from hawk_compile.selectors import SELECTORS
 
 UNPRUNED = "unpruned"
 ROUNDS = 5
-"""Prefills of the first batch that are timed, of each method and ratio in turns."""
+"""Prefills of one batch that are timed, of each method and ratio in turns."""
 
 Methods = Mapping[str, Mapping[str, Any]]
 """Label -> settings of `optimize`, but for the ratio."""
@@ -39,7 +40,7 @@ class Row:
     Attributes:
         scores: [N] float64, what the metric gives each sample.
         kept: mean number of visual tokens kept; None where a choice was made outside of the graph.
-        seconds: median time of a prefill of the first batch, pictures encoded; None where none was timed.
+        seconds: median time of a prefill of one batch, pictures encoded; None where none was timed.
     """
 
     method: str
@@ -107,14 +108,14 @@ def evaluate(
         **settings: of `optimize`, for all methods: head_weights, normalization, backend, ...
 
     Raises:
-        ConfigError, HeadWeightsError, UnsupportedModelError, GraphError: as `optimize`.
+        ConfigError, HeadWeightsError, UnsupportedModelError, GraphError: as `optimize`; ConfigError also for numbers
+            that cannot be, such as a batch of 0.
         InputError: samples that cannot be used, or a metric that gives no number in [0, 1].
     """
     check_model(model)
     methods = methods_of(selectors, settings)
-    for given in methods.values():
-        for ratio in ratios:
-            HawkConfig(ratio=ratio, **given)
+    ratios = checked_ratios(ratios, methods)
+    at_least_1("max_new_tokens", max_new_tokens)
     if baseline not in methods:
         raise ConfigError(f"baseline must be one of the methods {', '.join(methods)}, got {baseline!r}")
     score = metric_of(metric)
@@ -125,7 +126,8 @@ def evaluate(
     visual, done = 0, 0
     seconds: dict[tuple[str, float], float] = {}
     with left_as_it_was(model) as switch:
-        for places in batches(samples, batch):
+        parts = list(batches(samples, batch))
+        for number, places in enumerate(parts):
             part = [samples[place] for place in places]
             inputs = encoded(model, processor, part)
             for cell in cells:
@@ -138,7 +140,7 @@ def evaluate(
                     visual += int(found.visual_tokens.sum()) if cell == cells[1] else 0
                 done += len(part)
                 progress(done, len(cells) * len(samples))
-            if not seconds:
+            if number == len(parts) // 2:  # pictures of a usual size
                 seconds = prefill_seconds(model, inputs, cells, methods, switch)
     rows = [
         Row(name, ratio, scores[name, ratio], kept[name, ratio] / len(samples), seconds[name, ratio])
@@ -147,7 +149,7 @@ def evaluate(
     return Evaluation(
         model=str(model.config._name_or_path or type(model).__name__),
         data=fspath(data) if isinstance(data, (str, PathLike)) else type(data).__name__,
-        metric=metric if isinstance(metric, str) else metric.__name__,
+        metric=name_of(metric),
         baseline=baseline,
         samples=samples,
         visual=visual / len(samples),
@@ -181,8 +183,29 @@ def metric_of(metric: "str | Metric") -> Metric:
     return METRICS[metric]
 
 
+def name_of(metric: "str | Metric") -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+def checked_ratios(ratios: Sequence[float], methods: Methods) -> list[float]:
+    """Each ratio once, all settings of all methods read before anything runs."""
+    if not ratios:
+        raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
+    for name, given in methods.items():
+        if name == UNPRUNED or "ratio" in given:
+            raise ConfigError(f'a method must not be called "{UNPRUNED}" nor set ratio, got {name!r}: {dict(given)}')
+        for ratio in ratios:
+            make_config(None, {"ratio": ratio, **given})
+    return list(dict.fromkeys(ratios))
+
+
+def at_least_1(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def checked(score: float, sample: Sample) -> float:
-    if not isinstance(score, (int, float)) or not 0 <= score <= 1:  # which NaN is not either
+    if not isinstance(score, (int, float, np.number)) or not 0 <= score <= 1:  # which NaN is not either
         raise InputError(f"{sample.origin}: the metric must give a number in [0, 1], got {score!r}: mend the metric")
     return float(score)
 
@@ -190,7 +213,9 @@ def checked(score: float, sample: Sample) -> float:
 @contextlib.contextmanager
 def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping[str, Any] | None], None]]":
     """A function that sets ratio and method (None: no pruning), and keeps what it compiled; all is undone after it."""
+    base: Any = model.base_model
     earlier, training = model.__dict__.get(RUNTIME), [each for each in model.modules() if each.training]
+    deltas = getattr(base, "rope_deltas", None)
     compiled: dict[Any, Any] = {}
 
     def switch(ratio: float, settings: Mapping[str, Any] | None) -> None:
@@ -210,19 +235,20 @@ def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping
     finally:
         restore(model)
         if earlier is not None:
-            optimize(model, earlier.config).__dict__[RUNTIME].take_compiled(earlier)
+            optimize(model, earlier.config).__dict__[RUNTIME] = earlier
+        if hasattr(base, "rope_deltas"):
+            base.rope_deltas = deltas
         for module in training:
             module.training = True
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
     """Places of samples that are answered together: alike in their pictures, so that little is padded."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f"batch must be a whole number of at least 1, got {size!r}")
+    at_least_1("batch", size)
 
     def area(place: int) -> tuple[int, int]:
-        pictures = samples[place].pictures()
-        return len(pictures), sum(picture.width * picture.height for picture in pictures)
+        sizes = samples[place].sizes()
+        return len(sizes), sum(width * height for width, height in sizes)
 
     order = sorted(range(len(samples)), key=area)
     for start in range(0, len(order), size):
@@ -232,13 +258,7 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
 @torch.no_grad()
 def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     """The inputs of `generate` for a batch, padded on the left, its pictures encoded."""
-    texts = []
-    for sample in samples:
-        content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
-        turn = [{"role": "user", "content": content}]
-        texts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
-    pictures = [sample.pictures() for sample in samples]
-    made = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    made = prompts(processor, [each.pictures() for each in samples], [each.question for each in samples])
     inputs = {name: value.to(model.device) for name, value in made.items()}
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     with_positions = {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}
@@ -266,12 +286,13 @@ def prefill_seconds(
     methods: Methods,
     switch: "Callable[[float, Mapping[str, Any] | None], None]",
 ) -> dict[tuple[str, float], float]:
-    """Median seconds of a prefill by method and ratio. Without pruning: compiled as the others are, at ratio 0."""
+    """Median seconds of a prefill by method and ratio. Without pruning: compiled as the others are, at ratio 0, and
+    with a ranking that costs nothing."""
     spent: dict[tuple[str, float], list[float]] = {cell: [] for cell in cells}
-    first = next(iter(methods))
+    plain = {**next(iter(methods.values())), "selector": "stride", "selector_options": {}}
     for number in range(ROUNDS + 1):
         for cell in cells:
-            switch(cell[1], methods.get(cell[0], methods[first]))
+            switch(cell[1], methods.get(cell[0], plain))
             call = fresh(inputs)
             synchronize(model.device)
             started = time.perf_counter()

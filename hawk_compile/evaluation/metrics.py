@@ -35,7 +35,7 @@ METRICS: dict[str, Metric] = {"exact_match": exact_match, "anls": anls, "relaxed
 
 
 def plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text.strip().rstrip(".").casefold())
+    return re.sub(r"\s+", " ", text.strip().rstrip(".").strip().casefold())
 
 
 def number(text: str) -> float | None:

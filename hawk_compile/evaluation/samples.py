@@ -52,6 +52,17 @@ class Sample:
         """
         return [picture(each, self.origin) for each in self.images]
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of the pictures, which are not decoded for it."""
+        found = []
+        for each in self.images:
+            if isinstance(each, Image.Image):
+                found.append(each.size)
+            else:
+                with Image.open(each) as opened:
+                    found.append(opened.size)
+        return found
+
 
 def picture(image: Path | Image.Image, origin: str) -> Image.Image:
     if isinstance(image, Image.Image):
@@ -82,6 +93,8 @@ def read_samples(
     Raises:
         InputError: a record that cannot be used, with its line; no file; or no sample at all.
     """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit must be a whole number of at least 1, got {limit!r}")
     if isinstance(data, str) and data.split(":")[0] == DEMO:
         from hawk_compile.evaluation.demo import demo_samples
 
@@ -140,8 +153,9 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
     images = several(record, "image", "images")
     if not images:
         raise InputError(f"{origin}: a question needs an image, got none: give `image` or `images`")
-    if not all(isinstance(each, (str, PathLike, Image.Image)) for each in images):
-        raise InputError(f"{origin}: images must be paths or pictures, got {type(images[0]).__name__}")
+    for each in images:
+        if not isinstance(each, (str, PathLike, Image.Image)):
+            raise InputError(f"{origin}: images must be paths or pictures, got {type(each).__name__}")
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{origin}: question must be text, got {question!r}")
@@ -152,12 +166,12 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
         tuple(each if isinstance(each, Image.Image) else folder / each for each in images),
         question,
         tuple(str(each) for each in answers),
-        str(record.get("kind", "")),
+        str(record.get("kind") or ""),
         origin,
     )
 
 
 def several(record: Mapping[str, Any], one: str, many: str) -> list[Any]:
     """The values under either name."""
-    found = record.get(many, record.get(one))
+    found = record.get(one) if record.get(many) is None else record[many]
     return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]

@@ -1,6 +1,8 @@
 """An evaluation as a table in Markdown, as JSON and as a plot."""
 
+import importlib.util
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,14 @@ class Line:
     """One row with its statistics.
 
     Attributes:
-        relative: its mean score over that of the unpruned model.
+        relative: its mean score over that of the unpruned model; None where that is 0.
         gap: its score minus the baseline's at the same ratio; None for the baseline and the unpruned model.
         p: of that gap, corrected by Holm's method for the comparisons made at this ratio.
     """
 
     row: Row
     score: Interval
-    relative: float
+    relative: float | None
     gap: Interval | None = None
     p: float | None = None
 
@@ -44,8 +46,8 @@ def lines(found: Evaluation) -> list[Line]:
     """The unpruned model, then every ratio with its methods, the best first."""
     whole = found.unpruned.scores.mean()
 
-    def relative(row: Row) -> float:
-        return float(row.scores.mean() / whole) if whole else float("nan")
+    def relative(row: Row) -> float | None:
+        return float(row.scores.mean() / whole) if whole else None
 
     result = [Line(found.unpruned, interval(found.unpruned.scores), 1.0)]
     for ratio in dict.fromkeys(row.ratio for row in found.rows):
@@ -78,9 +80,11 @@ def cells_of(line: Line, visual: float) -> list[str]:
     kept = visual if not row.ratio else row.kept
     return [
         f"{row.ratio:g}", row.method, f"{line.score.mean:.3f}", f"{line.score.low:.3f} to {line.score.high:.3f}",
-        f"{line.relative:.3f}", gap, f"{line.gap.low:+.3f} to {line.gap.high:+.3f}" if line.gap else "",
-        f"{line.p:.4f}" if line.p is not None else "", f"{kept:.1f}" if kept is not None else "",
-        f"{1e3 * row.seconds:.1f}" if row.seconds is not None else "",
+        "" if line.relative is None else f"{line.relative:.3f}", gap,
+        "" if line.gap is None else f"{line.gap.low:+.3f} to {line.gap.high:+.3f}",
+        "" if line.p is None else f"{line.p:.4f}",
+        "" if kept is None else f"{kept:.1f}",
+        "" if row.seconds is None else f"{1e3 * row.seconds:.1f}",
     ]  # fmt: skip
 
 
@@ -102,25 +106,38 @@ def write(found: Evaluation, folder: Path) -> list[Path]:
     """evaluation.md, evaluation.json and evaluation.png in a folder.
 
     Raises:
-        InputError: the folder cannot be written to, or matplotlib is missing.
+        InputError: as `check_writable`.
     """
+    check_writable(folder)
+    written = [folder / f"evaluation.{suffix}" for suffix in ("md", "json", "png")]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [folder / f"evaluation.{suffix}" for suffix in ("md", "json", "png")]
         written[0].write_text(markdown(found), encoding="utf-8")
-        written[1].write_text(json.dumps(as_json(found)) + "\n", encoding="utf-8")
+        written[1].write_text(json.dumps(as_json(found), allow_nan=False) + "\n", encoding="utf-8")
         plot(found, written[2])
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error}): give another folder") from None
     return written
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder, and see that a plot can be drawn, before anything is measured.
+
+    Raises:
+        InputError: the folder cannot be written to, or matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('a plot needs matplotlib, which is not installed: pip install "hawk-compile[plot]"')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error}): give another folder") from None
+
+
 def plot(found: Evaluation, path: Path) -> None:
     """Score over the fraction removed, a line for each method, with intervals."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('a plot needs matplotlib, which is not installed: pip install "hawk-compile[plot]"') from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     unpruned, *others = lines(found)

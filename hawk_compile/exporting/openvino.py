@@ -58,7 +58,7 @@ def constants(
 ) -> Iterator[tuple["ElementTree.Element[str]", bytes, bytes]]:
     """Where each constant of a graph is placed in its file, what tells its bytes from others, and the bytes."""
     with path.with_suffix(".bin").open("rb") as file:
-        for place in graph.iterfind("layers/layer[@type='Const']/data"):
+        for place in graph.iterfind(".//layer[@type='Const']/data"):
             file.seek(int(place.get("offset", 0)))
             content = file.read(int(place.get("size", 0)))
             yield place, hashlib.sha256(content).digest(), content

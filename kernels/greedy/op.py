@@ -17,7 +17,7 @@ def greedy_order(
 ) -> Tensor:
     """The order in which a greedy rule takes the visual tokens of every row, as scores that fall with it.
 
-    Nothing of size V x V is kept: O(k V D) for k tokens taken, and O(k^2 V) more with "dpp".
+    O(k V D) for k tokens taken, and O(k^2 V) more with "dpp", which keeps [B, k, S] float32. No V x V matrix is made.
 
     Args:
         features: [B, S, D], any float dtype; read at visual tokens only, compared by cosine similarity.
@@ -50,9 +50,11 @@ def greedy_order(
         raise ValueError(f"rule must be one of {', '.join(reference.RULES)}; got {rule!r}.")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is the share of importance in [0, 1]; got {weight!r}.")
-    if features.is_cuda and find_spec("triton") is not None:
-        return launch_greedy_order(features, importance, visual_mask, budget, rule, weight)
-    return reference.greedy_order(features, importance, visual_mask, budget, rule, weight)
+    # Autocast would compare features in half precision.
+    with torch.autocast(features.device.type, enabled=False):
+        if features.is_cuda and find_spec("triton") is not None:
+            return launch_greedy_order(features, importance, visual_mask, budget, rule, weight)
+        return reference.greedy_order(features, importance, visual_mask, budget, rule, weight)
 
 
 @greedy_order.register_fake

@@ -34,14 +34,14 @@ def greedy_order(
     unit = torch.nn.functional.normalize(features.float(), dim=-1)  # [B, S, D]
     scaled = unit_range(importance.float(), visual_mask)
     steps = int(budget.max()) if budget.numel() else 0
-    gain = first_gain(rule, features, scaled, visual_mask)
+    gain = first_gain(rule, unit, scaled, visual_mask)
     return RULES[rule](unit, scaled, visual_mask, steps, weight, gain)
 
 
-def first_gain(rule: str, features: Tensor, scaled: Tensor, mask: Tensor) -> Tensor:
-    """[B, S]: what taking each token first gains; "dpp": the kernel's diagonal."""
+def first_gain(rule: str, unit: Tensor, scaled: Tensor, mask: Tensor) -> Tensor:
+    """[B, S]: what taking each token first gains; "max_min" alone reads features of length 1; "dpp": the diagonal."""
     if rule == "max_min":
-        return -nearest(torch.nn.functional.normalize(features.float(), dim=-1), mask)
+        return -nearest(unit, mask)
     return scaled if rule == "mmr" else scaled.square()
 
 

@@ -160,7 +160,8 @@ def launch_greedy_order(
         return torch.full(shape, value, dtype=dtype, device=device)
 
     scaled = reference.unit_range(importance.float(), visual_mask)
-    gain = reference.first_gain(rule, features, scaled, visual_mask).masked_fill(~visual_mask, -torch.inf)
+    unit = torch.nn.functional.normalize(features.float(), dim=-1) if rule == "max_min" else features
+    gain = reference.first_gain(rule, unit, scaled, visual_mask).masked_fill(~visual_mask, -torch.inf)
     inverse = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
     most = int(budget.max()) if rule == "dpp" and budget.numel() and device.type != "meta" else 1
     factor = torch.empty((rows, most, size), device=device, dtype=torch.float32)

@@ -22,8 +22,8 @@ from tests.exporting import demo
 SETTINGS = {"limit": 8, "batch": 3, "metric": "likelihood", "ratios": (0.9,), "backend": "eager"}
 
 
-def calibrated(**settings):
-    return calibrate(demo.model(), demo.processor(), "demo:calibration", **{**SETTINGS, **settings})
+def calibrated(data="demo:calibration", **settings):
+    return calibrate(demo.model(), demo.processor(), data, **{**SETTINGS, **settings})
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -125,11 +125,16 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
     assert len(lines) == 1 + 3
     date = json.loads(lines[0])["date"]
     lines[0] = lines[0].replace(date, "2026-01-01")
-    progress.write_text("".join(lines[:2]) + lines[2][:40])
+    held = json.loads(lines[1])
+    held["scores"][0][0] += 1  # only a batch that is not measured again has this
+    progress.write_text(lines[0] + json.dumps(held) + "\n" + lines[2][:40])
     seen = []
     again = calibrated(progress_file=progress, progress=lambda *done: seen.append(done))
     assert seen == [(3, 8), (6, 8), (8, 8)] and again.date == "2026-01-01"
-    dataclasses.replace(again, date=whole.date).write(tmp_path / "again.json")
+    name = "demo:calibration"
+    assert again.datasets[name]["score"] == pytest.approx(whole.datasets[name]["score"] + 1 / 8)
+    progress.write_text("".join(lines[:2]) + lines[2][:40])
+    dataclasses.replace(calibrated(progress_file=progress), date=whole.date).write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     with pytest.raises(InputError, match="belongs to a calibration with other settings"):
         calibrated(progress_file=progress, ablation="output")
@@ -142,9 +147,16 @@ def test_what_cannot_be_calibrated(tmp_path):
         calibrated(ratios=(2.0,))
     with pytest.raises(InputError, match="leaving out a head lowers the score on no dataset"):
         calibrated(metric=lambda said, answers: 1.0, limit=2)
-    (tmp_path / "progress").write_text("nothing\n")
-    with pytest.raises(InputError, match="holds no progress of a calibration"):
-        calibrated(progress_file=tmp_path / "progress")
+    for text in ("nothing\n", "[1]\n", '{"weights": [1.0]}'):
+        (tmp_path / "progress").write_text(text)
+        with pytest.raises(InputError, match="holds no progress of a calibration"):
+            calibrated(progress_file=tmp_path / "progress")
+        assert (tmp_path / "progress").read_text() == text
+    with pytest.raises(InputError, match="cannot be written"):
+        calibrated(progress_file=tmp_path / "no" / "folder")
+    empty = dataclasses.replace(read_samples("demo:tune", limit=1)[0], answers=("",))
+    with pytest.raises(InputError, match="tune scene 0: an answer must hold a token, got ''"):
+        calibrated(limit=None, ablation="output", data=[empty])
 
 
 def test_the_command_line_writes_what_optimize_takes(tmp_path):

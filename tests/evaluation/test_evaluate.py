@@ -1,5 +1,6 @@
 """`evaluate` on the shipped model: its answers are those of one question at a time."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,9 +12,9 @@ import hawk_compile
 from hawk_compile.cli import app
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.evaluation.demo import control_rows
-from hawk_compile.evaluation.evaluate import evaluate
+from hawk_compile.evaluation.evaluate import Row, evaluate
 from hawk_compile.evaluation.samples import read_samples
-from hawk_compile.evaluation.table import lines, markdown
+from hawk_compile.evaluation.table import as_json, lines, markdown
 from tests.exporting import demo
 
 RATIOS = (0.6, 0.9)
@@ -27,7 +28,8 @@ def found():
         model, demo.processor(), "demo:tune", ratios=RATIOS, selectors=("hawk", "random", "divprune"), limit=24,
         batch=7, backend="eager", max_new_tokens=2, progress=lambda *done: seen.append(done),
     )  # fmt: skip
-    assert hawk_compile.optimize(model) is model and seen[-1] == (7 * 24, 7 * 24)
+    assert seen[-1] == (7 * 24, 7 * 24)
+    assert model.__dict__["_hawk_runtime"].config.ratio == 0.3  # as it was
     hawk_compile.restore(model)
     return result
 
@@ -80,7 +82,21 @@ def test_the_table(found):
         if line.gap is not None:
             base = found.row("hawk", line.row.ratio).scores
             assert line.gap.mean == pytest.approx((line.row.scores - base).mean())
-            assert line.verdict == "" or line.p < 0.05
+
+
+def test_verdicts(found):
+    """20 of 24 questions won, 20 lost, one lost."""
+    base, won = np.repeat([0.0, 1.0], [20, 4]), np.ones(24)
+    made = {"hawk": base, "good": won, "bad": np.zeros(24), "like it": np.repeat([0.0, 1.0], [21, 3])}
+    for method, verdict in (("good", "better"), ("bad", ""), ("like it", "")):
+        rows = [Row(name, 0.5, made[name]) for name in ("hawk", method)]
+        assert [line.verdict for line in lines(dataclasses.replace(found, rows=rows)) if line.row.method == method] == [
+            verdict
+        ]
+    rows = [Row("hawk", 0.5, won), Row("worst", 0.5, base)]
+    assert [line.verdict for line in lines(dataclasses.replace(found, rows=rows))][1:] == ["", "worse"]
+    nothing = dataclasses.replace(found, unpruned=Row("unpruned", 0.0, np.zeros(24)), rows=rows)
+    assert as_json(nothing)["rows"][1]["relative"] is None and "| 0.5 | hawk | 1.000 |" in markdown(nothing)
 
 
 def test_bad_settings():
@@ -91,11 +107,19 @@ def test_bad_settings():
         ({"baseline": "dart", "selectors": ["hawk"]}, "baseline must be one of the methods hawk, got 'dart'"),
         ({"metric": "bleu"}, "metric must be one of exact_match, anls, relaxed_accuracy or a function, got 'bleu'"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"ratios": []}, "ratios must hold at least one fraction"),
+        ({"batch_size": 4}, "unknown setting batch_size"),
+        ({"selectors": {"unpruned": {}}, "baseline": "unpruned"}, 'a method must not be called "unpruned"'),
+        ({"selectors": {"hawk": {"ratio": 0.5}}}, "nor set ratio, got 'hawk'"),
+        ({"selectors": {"hawk": {"selector": "hawk_diverse", "selector_options": {"sharpness": -1.0}}}}, "must be in"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(model, processor, "demo:tune", limit=2, **{"selectors": ["hawk"], "backend": "eager", **settings})
     with pytest.raises(InputError, match=r"tune scene 0: the metric must give a number in \[0, 1\], got nan"):
         evaluate(model, processor, "demo:tune", limit=1, selectors=["hawk"], metric=lambda *_: float("nan"))
+    with pytest.raises(InputError, match="limit must be a whole number of at least 1, got 0"):
+        evaluate(model, processor, "demo:tune", limit=0, selectors=["hawk"])
     assert "_hawk_runtime" not in model.__dict__
 
 
