@@ -162,6 +162,7 @@ def test_what_cannot_be_calibrated(tmp_path):
 def test_the_command_line_writes_what_optimize_takes(tmp_path):
     out = tmp_path / "head_weights.json"
     arguments = ["calibrate", demo.FOLDER, "--data", "demo:calibration", "--limit", "6", "--backend", "eager",
+                 "--metric", "likelihood",
                  "--out", str(out)]  # fmt: skip
     called = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert called.exit_code == 0, called.output
