@@ -1,5 +1,6 @@
-"""Checkpoint folders and their processors, read for the command line."""
+"""Checkpoint folders and their processors, read for the command line, and prompts made with them."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hawk_compile.errors import InputError, UnsupportedModelError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_drawable() -> None:
+    """Raises InputError where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('a picture needs matplotlib, which is not installed: pip install "hawk-compile[plot]"')
 
 
 def read_for_tasks(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
@@ -92,6 +99,12 @@ def prompts(
 def prompt(processor: Any, pictures: list[Image.Image], question: str) -> dict[str, Any]:
     """`prompts` of one question."""
     return prompts(processor, [pictures], [question])
+
+
+def fit(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs on the model's device, floats in its dtype."""
+    placed = {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in placed.items()}
 
 
 def rendered(processor: Any, pictures: int, question: str) -> str:

@@ -254,10 +254,12 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        head, *done = found
-        assert "ablation" in head and "date" in head and all({"batch", "scores"} <= each.keys() for each in done)
-    except (ValueError, TypeError, AttributeError, AssertionError):
-        raise InputError(f"progress_file {path} holds no progress of a calibration: give another file") from None
+        batches_whole = all({"batch", "scores"} <= each.keys() for each in found[1:])
+        whole = batches_whole and {"ablation", "date"} <= found[0].keys()
+    except (ValueError, IndexError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"progress_file {path} holds no progress of a calibration: give another file")
     return found
 
 

@@ -29,8 +29,8 @@ def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Seq
         **fresh(inputs), max_new_tokens=longest, min_new_tokens=longest, do_sample=False, output_logits=True,
         return_dict_in_generate=True, logits_processor=[Forced(inputs["input_ids"].shape[1], ids)],
     )  # fmt: skip
-    logits = torch.stack(out.logits, 1).float()  # [B, T, vocabulary]
-    found = logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2)
+    steps = zip(out.logits, ids.split(1, 1), strict=True)  # [B, vocabulary] and [B, 1]
+    found = torch.cat([logits.float().log_softmax(-1).gather(1, said) for logits, said in steps], 1)
     real = torch.arange(longest, device=model.device) < counts.unsqueeze(1)
     return ((found * real).sum(1) / counts).tolist()
 

@@ -33,8 +33,11 @@ def evaluate_checkpoint(
             model, processor, data, ratios=numbers(ratios), selectors=names(selectors), warn=console.print,
             progress=told, **settings,
         )  # fmt: skip
-    if data.split(":")[0] == DEMO and checkpoint.resolve() == MODEL.resolve():
-        found.rows += control_rows(model.cpu(), processor, found)
+    if data.split(":")[0] == DEMO:
+        if checkpoint.resolve() == MODEL.resolve():
+            found.rows += control_rows(model.cpu(), processor, found)
+        else:
+            console.print(f"without control rows: they are made for the shipped model, {MODEL}, alone")
     written = write(found, out)
     console.print(markdown(found), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}")

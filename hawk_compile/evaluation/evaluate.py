@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile import capture
-from hawk_compile.checkpoints import prompts
+from hawk_compile.checkpoints import fit, prompts
 from hawk_compile.config import make_config
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.evaluation.metrics import METRICS, Metric
@@ -259,8 +259,7 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
 def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     """The inputs of `generate` for a batch, padded on the left, its pictures encoded."""
     made = prompts(processor, [each.pictures() for each in samples], [each.question for each in samples])
-    inputs = {name: value.to(model.device) for name, value in made.items()}
-    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs = fit(model, made)
     with_positions = {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}
     result = capture.encode(model, with_positions)
     result.pop("mm_token_type_ids", None)

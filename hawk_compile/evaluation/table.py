@@ -1,12 +1,12 @@
 """An evaluation as a table in Markdown, as JSON and as a plot."""
 
-import importlib.util
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hawk_compile.checkpoints import check_drawable
 from hawk_compile.errors import InputError
 from hawk_compile.evaluation.evaluate import Evaluation, Row
 from hawk_compile.evaluation.statistics import Interval, difference, holm, interval
@@ -125,8 +125,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         InputError: the folder cannot be written to, or matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('a plot needs matplotlib, which is not installed: pip install "hawk-compile[plot]"')
+    check_drawable()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hawk_compile.checkpoints import read_for_tasks
+from hawk_compile.checkpoints import check_drawable, read_for_tasks
 from hawk_compile.evaluation.samples import picture
 from hawk_compile.pictures.draw import draw
 from hawk_compile.pictures.seen import look
@@ -20,6 +20,7 @@ def show_checkpoint(
     Raises:
         InputError: a folder that is no checkpoint, a picture that cannot be read or drawn, or a file in no place.
     """
+    check_drawable()
     model, processor = read_for_tasks(checkpoint, dtype, device)
     seen = look(model, processor, picture(image, "image"), question, **settings)
     draw(seen, out)

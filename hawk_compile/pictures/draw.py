@@ -18,14 +18,10 @@ def draw(seen: Seen, path: Path) -> None:
     """Write a PNG.
 
     Raises:
-        InputError: matplotlib is missing, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            'a picture needs matplotlib, which is not installed: pip install "hawk-compile[plot]"'
-        ) from None
+    from matplotlib.figure import Figure
+
     rows = math.ceil(len(seen.heads) / COLUMNS)
     figure = Figure(figsize=(12, 4.6 + 1.7 * rows), layout="constrained")
     halves = figure.add_gridspec(2, 1, height_ratios=[4.6, 1.7 * rows])

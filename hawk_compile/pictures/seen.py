@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile import capture
-from hawk_compile.checkpoints import prompt
+from hawk_compile.checkpoints import fit, prompt
 from hawk_compile.errors import InputError
 from hawk_compile.evaluation.evaluate import left_as_it_was
 from hawk_compile.head_weights import resolve
@@ -61,8 +61,7 @@ def look(
         InputError: a picture whose visual tokens do not form one grid.
     """
     check_model(model)
-    inputs = {name: value.to(model.device) for name, value in prompt(processor, [image], question).items()}
-    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs = fit(model, prompt(processor, [image], question))
     visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(capture.placeholder_ids(model)))
     shape = grid(inputs, int(visual.sum()))
     weights = resolve(settings.get("head_weights", "auto"), model).values
