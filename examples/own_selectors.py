@@ -7,15 +7,15 @@ weighs that and the HAWK score, against what is kept already, by the rule of CDP
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
-from hawk_compile.evaluation.demo import MODEL
-from hawk_compile.evaluation.table import markdown
-from hawk_compile.kernels.greedy.reference import unit_range
+
+MODEL = Path(hawk_compile.__file__).parent / "demo" / "model"
 
 
 def likeness(embeddings: Tensor, votes: Tensor) -> Tensor:
@@ -23,11 +23,18 @@ def likeness(embeddings: Tensor, votes: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(embeddings.float(), words, dim=2)
 
 
+def in_unit_range(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [B, S] scaled to [0, 1] over the masked ones of each row."""
+    low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    return ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+
+
 def likeness_diverse(
     embeddings: Tensor, scores: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor, *, share: float = 0.5
 ) -> Tensor:
-    like = unit_range(likeness(embeddings, votes), visual_mask)
-    relevance = like**share * unit_range(scores, visual_mask) ** (1 - share)
+    like = in_unit_range(likeness(embeddings, votes), visual_mask)
+    relevance = like**share * in_unit_range(scores, visual_mask) ** (1 - share)
     return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
 
 
@@ -50,7 +57,7 @@ def main() -> None:
         max_new_tokens=1,
         backend="eager",
     )
-    print(markdown(found))
+    print(found.markdown())
 
 
 if __name__ == "__main__":

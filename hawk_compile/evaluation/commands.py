@@ -13,7 +13,7 @@ from hawk_compile.errors import ConfigError
 from hawk_compile.evaluation.demo import MODEL, control_rows
 from hawk_compile.evaluation.evaluate import evaluate
 from hawk_compile.evaluation.samples import DEMO
-from hawk_compile.evaluation.table import check_writable, markdown, write
+from hawk_compile.evaluation.table import check_writable
 
 
 def evaluate_checkpoint(
@@ -38,8 +38,8 @@ def evaluate_checkpoint(
             found.rows += control_rows(model.cpu(), processor, found)
         else:
             console.print(f"without control rows: they are made for the shipped model, {MODEL}, alone")
-    written = write(found, out)
-    console.print(markdown(found), soft_wrap=True)
+    written = found.write(out)
+    console.print(found.markdown(), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}")
 
 

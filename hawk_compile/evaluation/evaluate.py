@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,18 @@ class Evaluation:
 
     def row(self, method: str, ratio: float) -> Row:
         return next(row for row in self.rows if (row.method, row.ratio) == (method, ratio))
+
+    def markdown(self) -> str:
+        """A table of every ratio's methods, the best first, with intervals and p-values against the baseline."""
+        from hawk_compile.evaluation.table import markdown
+
+        return markdown(self)
+
+    def write(self, folder: "str | PathLike[str]") -> list[Path]:
+        """The table, JSON with the score of every sample, and a plot; see `hawk_compile.evaluation.table`."""
+        from hawk_compile.evaluation.table import write
+
+        return write(self, Path(folder))
 
 
 def evaluate(
