@@ -73,21 +73,13 @@ def read_processor(folder: Path) -> Any:
     return processor
 
 
-def prompts(
-    processor: Any, pictures: Sequence[list[Image.Image]], questions: Sequence[str], answers: Sequence[str] = ()
-) -> dict[str, Any]:
+def prompts(processor: Any, pictures: Sequence[list[Image.Image]], questions: Sequence[str]) -> dict[str, Any]:
     """The inputs of `generate` for questions about pictures, padded on the left, by the checkpoint's own chat template.
-
-    Args:
-        answers: what stands behind each question already, if anything.
 
     Raises:
         InputError: the processor has no chat template.
     """
-    texts = [
-        rendered(processor, len(each), question) + answer
-        for each, question, answer in zip(pictures, questions, answers or [""] * len(questions), strict=True)
-    ]
+    texts = [rendered(processor, len(each), question) for each, question in zip(pictures, questions, strict=True)]
     given: dict[str, Any] = {"text": texts, "images": list(pictures) if any(pictures) else None, "return_tensors": "pt"}
     if begins(processor, texts[0]):  # the tokenizer would put a second one in front
         given["add_special_tokens"] = False

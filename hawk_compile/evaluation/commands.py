@@ -39,7 +39,7 @@ def evaluate_checkpoint(
         else:
             console.print(f"without control rows: they are made for the shipped model, {MODEL}, alone")
     written = found.write(out)
-    console.print(found.markdown(), soft_wrap=True)
+    console.print(written[0].read_text(encoding="utf-8"), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}")
 
 

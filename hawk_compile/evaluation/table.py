@@ -61,11 +61,11 @@ def lines(found: Evaluation) -> list[Line]:
     return result
 
 
-def markdown(found: Evaluation) -> str:
-    """A table, with what it is a table of above it."""
+def markdown(found: Evaluation, made: list[Line] | None = None) -> str:
+    """A table, with what it is a table of above it. `made` are its lines, where they are known: they take time."""
     head = [heading.format(baseline=found.baseline) for heading in HEADINGS]
     cells = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]
-    cells += [cells_of(line, found.visual) for line in lines(found)]
+    cells += [cells_of(line, found.visual) for line in made or lines(found)]
     about = (
         f"{len(found.samples)} questions of {found.data}, {found.metric}, {found.model}; {found.visual:.1f} visual "
         "tokens a prompt. Intervals: bootstrap over questions; against "
@@ -88,7 +88,7 @@ def cells_of(line: Line, visual: float) -> list[str]:
     ]  # fmt: skip
 
 
-def as_json(found: Evaluation) -> dict[str, Any]:
+def as_json(found: Evaluation, made: list[Line] | None = None) -> dict[str, Any]:
     """Everything that was measured, the score of every sample with it."""
     return {
         "model": found.model, "data": found.data, "metric": found.metric, "baseline": found.baseline,
@@ -98,7 +98,7 @@ def as_json(found: Evaluation) -> dict[str, Any]:
             "method": line.row.method, "ratio": line.row.ratio, "score": vars(line.score), "relative": line.relative,
             "gap": vars(line.gap) if line.gap else None, "p": line.p, "kept_visual_tokens": line.row.kept,
             "prefill_seconds": line.row.seconds, "scores": [round(float(each), 6) for each in line.row.scores],
-        } for line in lines(found)],
+        } for line in made or lines(found)],
     }  # fmt: skip
 
 
@@ -109,11 +109,12 @@ def write(found: Evaluation, folder: Path) -> list[Path]:
         InputError: as `check_writable`.
     """
     check_writable(folder)
+    made = lines(found)
     written = [folder / f"evaluation.{suffix}" for suffix in ("md", "json", "png")]
     try:
-        written[0].write_text(markdown(found), encoding="utf-8")
-        written[1].write_text(json.dumps(as_json(found), allow_nan=False) + "\n", encoding="utf-8")
-        plot(found, written[2])
+        written[0].write_text(markdown(found, made), encoding="utf-8")
+        written[1].write_text(json.dumps(as_json(found, made), allow_nan=False) + "\n", encoding="utf-8")
+        plot(found, made, written[2])
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error}): give another folder") from None
     return written
@@ -133,13 +134,13 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written to ({error}): give another folder") from None
 
 
-def plot(found: Evaluation, path: Path) -> None:
+def plot(found: Evaluation, made: list[Line], path: Path) -> None:
     """Score over the fraction removed, a line for each method, with intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    unpruned, *others = lines(found)
+    unpruned, *others = made
     axes.axhline(unpruned.score.mean, color="black", linestyle=":", label="unpruned")
     for method in dict.fromkeys(row.method for row in found.rows):
         own = sorted((line for line in others if line.row.method == method), key=lambda line: line.row.ratio)
