@@ -6,6 +6,7 @@ A graph that merges visual features into token embeddings is rewritten by the pa
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,14 +35,16 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
 
     config = make_config(None, dict(options or {}))
     weights = explicit_weights(config.head_weights)
-    return compile_graph(gm, example_inputs, config, options_of(config, head_weights=weights, removed=config.removed))
+    options = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
+    return compile_graph(gm, example_inputs, config, options)
 
 
 def options_of(config: HawkConfig, **more: Any) -> PassOptions:
-    """What the passes are told of the settings."""
+    """What the passes are told of the settings beside a plan, which leaves "last" one voter."""
     method = config.method
     return PassOptions(
         normalization=config.used_normalization,
+        query="mean" if config.used_query == "last" else config.used_query,
         ranking=method.ranking,
         ranking_options=tuple({**method.options, **config.selector_options}.items()),
         **more,

@@ -14,7 +14,7 @@ from hawk_compile.selectors import SELECTORS, Selector
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
-QUERIES = ("mean", "last")
+QUERIES = ("mean", "last", "each", "content")
 MAX_DENOMINATOR = 10**6
 """Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
 
@@ -30,11 +30,12 @@ class HawkConfig:
             matter). "auto": the weights published for the checkpoint, or those that lie beside it, else equal ones.
             "uniform": equal weights. A path: a JSON or safetensors file. A tensor or a sequence of numbers.
         normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
-            default), "softmax" or "minmax".
+            default), "softmax" or "minmax". None: as the selector has it, "l2" for "hawk".
         selector: how visual tokens are ranked: "hawk" (by its score), or another name in `hawk_compile.selectors`.
         selector_options: options of that selector by name.
-        query: which of the voting text counts: "mean" (all of it alike) or "last" (its last token alone). None: as the
-            selector has it, "mean" for "hawk".
+        query: how the voting text counts: "mean" (its mean query, as in the paper), "last" (its last token alone),
+            "each" (every token's own normalised scores, alike) or "content" (those by how specific the token's
+            attention is); see `hawk_compile.kernels.score.voters`. None: as the selector has it, "mean" for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
@@ -45,7 +46,7 @@ class HawkConfig:
 
     ratio: float = 0.8
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
-    normalization: str = "l2"
+    normalization: str | None = None
     selector: str = "hawk"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     query: str | None = None
@@ -56,8 +57,9 @@ class HawkConfig:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_choice("backend", self.backend, BACKENDS)
+        if self.normalization is not None:
+            check_choice("normalization", self.normalization, NORMALIZATIONS)
         if self.query is not None:
             check_choice("query", self.query, QUERIES)
         check_selector(self)
@@ -78,8 +80,8 @@ class HawkConfig:
 
     @property
     def used_normalization(self) -> str:
-        """`normalization`, unless the selector fixes it."""
-        return self.method.normalization or self.normalization
+        """`normalization`, or what the selector has for it."""
+        return self.normalization or self.method.normalization
 
     @property
     def used_head_weights(self) -> Any:

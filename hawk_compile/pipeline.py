@@ -57,7 +57,7 @@ PASSES = (
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
-    Step(insert_scoring, "score every visual token", ("normalization", "head_weights")),
+    Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query")),
     Step(insert_budget, "count how many visual tokens every row keeps", ("removed",)),
     Step(insert_ranking, "let a selector rank the visual tokens", ("ranking", "ranking_options")),
     Step(insert_selection, "choose the positions that every row keeps"),
@@ -84,6 +84,7 @@ class PassOptions:
     """What the passes may be told. See the passes for the meaning of each."""
 
     normalization: str = "l2"
+    query: str = "mean"
     head_weights: Tensor | None = None
     removed: Fraction = Fraction(0)
     ranking: Callable[..., Tensor] | None = None

@@ -81,8 +81,8 @@ def voting_text(
 
 
 def counted(votes: Tensor, query: str) -> Tensor:
-    """[B, S] bool: of the text that votes, what counts: "mean" all of it, "last" its last token."""
-    if query == "mean":
+    """[B, S] bool: of the text that votes, what counts: for "last" its last token, else all of it."""
+    if query != "last":
         return votes
     position = torch.arange(votes.shape[1], device=votes.device)
     return votes & (position == last(votes, position))

@@ -37,17 +37,16 @@ class Selector:
 
     Attributes:
         ranking: see above; None: by the HAWK score itself.
-        query: which text votes if the settings do not say: "mean" or "last".
+        query, normalization: of the HAWK score, if the settings do not say.
         head_weights: "uniform" where the method knows no head weights; None: as the settings say.
-        normalization: of each head's scores, if the method fixes it.
         portable: whether the ranking can be exported: it consists of PyTorch's own operators.
         bounds: least and largest values of options that have any.
     """
 
     ranking: Ranking | None = None
     query: str = "mean"
+    normalization: str = "l2"
     head_weights: str | None = None
-    normalization: str | None = None
     portable: bool = True
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -168,7 +167,9 @@ SELECTORS: dict[str, Selector] = {
     "divprune": Selector(divprune, portable=False),
     "idpruner": Selector(idpruner, portable=False, bounds={"importance": (0, 1)}),
     "cdpruner": Selector(cdpruner, portable=False),
-    "hawk_diverse": Selector(hawk_diverse, portable=False, bounds={"sharpness": (0, math.inf)}),
+    "hawk_diverse": Selector(
+        hawk_diverse, query="each", normalization="softmax", portable=False, bounds={"sharpness": (0, math.inf)}
+    ),
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),
     "norm": Selector(norm),

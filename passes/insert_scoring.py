@@ -8,7 +8,8 @@
             | normed = norm(merged); ...                                       untouched
 
 Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
-that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. The rest of the graph is unchanged.
+that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. Where every voting token is scored by
+itself, it is `score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is unchanged.
 """
 
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import hawk_compile.kernels.score.op  # noqa: F401  registers the operators
+import hawk_compile.kernels.gather.op
+import hawk_compile.kernels.score.op  # noqa: F401  both register operators
+from hawk_compile.kernels.score.voters import last_vote, last_voters, score_each, split_heads
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, ancestors, same, shape_of, tensor
 from hawk_compile.passes.site import Site, site_of
@@ -28,12 +31,15 @@ def insert_scoring(
     *,
     normalization: str = "l2",
     head_weights: Tensor | None = None,
+    query: str = "mean",
 ) -> fx.GraphModule:
     """Insert the scores; `site.scores` names them.
 
     Args:
         normalization: 'l2', 'softmax' or 'minmax': how a head's raw relevance is normalised over the visual tokens.
         head_weights: [H] float32, for graphs whose caller put no `hawk::plan` beside the model. None: equal weights.
+        query: 'mean': the mean query of all that vote; 'last': without a plan, the last token's; 'each' or 'content':
+            see `hawk_compile.kernels.score.voters`.
 
     Raises:
         GraphError: `head_weights` does not have one weight per query head.
@@ -45,11 +51,13 @@ def insert_scoring(
     build = Builder(gm, site.boundary)
     site.visual_mask = join_masks(build, site)
     site.token_mask = real_tokens(build, site)
-    votes = site.plan.args[0] if site.plan is not None else text_after_images(build, site)
+    votes = site.plan.args[0] if site.plan is not None else text_after_images(build, site, query == "last")
     site.votes = votes
     weights = site.plan.args[2] if site.plan is not None else constant_weights(gm, build, site, head_weights)
     check_heads(weights, site)
-    if site.form == "folded":
+    if query in ("each", "content"):
+        site.scores = insert_each(build, site, weights, normalization, query == "content")
+    elif site.form == "folded":
         site.scores = insert_folded(build, site, votes, weights, normalization)
     else:
         site.scores = insert_projected(build, site, votes, weights, normalization)
@@ -72,13 +80,15 @@ def real_tokens(build: Builder, site: Site) -> fx.Node:
     return build.call(torch.ne, site.padding_mask, 0)
 
 
-def text_after_images(build: Builder, site: Site) -> fx.Node:
-    """[B, S] bool: the text behind the last visual token of each row; where there is none, all of the row's text."""
+def text_after_images(build: Builder, site: Site, last: bool) -> fx.Node:
+    """[B, S] bool: the text behind the last visual token of each row; where there is none, all of the row's text.
+    Or the `last` token of that alone."""
     text = build.call(torch.logical_and, site.token_mask, build.call(torch.logical_not, site.visual_mask))
     ahead = build.call(torch.cumsum, build.call(torch.flip, site.visual_mask, (1,)), 1)
     behind = build.call(torch.eq, build.call(torch.flip, ahead, (1,)), 0)
     after = build.call(torch.logical_and, text, behind)
-    return build.call(torch.where, build.call(torch.any, after, 1, True), after, text)
+    votes = build.call(torch.where, build.call(torch.any, after, 1, True), after, text)
+    return build.call(last_vote, votes) if last else votes
 
 
 def constant_weights(gm: fx.GraphModule, build: Builder, site: Site, head_weights: Tensor | None) -> fx.Node:
@@ -104,6 +114,37 @@ def argument(node: fx.Node, index: int, name: str) -> Any:
 
 
 def insert_folded(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
+    hidden, *parameters = projections(build, site)
+    return build.call(
+        torch.ops.hawk.score_folded.default, hidden, site.visual_mask, votes, *parameters, weights, normalization
+    )
+
+
+def insert_projected(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
+    return build.call(
+        torch.ops.hawk.score_projected.default, *heads_first(build, site), site.visual_mask, votes, weights,
+        normalization,
+    )  # fmt: skip
+
+
+def insert_each(build: Builder, site: Site, weights: Any, normalization: str, specific: bool) -> fx.Node:
+    """Queries are made of the voters alone where the form allows it; keys of all positions, as the decoder does."""
+    voters = build.call(last_voters, build.call(torch.ne, site.votes, 0))
+    positions, real = build.item(voters, 0), build.item(voters, 1)
+    gather = torch.ops.hawk.gather.default
+    if site.form == "folded":
+        hidden, q_weight, q_bias, k_weight, k_bias = projections(build, site)
+        query = build.call(split_heads, build.call(gather, hidden, positions), q_weight, q_bias, site.head_dim)
+        key = build.call(split_heads, hidden, k_weight, k_bias, site.head_dim)
+    else:
+        query, key = heads_first(build, site)
+        rows = build.call(gather, build.call(torch.transpose, query, 1, 2), positions)
+        query = build.call(torch.transpose, rows, 1, 2)
+    return build.call(score_each, query, key, site.visual_mask, real, weights, normalization, specific)
+
+
+def projections(build: Builder, site: Site) -> list[Any]:
+    """Copies at full length of: hidden [B, S, D], query weight and bias, key weight and bias."""
     assert site.normed is not None and site.query_linear is not None and site.key_linear is not None
     parameters = [
         argument(linear, *which)
@@ -112,18 +153,13 @@ def insert_folded(build: Builder, site: Site, votes: Any, weights: Any, normaliz
     ]
     needed = ancestors(site.normed, *(node for node in parameters if isinstance(node, fx.Node))) - site.full
     copies = build.clone(needed, {})
-    hidden, *parameters = (copies.get(node, node) for node in (site.normed, *parameters))
-    return build.call(
-        torch.ops.hawk.score_folded.default, hidden, site.visual_mask, votes, *parameters, weights, normalization
-    )
+    return [copies.get(node, node) for node in (site.normed, *parameters)]
 
 
-def insert_projected(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
+def heads_first(build: Builder, site: Site) -> list[fx.Node]:
+    """Copies at full length of query [B, H, S, d] and key [B, Hkv, S, d]."""
     copies = build.clone(ancestors(site.query, site.key) - site.full, {})
-    heads_first = [
+    return [
         node if same(shape_of(node)[2], site.length) else build.call(torch.transpose, node, 1, 2)
         for node in (copies[site.query], copies[site.key])
     ]
-    return build.call(
-        torch.ops.hawk.score_projected.default, *heads_first, site.visual_mask, votes, weights, normalization
-    )

@@ -62,6 +62,13 @@ def scores(query: Tensor, key: Tensor, visual: Tensor, votes: Tensor, head_weigh
     return head_weights.double() @ relevance
 
 
+def scores_of_each(query: Tensor, key: Tensor, visual: Tensor, votes: Tensor, head_weights: Tensor) -> Tensor:
+    """The mean of every voting token's own attention [V] of one row, in fp64; arguments as for `scores`."""
+    query, key = query.double(), key.double().repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+    raw = query[:, votes] @ key[:, visual].mT / math.sqrt(query.shape[-1])  # [H, T, V]
+    return torch.tensordot(head_weights.double(), raw.softmax(-1).mean(1), 1)
+
+
 def voters(ids: list[int], visual: list[bool], vision_end: int, end_of_turn: set[int]) -> list[bool]:
     """The ids behind the last image and the id that closes it, up to the last end-of-turn id."""
     start = 1 + max(position for position, each in enumerate(ids) if visual[position] or each == vision_end)

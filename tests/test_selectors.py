@@ -32,10 +32,10 @@ def kept_by(model: Any, inputs: dict[str, Any]) -> Any:
     return hawk_compile.report(model)
 
 
-def given_by_hand(inputs: dict[str, Any], query: str = "mean") -> dict[str, Tensor]:
+def given_by_hand(inputs: dict[str, Any], query: str = "mean", name: str = NAME) -> dict[str, Tensor]:
     """What a ranking may read, from the eager model."""
-    model = zoo.build(NAME, layers=1)
-    visual = zoo.visual_mask(NAME, model, inputs)
+    model = zoo.build(name, layers=1)
+    visual = zoo.visual_mask(name, model, inputs)
     embeddings = reference.merged_inputs(model, fresh(inputs))["inputs_embeds"]
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
@@ -45,8 +45,9 @@ def given_by_hand(inputs: dict[str, Any], query: str = "mean") -> dict[str, Tens
     with torch.no_grad():
         q, k = reference.first_layer_query_key(model, embeddings)
     heads = q.shape[1]
+    score = reference.scores_of_each if query == "each" else reference.scores
     scores = torch.zeros(visual.shape)
-    scores[visual] = reference.scores(q[0], k[0], visual[0], votes, torch.full((heads,), 1 / heads)).float()
+    scores[visual] = score(q[0], k[0], visual[0], votes, torch.full((heads,), 1 / heads)).float()
     budget = torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(int(visual.sum()))])
     return {"scores": scores, "embeddings": embeddings, "visual_mask": visual, "votes": votes[None], "budget": budget}
 
@@ -68,7 +69,7 @@ def test_what_is_kept_is_what_the_ranking_puts_first(selector: str) -> None:
     assert ranking is not None
     for size in zoo.sizes(NAME)[1:4]:
         inputs = encoded(NAME, model, size)
-        given = given_by_hand(inputs)
+        given = given_by_hand(inputs, SELECTORS[selector].query)
         wanted = [name for name in inspect.signature(ranking).parameters if name in given]
         expected = ranking(**{name: given[name] for name in wanted})
         found = kept_by(model, inputs)
@@ -94,7 +95,21 @@ def test_fastv_is_softmax_attention_of_the_last_text_token() -> None:
     assert found.scores.equal(by_settings.scores)
 
 
-@pytest.mark.parametrize("selector", ["idpruner", "stride"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])  # without and with a norm of queries and keys
+def test_every_voter_by_itself(name: str) -> None:
+    model = hawk_compile.optimize(
+        zoo.build(name, layers=1), ratio=RATIO, backend="eager", query="each", normalization="softmax"
+    )
+    for size in zoo.sizes(name)[1:3]:
+        inputs = encoded(name, model, size)
+        given = given_by_hand(inputs, "each", name)
+        found = kept_by(model, inputs)
+        assert (found.scores - given["scores"]).abs().max() < 1e-6
+        assert found.keep_indices[0].tolist() == positions(given["scores"], given)
+    assert model.__dict__["_hawk_runtime"].compilations == 1
+
+
+@pytest.mark.parametrize("selector", ["idpruner", "hawk_diverse", "stride"])
 def test_a_padded_batch_keeps_what_its_rows_keep(selector: str) -> None:
     model = build(selector=selector)
     one, other = zoo.sizes(NAME)[1], zoo.sizes(NAME)[4]
