@@ -35,8 +35,8 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
 
     config = make_config(None, dict(options or {}))
     weights = explicit_weights(config.head_weights)
-    options = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
-    return compile_graph(gm, example_inputs, config, options)
+    settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
+    return compile_graph(gm, example_inputs, config, settled)
 
 
 def options_of(config: HawkConfig, **more: Any) -> PassOptions:
