@@ -122,20 +122,25 @@ def calibrate(
     ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed (score).")] = "0.6,0.8,0.9",
     limit: Annotated[int | None, typer.Option(help="No more than the first so many questions of each.")] = None,
     batch: Batch = 8,
+    heads_at_once: Annotated[int, typer.Option(help="Heads that one forward leaves out (attention, output).")] = 1,
     tokens: AnswerTokens = 16,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
     dtype: Dtype = "fp32",
-    device: Device = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it; cuda is another GPU in each process.")] = None,
     backend: Backend = "inductor",
     skip_bad: SkipBad = False,
     out: Annotated[Path, typer.Option(help="The file to write, progress beside it.")] = Path("head_weights.json"),
 ) -> None:
-    """Measure how important each query head is; head_weights= takes the file. A run that was cut off goes on."""
+    """Measure how important each query head is; head_weights= takes the file. A run that was cut off goes on.
+
+    Several processes share the work: torchrun --nproc_per_node 2 -m hawk_compile.cli calibrate ...
+    """
     from hawk_compile.calibration.commands import calibrate_checkpoint
 
     calibrate_checkpoint(
         console(), checkpoint, data, out, ratios=ratios, dtype=dtype, device=device, ablation=ablation, metric=metric,
-        limit=limit, batch=batch, max_new_tokens=tokens, seed=seed, backend=backend, skip_bad=skip_bad,
+        limit=limit, batch=batch, heads_at_once=heads_at_once, max_new_tokens=tokens, seed=seed, backend=backend,
+        skip_bad=skip_bad,
     )  # fmt: skip
 
 

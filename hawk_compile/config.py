@@ -28,7 +28,8 @@ class HawkConfig:
             max(1, ceil(V * (1 - ratio))) of them.
         head_weights: importance of each query head of the scoring layer, [H], >= 0, not all 0 (only proportions
             matter). "auto": the weights published for the checkpoint, or those that lie beside it, else equal ones.
-            "uniform": equal weights. A path: a JSON or safetensors file. A tensor or a sequence of numbers.
+            "uniform": equal weights. A path: a JSON or safetensors file. "org/name" or "org/name@revision":
+            head_weights.json of that Hugging Face Hub repository. A tensor or a sequence of numbers.
         normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
             default), "softmax" or "minmax". None: as the selector has it, "l2" for "hawk".
         selector: how visual tokens are ranked: "hawk" (by its score), or another name in `hawk_compile.selectors`.

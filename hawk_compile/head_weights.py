@@ -6,6 +6,7 @@ matter: weights are divided by their sum.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,11 +36,11 @@ def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
     """The weights for a model.
 
     Args:
-        given: "auto", "uniform", a path, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
+        given: "auto", "uniform", a path, a Hub id, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
 
     Raises:
-        HeadWeightsError: a file that holds no weights, or weights of the wrong length, negative, all zero or not
-            finite.
+        HeadWeightsError: a file that holds no weights, a Hub repository without one, or weights of the wrong length,
+            negative, all zero or not finite.
     """
     heads = model.config.get_text_config().num_attention_heads
     if isinstance(given, str) and given in ("auto", "uniform"):
@@ -48,17 +49,62 @@ def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
             return normalised(*found, heads)
         unfit = f" ({len(found[0])} weights, {found[1]}, do not fit {heads} heads)" if found else ""
         return HeadWeights(torch.full((heads,), 1.0 / heads), f"uniform{unfit}")
-    if isinstance(given, (str, os.PathLike)):
-        return normalised(read(Path(given)), f"file {os.fspath(given)}", heads)
-    return normalised(as_tensor(given), "given", heads)
+    return normalised(*named_or_given(given), heads)
 
 
 def explicit_weights(given: Any) -> Tensor | None:
-    """Weights that need no model to be known: a tensor, a sequence or a file; None for "auto" and "uniform"."""
+    """Weights that need no model to be known; None for "auto" and "uniform"."""
     if isinstance(given, str) and given in ("auto", "uniform"):
         return None
-    values = read(Path(given)) if isinstance(given, (str, os.PathLike)) else as_tensor(given)
-    return normalised(values, "given", len(values)).values
+    values, origin = named_or_given(given)
+    return normalised(values, origin, len(values)).values
+
+
+def named_or_given(given: Any) -> tuple[Tensor, str]:
+    """Weights of a file or a Hub repository that is named, or numbers, and where they came from."""
+    if isinstance(given, str) and is_hub_id(given):
+        return read(fetched(given)), f"Hub {given}"
+    if isinstance(given, (str, os.PathLike)):
+        return read(Path(given)), f"file {os.fspath(given)}"
+    return as_tensor(given), "given"
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether a string is `org/name` or `org/name@revision`: nothing that exists here, nor what looks like a path."""
+    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", given) and not given.endswith((".json", ".safetensors"))
+    return bool(looks_so) and not Path(given).exists()
+
+
+def fetched(hub_id: str) -> Path:
+    """The head weights of a Hub repository, in the Hub's cache.
+
+    Raises:
+        HeadWeightsError: what the Hub does not have, or a Hub that cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = hub_id.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, FILE_NAME, revision=revision or None))
+    except Exception as error:  # of the Hub's, of its HTTP library's, of the file system's: they have no other base
+        known = {
+            errors.LocalEntryNotFoundError: "the Hub cannot be reached and the file is not in its cache: connect, or "
+            "give a file",
+            errors.EntryNotFoundError: f"it holds no {FILE_NAME}: give a repository that does, or a file",
+            errors.GatedRepoError: "access to it is granted on request: ask there and log in (hf auth login), or give "
+            "a file",
+            errors.RepositoryNotFoundError: "there is none of this name, or it is private: correct the name, log in "
+            "(hf auth login), or give a file",
+            errors.RevisionNotFoundError: f"it has no revision {revision}: correct it",
+        }
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = next((text for kind, text in known.items() if isinstance(error, kind)), None)
+        why = why or f"fetching it failed ({told}): try again, or give a file"
+        raise HeadWeightsError(
+            f'head_weights names no file here, so it must be a Hugging Face Hub repository with {FILE_NAME}; got '
+            f'"{hub_id}", and {why}'
+        ) from None
 
 
 def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
@@ -116,7 +162,7 @@ def as_tensor(given: Any) -> Tensor:
     )
     if not numbers or isinstance(given, str):
         raise HeadWeightsError(
-            f'head_weights must be "auto", "uniform", a path, a tensor or numbers, got {type(given).__name__}'
+            f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {type(given).__name__}'
         )
     return torch.tensor(list(given), dtype=torch.float32)
 

@@ -1,14 +1,16 @@
-"""Three readings of "leave a head out", each a way to run a model with one query head of the scoring layer ablated.
+"""Three readings of "leave a head out", each a way to run a model with query heads of the scoring layer ablated.
 
     score       the head has no weight in the HAWK score, and the model runs pruned by it: what the weights are for
     attention   text does not see visual tokens through this head, and nothing is pruned: what it fetches from pictures
     output      the head's whole output is 0, and nothing is pruned: whatever it does, text to text included
 
-The last two are made inside the model's own attention, through transformers' table of attention functions.
+The last two are made inside the model's own attention, through transformers' table of attention functions, each row of
+a batch with a head of its own. Head weights are one input [H] of the compiled graph for all rows, so "score" leaves out
+one head in a forward.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +28,12 @@ LAYER = 0
 
 
 @contextlib.contextmanager
-def ablated(model: PreTrainedModel, kind: str, head: int | None, visual: Tensor) -> Iterator[None]:
-    """Let the unpruned model run with one head ablated.
+def ablated(model: PreTrainedModel, kind: str, heads: Sequence[int], visual: Tensor) -> Iterator[None]:
+    """Let the unpruned model run with one head ablated in each row.
 
     Args:
         kind: 'attention' or 'output'.
-        head: a query head; None: all of them work.
+        heads: [B], each row's query head; none: all of them work.
         visual: [B, S] bool, the prompt's visual tokens; 'attention' hides them from text.
     """
     base: Any = model.base_model
@@ -42,15 +44,16 @@ def ablated(model: PreTrainedModel, kind: str, head: int | None, visual: Tensor)
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *a: Any, **k: Any
     ) -> Any:
-        if head is None or getattr(module, "layer_idx", None) != LAYER or id(module) not in decoder:
+        if not heads or getattr(module, "layer_idx", None) != LAYER or id(module) not in decoder:
             return plain(module, query, key, value, attention_mask, *a, **k)
         nonlocal length
         length += query.shape[2]
         if kind == ATTENTION:
-            attention_mask = hidden(attention_mask, query, key, head, visual, length)
+            attention_mask = hidden(attention_mask, query, key, heads, visual, length)
         out, weights = plain(module, query, key, value, attention_mask, *a, **k)  # [B, S, H, d]
         if kind == OUTPUT:
-            out = out.index_fill(2, torch.tensor([head], device=out.device), 0)
+            out = out.clone()
+            out[list(range(len(heads))), :, list(heads)] = 0
         return out, weights
 
     with capture_lock:
@@ -61,15 +64,17 @@ def ablated(model: PreTrainedModel, kind: str, head: int | None, visual: Tensor)
             ALL_ATTENTION_FUNCTIONS[FUNCTION] = plain
 
 
-def hidden(mask: Tensor | None, query: Tensor, key: Tensor, head: int, visual: Tensor, length: int) -> Tensor:
-    """[B, H, Sq, Skv] bool: the mask, without visual keys for the text queries of one head."""
-    rows, heads, new = query.shape[:3]
+def hidden(
+    mask: Tensor | None, query: Tensor, key: Tensor, heads: Sequence[int], visual: Tensor, length: int
+) -> Tensor:
+    """[B, H, Sq, Skv] bool: the mask, without visual keys for the text queries of each row's head."""
+    rows, count, new = query.shape[:3]
     total = key.shape[2]
-    allowed = seen(mask, new, total, query.device).expand(rows, heads, new, total).clone()
+    allowed = seen(mask, new, total, query.device).expand(rows, count, new, total).clone()
     behind = max(0, length - visual.shape[1])  # what has been said since the prompt is text
     is_visual = torch.nn.functional.pad(visual, (0, behind))[:, length - total : length]
     text = ~is_visual[:, total - new :]  # the queries stand at the end
-    allowed[:, head] &= ~(text.unsqueeze(2) & is_visual.unsqueeze(1))
+    allowed[list(range(rows)), list(heads)] &= ~(text.unsqueeze(2) & is_visual.unsqueeze(1))
     return allowed
 
 

@@ -6,7 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hawk_compile.calibration.calibrate import Calibration, calibrate
+from hawk_compile.calibration.calibrate import calibrate
+from hawk_compile.calibration.processes import Processes, own_device
+from hawk_compile.calibration.result import Calibration
 from hawk_compile.checkpoints import read_for_tasks
 from hawk_compile.evaluation.commands import bar, numbers
 
@@ -17,19 +19,25 @@ def calibrate_checkpoint(
 ) -> None:  # fmt: skip
     """Calibrate a checkpoint folder, print every head and write the weights. Progress lies beside them until then.
 
+    Of several processes only the main one prints and writes.
+
     Raises:
         InputError: a folder that is no checkpoint, an unknown dtype, or samples that cannot be used.
         ConfigError: ratios that are no numbers, or settings out of range.
     """
-    model, processor = read_for_tasks(checkpoint, dtype, device)
+    model, processor = read_for_tasks(checkpoint, dtype, own_device(device))
+    processes = Processes(model.device)
+    if not processes.main:
+        console = Console(quiet=True)
     progress_file = out.with_name(f"{out.name}.progress")
     with bar(console, "questions") as told:
         found = calibrate(
             model, processor, {name: name for name in data}, ratios=numbers(ratios), warn=console.print,
             progress=told, progress_file=progress_file, **settings,
         )  # fmt: skip
-    found.write(out)
-    progress_file.unlink()
+    if processes.main:
+        found.write(out)
+        progress_file.unlink()
     console.print(table(found))
     if found.unsure:
         console.print(f"not above noise on any dataset: heads {', '.join(map(str, found.unsure))}")

@@ -9,12 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 import hawk_compile
+from hawk_compile import capture
 from hawk_compile.calibration.ablation import ablated
+from hawk_compile.calibration.batch import repeated
 from hawk_compile.calibration.calibrate import calibrate
 from hawk_compile.calibration.likelihood import likelihoods
 from hawk_compile.cli import app
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.evaluation.evaluate import encoded
+from hawk_compile.evaluation.evaluate import encoded, fresh
 from hawk_compile.evaluation.samples import read_samples
 from tests import zoo
 from tests.exporting import demo
@@ -28,47 +30,58 @@ def calibrated(data="demo:calibration", **settings):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_the_output_of_one_head_is_zero(name):
-    """As if its columns of the output projection were."""
+    """As if its columns of the output projection were; another head in each row."""
     model = zoo.build(name, layers=2)
     inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[2], zoo.sizes(name)[3]])
     attention = model.base_model.get_decoder().layers[0].self_attn
-    width = attention.head_dim
+    width, weight = attention.head_dim, attention.o_proj.weight
     visual = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     with torch.no_grad():
-        plain = model(**inputs).logits
-        with ablated(model, "output", 1, visual):
+        plain, whole = model(**inputs).logits, weight.clone()
+        with ablated(model, "output", [1, 3], visual):
             found = model(**inputs).logits
         assert torch.equal(model(**inputs).logits, plain)
-        attention.o_proj.weight[:, width : 2 * width] = 0
-        torch.testing.assert_close(found, model(**inputs).logits)
-    assert not torch.allclose(found, plain, atol=1e-4)
+        for row, head in enumerate((1, 3)):
+            weight[:, head * width : (head + 1) * width] = 0
+            torch.testing.assert_close(found[row], model(**inputs).logits[row])
+            assert not torch.allclose(found[row], plain[row], atol=1e-4)
+            weight.copy_(whole)
 
 
 def test_text_does_not_see_pictures_through_one_head():
-    """Computed by hand for every query; with padding in front."""
+    """Computed by hand for every query; with padding in front, and another head in each row."""
     name = "llava"
     model = zoo.build(name, layers=1)
     inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[2], zoo.sizes(name)[3]])
     visual = inputs["input_ids"] == model.config.image_token_id
     attention, held = model.base_model.get_decoder().layers[0].self_attn, {}
-    hooks = [
-        attention.q_proj.register_forward_hook(lambda m, i, o: held.update(q=o)),
-        attention.o_proj.register_forward_pre_hook(lambda m, i: held.update(out=i[0])),
-    ]
+    hook = attention.o_proj.register_forward_pre_hook(lambda m, i: held.update(out=i[0]))
     with torch.no_grad():
         model(**inputs)
         plain = held["out"]
-        with ablated(model, "attention", 2, visual):
+        with ablated(model, "attention", [2, 0], visual):
             model(**inputs)
         without = held["out"]
-        for hook in hooks:
-            hook.remove()
+    hook.remove()
     shape = (*plain.shape[:2], -1, attention.head_dim)
     changed = (plain - without).reshape(shape).abs().amax(-1) > 1e-6  # [B, S, H]
     behind = visual.cumsum(1) > 0
     real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(visual)
-    assert not changed[..., [0, 1, 3]].any()
-    assert torch.equal(changed[..., 2][real], (behind & ~visual)[real])
+    for row, head in enumerate((2, 0)):
+        assert not changed[row][:, [each for each in range(4) if each != head]].any()
+        assert torch.equal(changed[row, :, head][real[row]], (behind & ~visual)[row][real[row]])
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_repeated_rows_have_their_own_pictures(name):
+    """Features in one tensor, in a list, and with more for later layers; rows with other numbers of pictures."""
+    model = zoo.build(name, layers=2)
+    several = next(row for row in zoo.sizes(name) if len(row.images) == 2)
+    inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[0], several])
+    with torch.no_grad():
+        inputs = capture.encode(model, inputs)
+        found = model(**repeated(inputs, 3)).logits
+        torch.testing.assert_close(found, model(**fresh(inputs)).logits.repeat(3, 1, 1))
 
 
 def test_weights_are_clipped_drops_in_proportion():
@@ -100,10 +113,16 @@ def test_what_the_score_ablation_measures():
 
 @pytest.mark.parametrize("ablation", ["attention", "output"])
 def test_the_other_ablations_leave_the_model_unpruned(ablation):
-    before = demo.model().__dict__.get("_hawk_runtime")
-    found = calibrated(ablation=ablation, limit=6)
+    """One head in a forward or three, pictures are encoded once for each of the two batches."""
+    before, calls = demo.model().__dict__.get("_hawk_runtime"), []
+    hook = demo.model().model.visual.register_forward_hook(lambda *call: calls.append(call))
+    found, again = (calibrated(ablation=ablation, limit=6, heads_at_once=heads) for heads in (1, 3))
+    hook.remove()
+    assert len(calls) == 2 * 2
     assert found.ablation == ablation and found.ratios == []
     assert sum(found.weights) == pytest.approx(1, abs=1e-6) and demo.model().__dict__.get("_hawk_runtime") is before
+    drops, same = ([head["drop"] for head in each.datasets["demo:calibration"]["heads"]] for each in (found, again))
+    assert drops == pytest.approx(same, abs=1e-5) and max(drops) > 1e-3
 
 
 def test_several_datasets_are_averaged():
@@ -137,13 +156,18 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
     progress.write_text("".join(lines[:2]) + lines[2][:40])
     dataclasses.replace(calibrated(progress_file=progress), date=whole.date).write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    with pytest.raises(InputError, match="belongs to a calibration with other settings"):
-        calibrated(progress_file=progress, ablation="output")
+    for other in ({"ablation": "output"}, {"ablation": "attention", "heads_at_once": 2}):
+        with pytest.raises(InputError, match="belongs to a calibration with other settings"):
+            calibrated(progress_file=progress, **other)
 
 
 def test_what_cannot_be_calibrated(tmp_path):
     with pytest.raises(ConfigError, match="ablation must be one of score, attention, output, got 'heads'"):
         calibrated(ablation="heads")
+    with pytest.raises(ConfigError, match=r'heads_at_once must be 1 with ablation "score".*got 2: leave it out'):
+        calibrated(heads_at_once=2)
+    with pytest.raises(ConfigError, match="heads_at_once must be a whole number of at least 1, got 0"):
+        calibrated(heads_at_once=0)
     with pytest.raises(ConfigError, match="ratio is the fraction"):
         calibrated(ratios=(2.0,))
     with pytest.raises(InputError, match="leaving out a head lowers the score on no dataset"):
@@ -165,6 +189,8 @@ def test_the_command_line_writes_what_optimize_takes(tmp_path):
     arguments = ["calibrate", demo.FOLDER, "--data", "demo:calibration", "--limit", "6", "--backend", "eager",
                  "--metric", "likelihood",
                  "--out", str(out)]  # fmt: skip
+    called = CliRunner().invoke(app, [*arguments, "--heads-at-once", "2"])
+    assert called.exit_code == 2 and "heads_at_once must be 1 with ablation" in called.stderr
     called = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert called.exit_code == 0, called.output
     assert f"written: {out}" in called.stdout and [each.name for each in tmp_path.iterdir()] == [out.name]
