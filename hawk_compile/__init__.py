@@ -11,6 +11,7 @@
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
 """
 
+from hawk_compile.budgets import Adaptive
 from hawk_compile.calibration.calibrate import Calibration, calibrate
 from hawk_compile.config import HawkConfig
 from hawk_compile.evaluation.evaluate import Evaluation, evaluate
@@ -24,6 +25,7 @@ from hawk_compile.selectors import register_selector
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adaptive",
     "Calibration",
     "Evaluation",
     "HawkConfig",

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from hawk_compile.config import HawkConfig, make_config
-from hawk_compile.errors import MergeNotFoundError
+from hawk_compile.errors import ConfigError, MergeNotFoundError
 from hawk_compile.passes.locate_prefill import find_merges
 from hawk_compile.pipeline import PassOptions, run_passes, source_tag
 
@@ -34,6 +34,11 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     from hawk_compile.head_weights import explicit_weights
 
     config = make_config(None, dict(options or {}))
+    if config.budget is not None or config.per_image:
+        raise ConfigError(
+            "budget, min_per_image and quota need to know the prompt, which a graph alone does not: use "
+            "hawk_compile.optimize"
+        )
     weights = explicit_weights(config.head_weights)
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
     return compile_graph(gm, example_inputs, config, settled)
@@ -45,6 +50,7 @@ def options_of(config: HawkConfig, **more: Any) -> PassOptions:
     return PassOptions(
         normalization=config.used_normalization,
         query="mean" if config.used_query == "last" else config.used_query,
+        mass=None if config.budget is None else config.budget.mass,
         ranking=method.ranking,
         ranking_options=tuple({**method.options, **config.selector_options}.items()),
         **more,

@@ -137,6 +137,20 @@ def join(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor | list[
     return joined.unsqueeze(0) if isinstance(features, Tensor) else [joined]
 
 
+def image_sizes(outputs: dict[str, Any], frames: Tensor | None) -> dict[str, list[int]]:
+    """modality -> tokens of each image in the order of the prompts; of a video, of each of its frames.
+
+    Args:
+        outputs: of the encoder, one entry of features for each image, tile or video.
+        frames: [videos, 3] int64, frames first, where the model packs videos of several sizes; None elsewhere.
+    """
+    sizes = {name: [len(part) for part in output[FEATURES]] for name, output in outputs.items() if output is not None}
+    if frames is not None and "video" in sizes:
+        times = frames[:, 0].tolist()
+        sizes["video"] = [size // time for size, time in zip(sizes["video"], times, strict=True) for _ in range(time)]
+    return sizes
+
+
 def cut_extra_rows(outputs: dict[str, ModelOutput]) -> dict[str, ModelOutput]:
     """The features as `join_features` was given them; traced into the graph.
 
@@ -178,10 +192,14 @@ def feature_count(outputs: dict[str, ModelOutput]) -> int:
     return sum(part.shape[-2] - EXTRA_ROWS for output in outputs.values() for part in output[FEATURES])
 
 
+def placeholders(model: Any) -> dict[str, int | None]:
+    """modality -> the id that waits for its features."""
+    return {modality: getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")}
+
+
 def placeholder_ids(model: Any) -> list[int]:
     """The ids that wait for visual features, of any modality."""
-    named = (getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video"))
-    return sorted({each for each in named if each is not None})
+    return sorted({each for each in placeholders(model).values() if each is not None})
 
 
 def known_ids(model: Any, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:

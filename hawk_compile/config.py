@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hawk_compile.budgets import Adaptive
 from hawk_compile.errors import ConfigError
 from hawk_compile.selectors import SELECTORS, Selector
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
+QUOTAS = ("prompt", "image")
 QUERIES = ("mean", "last", "each", "content")
 MAX_DENOMINATOR = 10**6
 """Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
@@ -26,6 +28,12 @@ class HawkConfig:
     Attributes:
         ratio: fraction of visual tokens removed from each row, in [0, 1). A row with V visual tokens keeps
             max(1, ceil(V * (1 - ratio))) of them.
+        budget: `Adaptive(...)`: each row keeps as few visual tokens as hold a share of its score, at most what `ratio`
+            leaves. None: exactly what `ratio` leaves.
+        min_per_image: visual tokens that every image (or frame of a video) keeps at least, or all it has. A row keeps
+            more than `ratio` leaves if its images need it.
+        quota: "prompt": `ratio` is of all visual tokens of a row, for which its images compete; "image": of every
+            image (or frame of a video) by itself.
         head_weights: importance of each query head of the scoring layer, [H], >= 0, not all 0 (only proportions
             matter). "auto": the weights published for the checkpoint, or those that lie beside it, else equal ones.
             "uniform": equal weights. A path: a JSON or safetensors file. "org/name" or "org/name@revision":
@@ -46,6 +54,9 @@ class HawkConfig:
     """
 
     ratio: float = 0.8
+    budget: Adaptive | None = None
+    min_per_image: int = 0
+    quota: str = "prompt"
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
     normalization: str | None = None
     selector: str = "hawk"
@@ -58,6 +69,7 @@ class HawkConfig:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        check_budget(self)
         check_choice("backend", self.backend, BACKENDS)
         if self.normalization is not None:
             check_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -90,6 +102,23 @@ class HawkConfig:
         return self.method.head_weights or self.head_weights
 
     @property
+    def per_image(self) -> bool:
+        """Whether anything is said of single images."""
+        return self.quota == "image" or self.min_per_image > 0
+
+    def floor(self, count: int) -> int:
+        """How many visual tokens an image with `count` of them keeps at least."""
+        return max(self.kept(count) if self.quota == "image" else 0, min(self.min_per_image, count))
+
+    def bounds(self, count: int, floor: int = 0) -> tuple[int, int]:
+        """(least, most) visual tokens that a row with `count` of them keeps, of which its images need `floor`."""
+        least = most = 0 if self.quota == "image" else self.kept(count)
+        if self.budget is not None:
+            least, most = self.budget.bounds(count, most)
+        floor = min(floor, count)
+        return max(least, floor), max(most, floor)
+
+    @property
     def removed(self) -> Fraction:
         """`ratio` as the fraction it was meant to be."""
         return Fraction(self.ratio).limit_denominator(MAX_DENOMINATOR)
@@ -106,6 +135,20 @@ def check_ratio(ratio: Any) -> None:
     if not 0 <= ratio < 1:
         hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
         raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+
+
+def check_budget(config: HawkConfig) -> None:
+    if config.budget is not None and not isinstance(config.budget, Adaptive):
+        raise ConfigError(f"budget must be hawk_compile.Adaptive(...) or None, got {config.budget!r}")
+    check_choice("quota", config.quota, QUOTAS)
+    given = config.min_per_image
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ConfigError(f"min_per_image is a number of visual tokens, an int of at least 0, got {given!r}")
+    if config.budget is not None and config.quota == "image":
+        raise ConfigError(
+            'budget finds one number for all images of a row, and quota="image" sets one for each: give one of them, '
+            "or budget with min_per_image"
+        )
 
 
 def check_selector(config: HawkConfig) -> None:

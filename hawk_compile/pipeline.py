@@ -25,6 +25,7 @@ from hawk_compile.errors import ConfigError
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.inline_operators import inline_operators
 from hawk_compile.passes.insert_budget import insert_budget
+from hawk_compile.passes.insert_quotas import insert_quotas
 from hawk_compile.passes.insert_ranking import insert_ranking
 from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
@@ -58,8 +59,9 @@ PASSES = (
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
     Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query")),
-    Step(insert_budget, "count how many visual tokens every row keeps", ("removed",)),
+    Step(insert_budget, "count how many visual tokens every row keeps", ("removed", "mass")),
     Step(insert_ranking, "let a selector rank the visual tokens", ("ranking", "ranking_options")),
+    Step(insert_quotas, "let every image keep its floor of visual tokens"),
     Step(insert_selection, "choose the positions that every row keeps"),
     Step(gather_by_shape, "gather what crosses over, by its symbolic shape"),
     Step(refresh_values, "work out the pruned shapes and check them", optional=True),
@@ -87,6 +89,7 @@ class PassOptions:
     query: str = "mean"
     head_weights: Tensor | None = None
     removed: Fraction = Fraction(0)
+    mass: float | None = None
     ranking: Callable[..., Tensor] | None = None
     ranking_options: tuple[tuple[str, Any], ...] = ()
     selection: str = "sort"

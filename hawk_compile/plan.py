@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hawk_compile.budgets import Quotas
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import InputError
 from hawk_compile.query import SpecialIds, counted, voting_text
@@ -20,10 +21,13 @@ class Plan:
     Attributes:
         votes: [B, S] bool, text tokens whose queries are averaged.
         source: [B] int64, a `QuerySource` per row.
-        budget: [B] int64, visual tokens each row keeps.
+        budget: [B] int64, visual tokens each row keeps, or the most of them if there is a `least`.
+        least: [B] int64, the least of them, where the graph finds the number itself.
+        quotas: what every image keeps, if the settings say anything of that.
         visual: visual tokens of each row.
-        kept: visual tokens each row keeps, as `budget`, on the host.
-        length: S', the positions every row keeps.
+        text: other real tokens of each row.
+        kept: as `budget`, on the host.
+        length: S', the positions every row keeps, or the most of them.
         padded: whether some row holds padding before pruning.
         filled: whether some row holds padding or filling after pruning.
     """
@@ -31,7 +35,10 @@ class Plan:
     votes: Tensor
     source: Tensor
     budget: Tensor
+    least: Tensor | None
+    quotas: Quotas | None
     visual: list[int]
+    text: list[int]
     kept: list[int]
     length: int
     padded: bool
@@ -46,6 +53,7 @@ def make_plan(
     ids: SpecialIds,
     config: HawkConfig,
     prompt: int | None = None,
+    images: Quotas | None = None,
 ) -> Plan:
     """Plan a prefill.
 
@@ -55,6 +63,7 @@ def make_plan(
         attention_mask: [B, S], nonzero for real tokens; None if all are.
         features: number of visual features that were encoded.
         prompt: positions from here on do not vote; None if all may.
+        images: what every image keeps at least.
 
     Raises:
         InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
@@ -63,29 +72,34 @@ def make_plan(
     asked = real if prompt is None else real & (torch.arange(real.shape[1], device=real.device) < prompt)
     votes, source = voting_text(input_ids, visual, asked, ids)
     votes = counted(votes, config.used_query)
-    counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1)]).tolist()
-    placeholders, tokens, present, voters = counts
+    floors = torch.zeros_like(source) if images is None else images.total
+    counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1), floors]).tolist()
+    placeholders, tokens, present, voters, guaranteed = counts
     if sum(placeholders) != features:
         raise InputError(
             f"the prompt has {sum(placeholders)} placeholders for visual tokens, but {features} visual features were "
             "encoded: give the images and videos that belong to exactly these placeholders"
         )
-    for row, (count, voting) in enumerate(zip(tokens, voters, strict=True)):
-        if config.kept(count) < count and not voting:
+    bounds = [config.bounds(count, floor) for count, floor in zip(tokens, guaranteed, strict=True)]
+    fewest, kept = [low for low, _ in bounds], [high for _, high in bounds]
+    for row, (count, low, voting) in enumerate(zip(tokens, fewest, voters, strict=True)):
+        if low < count and not voting:
             raise InputError(
                 f"row {row} of the prompt has {count} visual tokens and no text token that could score them: add a "
                 "question, or call the model with ratio=0"
             )
-    kept = [config.kept(count) for count in tokens]
     needed = [total - count + keep for total, count, keep in zip(present, tokens, kept, strict=True)]
     length = visual.shape[1] if kept == tokens else max(needed)
     return Plan(
         votes=votes,
         source=source,
         budget=torch.tensor(kept, device=visual.device),
+        least=None if config.budget is None else torch.tensor(fewest, device=visual.device),
+        quotas=images,
         visual=tokens,
+        text=[total - count for total, count in zip(present, tokens, strict=True)],
         kept=kept,
         length=length,
         padded=any(total != visual.shape[1] for total in present),
-        filled=any(total != length for total in needed),
+        filled=any(total != length for total in needed) or (config.budget is not None and len(needed) > 1),
     )

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile import capture
 from hawk_compile.backend import compile_graph, options_of
+from hawk_compile.budgets import quotas
 from hawk_compile.cache import PrunedCache, mark_pruned, physical_length, physical_mask
 from hawk_compile.capture import capture_lock, tokens_of
 from hawk_compile.config import HawkConfig
@@ -52,7 +53,11 @@ class CompiledPrefill:
     ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
         """(model output, keep [B, S'], valid [B, S'], scores [B, S]); fills the cache among the inputs."""
         device = head_weights.device
-        planned = (plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device))
+        image, floor = (None, None) if plan.quotas is None else (plan.quotas.image, plan.quotas.floor)
+        planned = (
+            plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device),
+            plan.least, image, floor,
+        )  # fmt: skip
         with capture_lock, capture.settings():
             try:
                 return self.function(forward, inputs, past_mask, planned)
@@ -71,6 +76,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
     refuse_unsupported(model, kwargs)
     asked = tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
     grad = torch.is_grad_enabled() and asked
+    frames = kwargs.get("video_grid_thw")
     with torch.no_grad():
         if capture.has_pixels(kwargs):
             with deltas_of(model, kwargs.get("past_key_values")):
@@ -78,6 +84,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         if kwargs.get("output_hidden_states"):
             capture.install_recorders(model)
         kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
+        sizes = capture.image_sizes(kwargs["mm_encoder_outputs"], frames) if runtime.config.per_image else {}
         outputs = capture.join_features(kwargs.pop("mm_encoder_outputs"))
         refuse_two_kinds_of_layer_features(outputs)
         tokens = tokens_of(kwargs)
@@ -95,7 +102,8 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         visual = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
         features = capture.feature_count(outputs)
         prompt = kwargs.pop(PROMPT_LENGTH, None)
-        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt)
+        images = quotas(ids, capture.placeholders(model), sizes, runtime.config) if runtime.config.per_image else None
+        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt, images)
         needs_mask = plan.padded or plan.filled or past_mask is not None
         if not needs_mask:
             mask = None
@@ -110,8 +118,8 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         if target is not None:
             mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
     runtime.note(PrefillRecord(
-        plan.visual, plan.kept, keep, valid, scores, reason_of(runtime.config, plan), plan.source,
-        runtime.head_weights.origin, length, plan.length))
+        plan.visual, plan.text, keep, valid, scores, rule_of(runtime.config), plan.source,
+        runtime.head_weights.origin, length))
     if "past_key_values" in result:
         result["past_key_values"] = target
     if grad:
@@ -150,7 +158,7 @@ def scratch_cache(target: Cache | None) -> DynamicCache:
 
 
 def planned_forward(
-    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Tensor, ...]
+    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Any, ...]
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """What Dynamo captures: the model's own forward with the plan beside it."""
     keep, valid, scores = torch.ops.hawk.plan(*planned)
@@ -177,11 +185,14 @@ def fill_cache(
     return target
 
 
-def reason_of(config: HawkConfig, plan: Plan) -> str:
-    total, kept = sum(plan.visual), sum(plan.kept)
-    if kept == total:
-        return f"ratio={config.ratio:g} leaves all {total} visual tokens"
-    return f"ratio={config.ratio:g} removes {total - kept} of {total} visual tokens"
+def rule_of(config: HawkConfig) -> str:
+    """What says how much is removed."""
+    rules = [f"ratio={config.ratio:g}"]
+    if config.budget is not None:
+        rules.append(f"budget={config.budget}")
+    if config.per_image:
+        rules += [f"min_per_image={config.min_per_image}", f'quota="{config.quota}"']
+    return " with ".join([rules[0], ", ".join(rules[1:])]) if rules[1:] else rules[0]
 
 
 def refuse_gradients(result: ModelOutput) -> None:

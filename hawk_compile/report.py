@@ -36,18 +36,21 @@ class Report:
 
 @dataclass(frozen=True)
 class PrefillRecord:
-    """What a prefill leaves behind; tensors stay on their device until a report is asked for."""
+    """What a prefill leaves behind; tensors stay on their device until a report is asked for.
+
+    `rule` is what says how much is removed; where nothing was selected (`keep` is None), why. `text_tokens` are those
+    of each row that are neither visual nor padding.
+    """
 
     visual_tokens: list[int]
-    kept_visual_tokens: list[int]
+    text_tokens: list[int]
     keep: Tensor | None
     valid: Tensor | None
     scores: Tensor | None
-    reason: str
+    rule: str
     source: Tensor | None
     head_weights: str
     prompt_tokens: int
-    kept_tokens: int
 
     def report(self) -> Report:
         import torch
@@ -57,15 +60,22 @@ class PrefillRecord:
         else:
             pairs = zip(self.keep.cpu(), self.valid.cpu(), strict=True)
             indices = [keep[valid] for keep, valid in pairs]
+        total, kept = sum(self.visual_tokens), self.visual_tokens
+        reason = self.rule
+        if self.keep is not None:
+            kept = [len(each) - text for each, text in zip(indices, self.text_tokens, strict=True)]
+            removed = total - sum(kept)
+            reason += f" removes {removed} of" if removed else " leaves all"
+            reason += f" {total} visual tokens"
         source = [] if self.source is None else [QuerySource(each).name.lower() for each in self.source.tolist()]
         return Report(
             visual_tokens=torch.tensor(self.visual_tokens, dtype=torch.int64),
-            kept_visual_tokens=torch.tensor(self.kept_visual_tokens, dtype=torch.int64),
+            kept_visual_tokens=torch.tensor(kept, dtype=torch.int64),
             keep_indices=indices,
             scores=None if self.scores is None else self.scores.cpu(),
-            reason=self.reason,
+            reason=reason,
             query_source=source,
             head_weights=self.head_weights,
             prompt_tokens=self.prompt_tokens,
-            kept_tokens=self.kept_tokens,
+            kept_tokens=self.prompt_tokens if self.keep is None else self.keep.shape[1],
         )

@@ -137,4 +137,4 @@ def note_unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, An
         reason = "the prompt has no visual features"
     nothing = [0] * rows
     runtime.note(PrefillRecord(
-        nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length, length))
+        nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length))

@@ -134,9 +134,14 @@ class Builder:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         fake_args, fake_kwargs = map_arg((args, kwargs), value)
-        with self.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
+        with self.fake_mode or nullcontext(), self.fresh(), enable_python_dispatcher(), torch.no_grad():
             node.meta[self.key] = target(*fake_args, **fake_kwargs)
         return node
+
+    def fresh(self) -> Any:
+        """A context in which sizes read from values are new symbols, which the compiler behind makes again."""
+        shape_env = self.fake_mode.shape_env if self.fake_mode is not None else None
+        return nullcontext() if shape_env is None else shape_env.ignore_fresh_unbacked_symbols()
 
     def size(self, operation: Callable[..., Any], left: Size, right: Size) -> Size:
         """`operation(left, right)` on sizes: a node where the result is symbolic, a number where it is not."""

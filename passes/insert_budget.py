@@ -3,9 +3,11 @@
     before: merged [B, S, D] | decoder(merged)
     after:  merged [B, S, D], budget [B], and the sizes S' and V' | decoder(merged)
 
-With a `hawk::plan` in the graph these are its arguments. Without one every row must hold the same number of visual
-tokens, V / B, of which ceil(V / B * (1 - ratio)) are kept, at least one; S' = S - V / B + that is then an expression of
-the graph's own sizes, and an assertion in the graph guards it. Numerics are unchanged: nothing reads these yet.
+With a `hawk::plan` in the graph these are its arguments; where that gives bounds, a row's budget are the fewest tokens
+that hold a share of its score, and the sizes are read from the device. Without a plan every row must hold the same
+number of visual tokens, V / B, of which ceil(V / B * (1 - ratio)) are kept, at least one; S' = S - V / B + that is then
+an expression of the graph's own sizes, and an assertion in the graph guards it. Numerics are unchanged: nothing reads
+these yet.
 """
 
 import operator
@@ -16,30 +18,43 @@ import torch
 from torch import fx
 
 from hawk_compile.kernels.plan.op import SLOT_OFFSET
+from hawk_compile.kernels.select.budgets import kept_of_all, longest_row, tokens_for_mass
 from hawk_compile.passes.graph import Builder, Size
 from hawk_compile.passes.site import Site, site_of
 
 
 def insert_budget(
-    gm: fx.GraphModule, example_inputs: list[Any], *, removed: Fraction = Fraction(0)
+    gm: fx.GraphModule, example_inputs: list[Any], *, removed: Fraction = Fraction(0), mass: float | None = None
 ) -> fx.GraphModule:
     """Insert the budget; `site.budget`, `site.kept_length` and `site.kept_visual` name it and the sizes.
 
     Args:
         removed: the fraction of visual tokens that is removed, for graphs without a `hawk::plan`.
+        mass: the share of the score that is kept, for plans with bounds.
     """
     site = site_of(gm)
     assert site is not None and site.boundary is not None
     if site.budget is not None:
         return gm
     build = Builder(gm, site.boundary)
-    if site.plan is not None:
+    if mass is not None:
+        insert_mass_budget(build, site, mass)
+    elif site.plan is not None:
         site.budget = site.plan.args[1]  # type: ignore[assignment]
         site.kept_length = planned_size(build, site.plan.args[3])
         site.kept_visual = planned_size(build, site.plan.args[4])
     else:
         site.budget = uniform_budget(build, site, removed)
     return gm
+
+
+def insert_mass_budget(build: Builder, site: Site, mass: float) -> None:
+    assert site.plan is not None
+    most, least = site.plan.args[1], site.plan.args[5]
+    candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
+    site.budget = build.call(tokens_for_mass, site.scores, candidate, mass, least, most)
+    site.kept_length = build.call(longest_row, candidate, site.token_mask, site.budget)
+    site.kept_visual = build.call(kept_of_all, site.budget)
 
 
 def planned_size(build: Builder, slots: Any) -> Size:

@@ -26,8 +26,9 @@ def insert_selection(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphM
     if site.keep is not None:
         return gm
     build = Builder(gm, site.boundary)
+    ranks = site.ranks or site.scores
     select = torch.ops.hawk.select.default
-    chosen = build.call(select, site.scores, site.visual_mask, site.token_mask, site.budget, site.kept_length)
+    chosen = build.call(select, ranks, site.visual_mask, site.token_mask, site.budget, site.kept_length)
     site.keep, site.valid = build.item(chosen, 0), build.item(chosen, 1)
     if site.plan is not None:
         answer_plan(gm.graph, site)

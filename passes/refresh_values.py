@@ -6,7 +6,6 @@
 Numerics are unchanged. A node that cannot run at the pruned length is named, and so is one that still sees S.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -30,10 +29,8 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     build = Builder(gm, site.boundary)
     if build.fake_mode is None:
         return gm
-    shape_env = build.fake_mode.shape_env
-    fresh = contextlib.nullcontext() if shape_env is None else shape_env.ignore_fresh_unbacked_symbols()
     behind = False
-    with build.fake_mode, enable_python_dispatcher(), torch.no_grad(), fresh:
+    with build.fake_mode, enable_python_dispatcher(), torch.no_grad(), build.fresh():
         for node in gm.graph.nodes:
             behind = behind or node is site.boundary
             if behind and node is not output_node(gm.graph):

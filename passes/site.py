@@ -56,9 +56,11 @@ class Site:
     votes: Any = None
     """[B, S]: which text votes on the visual tokens, or how much."""
     scores: fx.Node | None = None
-    """[B, S]: what visual tokens are chosen by."""
+    """[B, S]: the scores of visual tokens, or a selector's ranking in their place."""
     ranked: bool = False
     """Whether a selector's ranking has taken the place of the scores."""
+    ranks: fx.Node | None = None
+    """[B, S]: what visual tokens are chosen by, where that is not `scores`: some images' tokens go first."""
     budget: fx.Node | None = None
     """[B]: how many visual tokens each row keeps."""
     keep: fx.Node | None = None

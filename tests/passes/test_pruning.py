@@ -10,6 +10,7 @@ from hawk_compile.errors import GraphError, ShapeError
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.graph import ancestors, expr, is_call, same, value
 from hawk_compile.passes.insert_budget import insert_budget
+from hawk_compile.passes.insert_quotas import insert_quotas
 from hawk_compile.passes.insert_ranking import insert_ranking
 from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
@@ -28,6 +29,7 @@ PASSES = (
     insert_scoring,
     insert_budget,
     insert_ranking,
+    insert_quotas,
     insert_selection,
     gather_by_shape,
     refresh_values,
@@ -124,6 +126,43 @@ def test_scoring_refuses_head_weights_of_another_length():
     split_at_merge(locate_prefill(gm, []), [])
     with pytest.raises(GraphError, match="query heads"):
         insert_scoring(gm, [])
+
+
+def with_more_in_the_plan(last, least=None, image=None, floor=None, mass=None):
+    """The graph after the passes up to `last`, its plan with bounds or with floors for images."""
+    inputs = graphs.prompt()
+    plan = (*graphs.plan_of(inputs, 4), least, image, floor)
+    gm = graphs.captured(graphs.planned(graphs.Decoder()), inputs, plan)
+    for each in PASSES[: PASSES.index(last) + 1]:
+        gm = each(gm, [], mass=mass) if each is insert_budget else each(gm, [])
+        gm.graph.lint()
+    return gm
+
+
+def test_quotas_order_what_is_selected_and_leave_the_scores_to_the_caller():
+    ids = graphs.prompt()[0]
+    image = torch.where(ids >= graphs.IMAGE - 1, 0, -1)
+    gm = with_more_in_the_plan(insert_selection, image=image, floor=(image == 0) * 2)
+    site = site_of(gm)
+    assert names(gm).count("guaranteed_first") == 1
+    assert next(node for node in gm.graph.nodes if is_call(node, "select")).args[0] is site.ranks
+    assert site.scores in list(gm.graph.nodes)[-1].args[0]
+    before = list(gm.graph.nodes)
+    assert list(insert_quotas(gm, []).graph.nodes) == before
+
+
+def test_without_floors_nothing_is_ordered():
+    gm = after(insert_quotas)
+    assert "guaranteed_first" not in names(gm) and site_of(gm).ranks is None
+
+
+def test_a_budget_by_mass_makes_sizes_of_its_own():
+    gm = with_more_in_the_plan(refresh_values, least=torch.ones(1, dtype=torch.int64), mass=0.5)
+    site = site_of(gm)
+    assert names(gm).count("tokens_for_mass") == 1
+    length = value(site.kept_length)
+    assert isinstance(length, SymInt) and not same(length, site.length)
+    assert same(value(site.keep).shape[1], length)
 
 
 def test_selection_answers_the_plan():
