@@ -163,6 +163,8 @@ def register_selector(name: str, ranking: Ranking, *, portable: bool = True) -> 
 SELECTORS: dict[str, Selector] = {
     "hawk": Selector(),
     "uniform": Selector(head_weights="uniform"),
+    "hawk_each": Selector(query="each", normalization="softmax"),
+    "hawk_content": Selector(query="content", normalization="softmax"),
     "fastv": Selector(query="last", head_weights="uniform", normalization="softmax"),
     "divprune": Selector(divprune, portable=False),
     "idpruner": Selector(idpruner, portable=False, bounds={"importance": (0, 1)}),

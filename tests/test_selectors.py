@@ -179,7 +179,7 @@ def test_a_ranking_without_a_value_per_position() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"selector": "best"}, "selector must be one of hawk, uniform, fastv"),
+    ({"selector": "best"}, "selector must be one of hawk, uniform, hawk_each"),
     ({"query": "first"}, "query must be one of"),
     ({"selector": "dart", "selector_options": {"pivot": 2}}, "names 'pivot' for selector .*; its options are pivots"),
     ({"selector_options": {"pivots": 2}}, "it has no options"),
