@@ -5,7 +5,8 @@
 The floor is one read of the visual tokens' hidden states, V * D elements. Beside it the time in which the same device
 copies that much memory (half read, half written), measured here. Times are medians, in a CUDA graph, so that the host's
 launches do not count; the "eager" column counts them. The weights of the query and key projections must be read too,
-whatever V is: "all bytes" has them.
+whatever V is: "all bytes" has them. Then each kernel's own time, by the profiler: `_raw_scores` is the one that reads
+the visual tokens.
 """
 
 import functools
@@ -66,6 +67,22 @@ def graph_time(function: Callable[[], Any], rounds: int = 5) -> float:
     return statistics.median(do_bench(graph.replay, return_mode="median") for _ in range(rounds))
 
 
+def kernel_times(function: Callable[[], Any], calls: int = 20) -> dict[str, float]:
+    """Mean microseconds of every kernel of a call, with other memory in the L2 cache before each call.
+
+    It is read, not written: what was written would have to leave the cache while the kernels are timed.
+    """
+    flush = torch.zeros(2**26, device="cuda")
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            flush.sum()
+            function()
+        torch.cuda.synchronize()
+    found = profile.key_averages()
+    return {each.key: each.device_time_total / calls for each in found if each.key.startswith("_")}
+
+
 def check() -> None:
     """Refuse to time kernels whose results are wrong."""
     from hawk_compile.kernels.score import reference
@@ -107,6 +124,9 @@ def main() -> None:
             f"{visual:7,} {milliseconds * 1e3:9.1f} {eager * 1e3:9.1f} {floor / bandwidth * 1e6:9.1f} "
             f"{reached:13.0%} {everything:10.0%}"
         )
+        for name, spent in kernel_times(call).items():
+            share = f", {floor / (spent / 1e6) / bandwidth:.0%} of bandwidth" if name == "_raw_scores" else ""
+            print(f"        {name:16} {spent:7.1f} us{share}")
 
 
 if __name__ == "__main__":

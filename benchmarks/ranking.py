@@ -20,7 +20,9 @@ from prefill import DTYPES, machine
 from torch import Tensor
 
 import hawk_compile
-from hawk_compile.kernels.score import op as score_op  # noqa: F401  registers the operator
+from hawk_compile.kernels.gather import op as gather_op  # noqa: F401  these register the operators
+from hawk_compile.kernels.score import op as score_op  # noqa: F401
+from hawk_compile.kernels.score.voters import last_voters, score_each, split_heads
 from hawk_compile.kernels.select import op as select_op  # noqa: F401
 from hawk_compile.passes.insert_ranking import READABLE
 from hawk_compile.selectors import SELECTORS
@@ -45,7 +47,7 @@ def prompt(visual: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def call(name: str, given: dict[str, Tensor], weights: list[Any]) -> Callable[[], Any]:
     """A selector on a prompt, from embeddings to kept positions."""
-    ranking = SELECTORS[name].ranking
+    selector, ranking = SELECTORS[name], SELECTORS[name].ranking
     wanted = inspect.signature(ranking).parameters.keys() & READABLE.keys() if ranking else {"scores"}
     length = 2 * TEXT + int(given["budget"])
     everything = torch.ones_like(given["visual_mask"])
@@ -54,11 +56,23 @@ def call(name: str, given: dict[str, Tensor], weights: list[Any]) -> Callable[[]
         known = dict(given)
         if "scores" in wanted:
             states = (given["embeddings"], given["visual_mask"], given["votes"])
-            known["scores"] = torch.ops.hawk.score_folded(*states, *weights, "l2")
+            score = scored_each if selector.query in ("each", "content") else torch.ops.hawk.score_folded
+            known["scores"] = score(*states, *weights, selector.normalization)
         order = known["scores"] if ranking is None else ranking(**{each: known[each] for each in wanted})
         return torch.ops.hawk.select(order, given["visual_mask"], everything, given["budget"], length)
 
     return run
+
+
+def scored_each(
+    hidden: Tensor, visual_mask: Tensor, votes: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    k_bias: Tensor, head_weights: Tensor, normalization: str,
+) -> Tensor:  # fmt: skip
+    """What the pass puts in where every voter is scored by itself."""
+    positions, real = last_voters(votes)
+    query = split_heads(torch.ops.hawk.gather(hidden, positions), q_weight, q_bias, HEAD_DIM)
+    key = split_heads(hidden, k_weight, k_bias, HEAD_DIM)
+    return score_each(query, key, visual_mask, real, head_weights, normalization, False)
 
 
 def milliseconds(run: Callable[[], Any], device: str, rounds: int) -> float:

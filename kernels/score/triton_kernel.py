@@ -46,6 +46,7 @@ def _raw_scores(
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,  # whether BLOCK_D divides the width
 ):
     """partial[b, split, h, s] = sum over the split's columns of folded[b, h] . values[b, kv(h), s]."""
     kv_head = tl.program_id(1) // splits
@@ -57,21 +58,17 @@ def _raw_scores(
     # A block without visual tokens, such as one of text, costs nothing.
     if tl.max(visual.to(tl.int32)) > 0:
         values += batch * values_batch + kv_head.to(tl.int64) * values_head
-        head = kv_head * group + h
+        head = kv_head * group + tl.minimum(h, group - 1)
+        # Rows past the end and rows of text are read as well, which costs less than a mask: a row's product is its own.
+        row = tl.minimum(s, size - 1)
         acc = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
         for start in range(split * span, tl.minimum((split + 1) * span, width), BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            x = tl.load(
-                values + s[:, None] * values_row + d[None, :] * values_column,
-                mask=visual[:, None] & (d < width)[None, :],
-                other=0.0,
-            )  # [BLOCK_S, BLOCK_D]
+            at = values + row[:, None] * values_row + d[None, :] * values_column
+            x = tl.load(at) if EVEN else tl.load(at, mask=(d < width)[None, :], other=0.0)  # [BLOCK_S, BLOCK_D]
             for i in tl.static_range(PIECES):
-                u = tl.load(
-                    folded + ((batch * PIECES + i) * heads + head[None, :]) * width + d[:, None],
-                    mask=(h < group)[None, :] & (d < width)[:, None],
-                    other=0.0,
-                )  # [BLOCK_D, BLOCK_H]
+                at = folded + ((batch * PIECES + i) * heads + head[None, :]) * width + d[:, None]
+                u = tl.load(at) if EVEN else tl.load(at, mask=(d < width)[:, None], other=0.0)  # [BLOCK_D, BLOCK_H]
                 # fp32's precision for each: bf16 goes to the tensor cores with u in pieces; an fp16 x is exact in
                 # tf32, so that tf32x3 loses only u's last bits; fp32 needs plain fp32 products.
                 if x.dtype == tl.bfloat16:
@@ -255,11 +252,11 @@ def _score(
 
     # A short row has too few blocks of positions to fill the device, so its columns are shared out as well. The number
     # follows from the width alone, since the number of positions may be symbolic.
-    block_d = 64
-    splits = max(1, min(8, width // 512))
+    block_s, block_d = 64, 64
+    splits = max(1, min(4, width // 896))
     span = triton.cdiv(triton.cdiv(width, splits), block_d) * block_d
     partial = values.new_empty((batch, splits, heads, size), dtype=torch.float32)
-    wrap_triton(_raw_scores)[(triton.cdiv(size, 128), kv_heads * splits, batch)](
+    wrap_triton(_raw_scores)[(triton.cdiv(size, block_s), kv_heads * splits, batch)](
         values,
         visual_mask,
         folded,
@@ -277,11 +274,12 @@ def _score(
         visual_mask.stride(0),
         visual_mask.stride(1),
         PIECES=pieces,
-        BLOCK_S=128,
+        BLOCK_S=block_s,
         BLOCK_H=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
+        EVEN=width % block_d == 0,
         num_warps=4,
-        num_stages=3,
+        num_stages=4 if values.dtype.itemsize == 2 else 3,
     )
     blocks = triton.cdiv(size, STATISTICS_BLOCK)
     statistics = values.new_empty((batch, heads, blocks, 2), dtype=torch.float32)

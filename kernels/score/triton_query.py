@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-CHUNKS = 16  # parts of a row whose voters are summed side by side
+CHUNKS = 64  # parts of a row whose voters are summed side by side
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def mean_of_voters(values: Tensor, query_mask: Tensor, dtype: torch.dtype) -> tu
         query_mask.stride(0),
         query_mask.stride(1),
         CHUNKS=CHUNKS,
-        BLOCK_S=32,
+        BLOCK_S=64,
         BLOCK_D=128,
     )
     mean = values.new_empty((batch, pieces, heads, width), dtype=piece_dtype)
@@ -228,7 +228,7 @@ def fold_query(
     head_dim = rows // heads
     group = heads // (k_weight.shape[0] // head_dim)
     query = mean.new_empty((batch, rows), dtype=torch.float32)
-    wrap_triton(_project)[(triton.cdiv(rows, 16), batch)](
+    wrap_triton(_project)[(triton.cdiv(rows, 4), batch)](
         mean,
         q_weight,
         q_weight if q_bias is None else q_bias,
@@ -239,13 +239,13 @@ def fold_query(
         q_weight.stride(1),
         0 if q_bias is None else q_bias.stride(0),
         HAS_BIAS=q_bias is not None,
-        BLOCK_R=16,
-        BLOCK_D=256,
+        BLOCK_R=4,
+        BLOCK_D=min(2048, triton.next_power_of_2(width)),  # few turns, each with many loads in flight
     )
     pieces, piece_dtype = _pieces(dtype)
     folded = mean.new_empty((batch, pieces, heads, width), dtype=piece_dtype)
     offset = mean.new_empty((batch, heads), dtype=torch.float32)
-    wrap_triton(_fold)[(triton.cdiv(width, 128), heads, batch)](
+    wrap_triton(_fold)[(triton.cdiv(width, 64), heads, batch)](
         query,
         k_weight,
         k_weight if k_bias is None else k_bias,
@@ -260,7 +260,7 @@ def fold_query(
         0 if k_bias is None else k_bias.stride(0),
         HAS_BIAS=k_bias is not None,
         PIECES=pieces,
-        BLOCK_K=32,
-        BLOCK_D=128,
+        BLOCK_K=min(128, triton.next_power_of_2(head_dim)),
+        BLOCK_D=64,
     )
     return folded, None if k_bias is None else offset
