@@ -86,13 +86,16 @@ def hawk_diverse(
 
 def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
     """Pivots are the visual and the voting text tokens of the largest L1 norm; what resembles them least is kept."""
-    size = embeddings.float().abs().sum(2)
+    size, length = embeddings.float().abs().sum(2), embeddings.shape[1]
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-    pivot = [size.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)[:, :pivots]
-             for mask in (visual_mask, votes)]
-    chosen = torch.cat(pivot, 1)  # [B, 2 * pivots]
+    # Behind the prompt stand places of no token, so that one with fewer tokens than pivots has enough of them.
+    ranked = [torch.nn.functional.pad(size.masked_fill(~mask, -1.0), (0, pivots), value=-1.0)
+              .sort(dim=1, descending=True, stable=True) for mask in (visual_mask, votes)]
+    largest, chosen = (torch.cat([each[part][:, :pivots] for each in ranked], 1) for part in (0, 1))  # [B, 2 * pivots]
+    chosen = chosen.clamp_max(length - 1)
     similar = unit @ unit.gather(1, chosen.unsqueeze(2).expand(-1, -1, unit.shape[2])).transpose(1, 2)
-    itself = torch.zeros_like(size).scatter(1, pivot[0], 1.0)
+    similar = similar.masked_fill((largest < 0).unsqueeze(1), -1.0)
+    itself = torch.zeros_like(size).scatter(1, chosen[:, :pivots], 1.0)
     return 2 * itself - similar.amax(2)
 
 
@@ -172,6 +175,6 @@ SELECTORS: dict[str, Selector] = {
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),
     "norm": Selector(norm),
-    "random": Selector(random),
+    "random": Selector(random, portable=False),
     "stride": Selector(stride),
 }
