@@ -86,15 +86,17 @@ def hawk_diverse(
 
 def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
     """Pivots are the visual and the voting text tokens of the largest L1 norm; what resembles them least is kept."""
-    size, length = embeddings.float().abs().sum(2), embeddings.shape[1]
+    size = embeddings.float().abs().sum(2)
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-    # Behind the prompt stand places of no token, so that one with fewer tokens than pivots has enough of them.
-    ranked = [torch.nn.functional.pad(size.masked_fill(~mask, -1.0), (0, pivots), value=-1.0)
-              .sort(dim=1, descending=True, stable=True) for mask in (visual_mask, votes)]
-    largest, chosen = (torch.cat([each[part][:, :pivots] for each in ranked], 1) for part in (0, 1))  # [B, 2 * pivots]
-    chosen = chosen.clamp_max(length - 1)
+    found = []
+    for mask in (visual_mask, votes):
+        left = size.masked_fill(~mask, -1.0)
+        for _ in range(pivots):  # no sort, which not every runtime has, nor for prompts of any length
+            found.append(left.max(1, keepdim=True))
+            left = left.scatter(1, found[-1].indices, -1.0)
+    largest, chosen = torch.cat([each.values for each in found], 1), torch.cat([each.indices for each in found], 1)
     similar = unit @ unit.gather(1, chosen.unsqueeze(2).expand(-1, -1, unit.shape[2])).transpose(1, 2)
-    similar = similar.masked_fill((largest < 0).unsqueeze(1), -1.0)
+    similar = similar.masked_fill((largest < 0).unsqueeze(1), -1.0)  # fewer tokens than pivots
     itself = torch.zeros_like(size).scatter(1, chosen[:, :pivots], 1.0)
     return 2 * itself - similar.amax(2)
 
