@@ -87,11 +87,16 @@ def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int 
     """Pivots are the visual and the voting text tokens of the largest L1 norm; what resembles them least is kept."""
     size = embeddings.float().abs().sum(2)
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-    pivot = [size.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)[:, :pivots]
-             for mask in (visual_mask, votes)]
-    chosen = torch.cat(pivot, 1)  # [B, 2 * pivots]
+    found = []
+    for mask in (visual_mask, votes):
+        left = size.masked_fill(~mask, -1.0)
+        for _ in range(pivots):  # no sort, which not every runtime has, nor for prompts of any length
+            found.append(left.max(1, keepdim=True))
+            left = left.scatter(1, found[-1].indices, -1.0)
+    largest, chosen = torch.cat([each.values for each in found], 1), torch.cat([each.indices for each in found], 1)
     similar = unit @ unit.gather(1, chosen.unsqueeze(2).expand(-1, -1, unit.shape[2])).transpose(1, 2)
-    itself = torch.zeros_like(size).scatter(1, pivot[0], 1.0)
+    similar = similar.masked_fill((largest < 0).unsqueeze(1), -1.0)  # fewer tokens than pivots
+    itself = torch.zeros_like(size).scatter(1, chosen[:, :pivots], 1.0)
     return 2 * itself - similar.amax(2)
 
 
@@ -175,6 +180,6 @@ SELECTORS: dict[str, Selector] = {
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),
     "norm": Selector(norm),
-    "random": Selector(random),
+    "random": Selector(random, portable=False),
     "stride": Selector(stride),
 }

@@ -102,8 +102,8 @@ def export(
     config = make_config(None, {"ratio": ratio, **settings})
     if not config.method.portable:
         raise ConfigError(
-            f'selector "{config.selector}" takes tokens one after another, which no exported graph can: optimize runs '
-            "it; export another one"
+            f'selector "{config.selector}" cannot be exported: it takes tokens one after another, or has operators '
+            "that only PyTorch has (portable=False); optimize runs it; export another one"
         )
     check_model(model)
     check_dtype(model, target, format)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile import capture
 from hawk_compile.checkpoints import fit, prompt
+from hawk_compile.config import make_config
 from hawk_compile.errors import InputError
 from hawk_compile.evaluation.evaluate import left_as_it_was
 from hawk_compile.head_weights import resolve
@@ -29,8 +30,8 @@ class Seen:
     Attributes:
         kept: [h, w] bool, of the picture's visual tokens.
         scores: [h, w] float, by which they were ranked.
-        heads: [H, h, w] float, the score of each query head alone.
-        weights: [H] float, of the heads.
+        heads: [H, h, w] float, the score of each query head alone, as the selector normalises it and lets text vote.
+        weights: [H] float, of the heads, as the selector used them.
         answer, unpruned: what the model says with and without pruning.
     """
 
@@ -64,7 +65,12 @@ def look(
     inputs = fit(model, prompt(processor, [image], question))
     visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(capture.placeholder_ids(model)))
     shape = grid(inputs, int(visual.sum()))
-    weights = resolve(settings.get("head_weights", "auto"), model).values
+    made = make_config(None, {"ratio": ratio, **settings})
+    weights = resolve(made.used_head_weights, model).values
+    single = {
+        **settings, "selector": "hawk", "selector_options": {}, "query": made.used_query,
+        "normalization": made.used_normalization,
+    }  # fmt: skip
     with left_as_it_was(model) as switch:
         switch(0.0, None)
         unpruned = said(model, processor, inputs, max_new_tokens)
@@ -76,12 +82,12 @@ def look(
         heads = []
         for head in range(len(weights)):
             alone = tuple(float(each == head) for each in range(len(weights)))
-            switch(ratio, {**settings, "selector": "hawk", "selector_options": {}, "head_weights": alone})
+            switch(ratio, {**single, "head_weights": alone})
             with torch.no_grad():
                 model(**inputs)
             heads.append(laid_out(report(model).scores, visual, shape))
     return Seen(
-        image, question, ratio, str(settings.get("selector", "hawk")), kept[visual].reshape(shape).numpy(),
+        image, question, ratio, made.selector, kept[visual].reshape(shape).numpy(),
         laid_out(found.scores, visual, shape), np.stack(heads), weights.tolist(), answer, unpruned,
     )  # fmt: skip
 

@@ -29,6 +29,14 @@ def test_what_is_seen_is_what_the_report_says():
     assert model.__dict__.get("_hawk_runtime") is before
 
 
+def test_heads_are_those_that_the_selector_used():
+    """The demo's own head weights are not equal, and `fastv` has its own normalisation and query too."""
+    settings = {"selector": "fastv", "max_new_tokens": 1, "backend": "eager"}
+    seen = look(demo.model(), demo.processor(), SCENE.pil(), SCENE.questions[0].text, **settings)
+    assert seen.weights == pytest.approx([1 / len(seen.weights)] * len(seen.weights))
+    np.testing.assert_allclose(np.tensordot(seen.weights, seen.heads, 1), seen.scores, atol=1e-5)
+
+
 def test_removed_tokens_are_dark():
     pixels = np.full((28, 56, 3), 200, dtype=np.uint8)
     found = dimmed(pixels, np.array([[True, False]]))
