@@ -253,7 +253,7 @@ def _score(
     # A short row has too few blocks of positions to fill the device, so its columns are shared out as well. The number
     # follows from the width alone, since the number of positions may be symbolic.
     block_s, block_d = 64, 64
-    splits = max(1, min(4, width // 896))
+    splits = 1 if width < 1024 else 2
     span = triton.cdiv(triton.cdiv(width, splits), block_d) * block_d
     partial = values.new_empty((batch, splits, heads, size), dtype=torch.float32)
     wrap_triton(_raw_scores)[(triton.cdiv(size, block_s), kv_heads * splits, batch)](
