@@ -15,7 +15,6 @@ methods: README, "Selectors".
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,18 +68,24 @@ def idpruner(
 
 
 def cdpruner(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor) -> Tensor:
-    """Relevance is the similarity to the voting text's mean embedding; the paper takes it from CLIP's text encoder."""
+    """Relevance is the likeness to the text; the paper takes it from CLIP's text encoder."""
+    return torch.ops.hawk.greedy_order(embeddings, likeness_to_text(embeddings, votes), visual_mask, budget, "dpp", 0.0)
+
+
+def likeness_to_text(embeddings: Tensor, votes: Tensor) -> Tensor:
+    """[B, S]: the cosine of every token to the voting text's mean embedding."""
     text = (embeddings.float() * votes.unsqueeze(2)).sum(1, keepdim=True)
-    relevance = torch.nn.functional.cosine_similarity(embeddings.float(), text, dim=2)
-    return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
+    return torch.nn.functional.cosine_similarity(embeddings.float(), text, dim=2)
 
 
 def hawk_diverse(
-    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, budget: Tensor, *, sharpness: float = 1.0
+    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor, *, likeness: float = 0.5
 ) -> Tensor:
-    """The HAWK score in [0, 1] to the power of `sharpness`, against what is kept already by the largest determinant."""
-    importance = unit_range(scores, visual_mask) ** sharpness
-    return torch.ops.hawk.greedy_order(embeddings, importance, visual_mask, budget, "dpp", 0.0)
+    """The weighted geometric mean of the HAWK score and the likeness to the text, both in [0, 1], as relevance against
+    what is kept already."""
+    score, like = (unit_range(each, visual_mask) for each in (scores, likeness_to_text(embeddings, votes)))
+    relevance = score ** (1 - likeness) * like**likeness
+    return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
 
 
 def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
@@ -175,7 +180,7 @@ SELECTORS: dict[str, Selector] = {
     "idpruner": Selector(idpruner, portable=False, bounds={"importance": (0, 1)}),
     "cdpruner": Selector(cdpruner, portable=False),
     "hawk_diverse": Selector(
-        hawk_diverse, query="each", normalization="softmax", portable=False, bounds={"sharpness": (0, math.inf)}
+        hawk_diverse, query="each", normalization="softmax", portable=False, bounds={"likeness": (0, 1)}
     ),
     "dart": Selector(dart),
     "qapruner": Selector(qapruner),

@@ -113,7 +113,7 @@ def test_bad_settings():
         ({"batch_size": 4}, "unknown setting batch_size"),
         ({"selectors": {"unpruned": {}}, "baseline": "unpruned"}, 'a method must not be called "unpruned"'),
         ({"selectors": {"hawk": {"ratio": 0.5}}}, "nor set ratio, got 'hawk'"),
-        ({"selectors": {"hawk": {"selector": "hawk_diverse", "selector_options": {"sharpness": -1.0}}}}, "must be in"),
+        ({"selectors": {"hawk": {"selector": "hawk_diverse", "selector_options": {"likeness": -1.0}}}}, "must be in"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(model, processor, "demo:tune", limit=2, **{"selectors": ["hawk"], "backend": "eager", **settings})
