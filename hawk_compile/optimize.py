@@ -20,7 +20,7 @@ from hawk_compile.positions import deltas_of
 from hawk_compile.prefill import PROMPT_LENGTH
 from hawk_compile.query import special_ids
 from hawk_compile.report import Report
-from hawk_compile.runtime import Runtime, run
+from hawk_compile.runtime import Runtime, ranks_of, run
 
 RUNTIME = "_hawk_runtime"
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -55,7 +55,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         originals = {name: owner.__dict__[name] for name, (owner, _) in overrides.items() if name in owner.__dict__}
     for name, (owner, method) in overrides.items():
         owner.__dict__[name] = method
-    runtime = Runtime(made, weights, ids, originals)
+    runtime = Runtime(made, weights, ids, originals, ranks_of(model))
     if earlier is not None:
         runtime.take_compiled(earlier)
     model.__dict__[RUNTIME] = runtime

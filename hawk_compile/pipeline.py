@@ -27,7 +27,7 @@ from hawk_compile.passes.inline_operators import inline_operators
 from hawk_compile.passes.insert_budget import insert_budget
 from hawk_compile.passes.insert_quotas import insert_quotas
 from hawk_compile.passes.insert_ranking import insert_ranking
-from hawk_compile.passes.insert_scoring import insert_scoring
+from hawk_compile.passes.insert_scoring import Ranks, insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
@@ -58,7 +58,7 @@ PASSES = (
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
-    Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query")),
+    Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query", "ranks")),
     Step(insert_budget, "count how many visual tokens every row keeps", ("removed", "mass")),
     Step(insert_ranking, "let a selector rank the visual tokens", ("ranking", "ranking_options")),
     Step(insert_quotas, "let every image keep its floor of visual tokens"),
@@ -87,6 +87,7 @@ class PassOptions:
 
     normalization: str = "l2"
     query: str = "mean"
+    ranks: Ranks | None = None
     head_weights: Tensor | None = None
     removed: Fraction = Fraction(0)
     mass: float | None = None

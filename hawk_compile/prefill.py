@@ -18,6 +18,7 @@ from hawk_compile.config import HawkConfig
 from hawk_compile.errors import GraphError, HawkError, InputError, UnsupportedCallError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.errors import AttentionNotFoundError
+from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan import Plan, make_plan
 from hawk_compile.positions import deltas_after, deltas_of
 from hawk_compile.refusals import refuse_two_kinds_of_layer_features, refuse_unsupported
@@ -33,9 +34,9 @@ PROMPT_LENGTH = "hawk_prompt_length"
 class CompiledPrefill:
     """A model's prefill, compiled on its first call. Ratio and head weights are inputs of it, not part of it."""
 
-    def __init__(self, config: HawkConfig):
+    def __init__(self, config: HawkConfig, ranks: Ranks | None = None):
         self.config = config
-        self.options = options_of(config)
+        self.options = options_of(config, ranks=ranks)
         self.compilations = 0
         self.function = capture.compile_alone(planned_forward, backend=self.compile, fullgraph=True)
 

@@ -15,6 +15,7 @@ from hawk_compile.cache import PrunedCache, mark_pruned, of_slots, physical_leng
 from hawk_compile.capture import capture_lock, tokens_of
 from hawk_compile.config import HawkConfig
 from hawk_compile.head_weights import HeadWeights
+from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.prefill import CompiledPrefill, run_prefill
 from hawk_compile.query import SpecialIds
@@ -26,18 +27,22 @@ Forward = Callable[..., Any]
 class Runtime:
     """What an optimised model carries: its settings, its compiled functions, and each thread's last report."""
 
-    def __init__(self, config: HawkConfig, head_weights: HeadWeights, ids: SpecialIds, originals: dict[str, Any]):
+    def __init__(
+        self, config: HawkConfig, head_weights: HeadWeights, ids: SpecialIds, originals: dict[str, Any],
+        ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.head_weights = head_weights
         self.ids = ids
         self.originals = originals
         self.local = threading.local()
-        self.prefill = CompiledPrefill(config)
+        self.ranks = ranks
+        self.prefill = CompiledPrefill(config, ranks)
         self.compiled_decode: Forward | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
-        return Runtime(self.config, self.head_weights, self.ids, copy.deepcopy(self.originals, memo))
+        return Runtime(self.config, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
 
     def take_compiled(self, earlier: "Runtime") -> None:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""
@@ -63,6 +68,15 @@ class Runtime:
             self.weights_on[device] = self.head_weights.values.to(device, copy=True)
             torch._dynamo.mark_static(self.weights_on[device])
         return self.weights_on[device]
+
+
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """This process among those that transformers shares a model's heads between (`tp_plan`); None if there are none."""
+    if (model._tp_size or 1) == 1:
+        return None
+    mesh: Any = model._device_mesh
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+    return Ranks(mesh.get_group().group_name, mesh.get_local_rank(), mesh.size())
 
 
 def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:

@@ -10,12 +10,17 @@
 Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
 that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. Where every voting token is scored by
 itself, it is `score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is unchanged.
+
+In a tensor-parallel model each rank has some of the heads: it scores by these, and the sum over the ranks, the same on
+all of them, is the score.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed._functional_collectives import all_reduce
 
 import hawk_compile.kernels.gather.op
 import hawk_compile.kernels.score.op  # noqa: F401  both register operators
@@ -25,6 +30,16 @@ from hawk_compile.passes.graph import Builder, ancestors, same, shape_of, tensor
 from hawk_compile.passes.site import Site, site_of
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the heads of a layer, in their order."""
+
+    group: str
+    """The name of their process group."""
+    rank: int
+    size: int
+
+
 def insert_scoring(
     gm: fx.GraphModule,
     example_inputs: list[Any],
@@ -32,6 +47,7 @@ def insert_scoring(
     normalization: str = "l2",
     head_weights: Tensor | None = None,
     query: str = "mean",
+    ranks: Ranks | None = None,
 ) -> fx.GraphModule:
     """Insert the scores; `site.scores` names them.
 
@@ -40,9 +56,10 @@ def insert_scoring(
         head_weights: [H] float32, for graphs whose caller put no `hawk::plan` beside the model. None: equal weights.
         query: 'mean': the mean query of all that vote; 'last': without a plan, the last token's; 'each' or 'content':
             see `hawk_compile.kernels.score.voters`.
+        ranks: of a tensor-parallel model.
 
     Raises:
-        GraphError: `head_weights` does not have one weight per query head.
+        GraphError: `head_weights` does not have one weight per query head, or `query` needs all heads at once.
     """
     site = site_of(gm)
     assert site is not None and site.boundary is not None
@@ -54,6 +71,14 @@ def insert_scoring(
     votes = site.plan.args[0] if site.plan is not None else text_after_images(build, site, query == "last")
     site.votes = votes
     weights = site.plan.args[2] if site.plan is not None else constant_weights(gm, build, site, head_weights)
+    shared = ranks is not None and shape_of(weights)[0] == site.heads * ranks.size
+    if ranks is not None and shared:
+        if query == "content":
+            raise GraphError(
+                'query="content" weighs voters by all heads at once, of which a tensor-parallel model has some on each '
+                'rank: take "each"'
+            )
+        weights = build.call(torch.narrow, weights, 0, ranks.rank * site.heads, site.heads)
     check_heads(weights, site)
     if query in ("each", "content"):
         site.scores = insert_each(build, site, weights, normalization, query == "content")
@@ -61,6 +86,8 @@ def insert_scoring(
         site.scores = insert_folded(build, site, votes, weights, normalization)
     else:
         site.scores = insert_projected(build, site, votes, weights, normalization)
+    if ranks is not None and shared:
+        site.scores = build.call(all_reduce, site.scores, "sum", ranks.group)
     return gm
 
 
