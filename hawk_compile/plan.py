@@ -26,6 +26,7 @@ class Plan:
         length: S', the positions every row keeps.
         padded: whether some row holds padding before pruning.
         filled: whether some row holds padding or filling after pruning.
+        candidates: [B, S] bool, the visual tokens that may be removed; None if all may.
     """
 
     votes: Tensor
@@ -36,6 +37,7 @@ class Plan:
     length: int
     padded: bool
     filled: bool
+    candidates: Tensor | None
 
 
 def make_plan(
@@ -46,6 +48,7 @@ def make_plan(
     ids: SpecialIds,
     config: HawkConfig,
     prompt: int | None = None,
+    candidates: Tensor | None = None,
 ) -> Plan:
     """Plan a prefill.
 
@@ -55,6 +58,7 @@ def make_plan(
         attention_mask: [B, S], nonzero for real tokens; None if all are.
         features: number of visual features that were encoded.
         prompt: positions from here on do not vote; None if all may.
+        candidates: [B, S] bool, those of `visual` that may be removed; None if all may.
 
     Raises:
         InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
@@ -63,12 +67,13 @@ def make_plan(
     asked = real if prompt is None else real & (torch.arange(real.shape[1], device=real.device) < prompt)
     votes, source = voting_text(input_ids, visual, asked, ids)
     votes = counted(votes, config.used_query)
-    counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1)]).tolist()
+    removable = visual if candidates is None else candidates
+    counts = torch.stack([visual.sum(1), (removable & real).sum(1), real.sum(1), votes.sum(1)]).tolist()
     placeholders, tokens, present, voters = counts
     if sum(placeholders) != features:
         raise InputError(
             f"the prompt has {sum(placeholders)} placeholders for visual tokens, but {features} visual features were "
-            "encoded: give the images and videos that belong to exactly these placeholders"
+            "encoded: give the images, videos and audio that belong to exactly these placeholders"
         )
     for row, (count, voting) in enumerate(zip(tokens, voters, strict=True)):
         if config.kept(count) < count and not voting:
@@ -88,4 +93,5 @@ def make_plan(
         length=length,
         padded=any(total != visual.shape[1] for total in present),
         filled=any(total != length for total in needed),
+        candidates=candidates,
     )

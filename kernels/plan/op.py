@@ -22,7 +22,12 @@ def slots(count: int, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("hawk::plan", mutates_args=())
 def plan(
-    query_mask: Tensor, budget: Tensor, head_weights: Tensor, slots: Tensor, visual_slots: Tensor
+    query_mask: Tensor,
+    budget: Tensor,
+    head_weights: Tensor,
+    slots: Tensor,
+    visual_slots: Tensor,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry a pruning plan into a graph and its outcome out of it.
 
@@ -32,6 +37,7 @@ def plan(
         head_weights: [H] float32: the weight of each query head of the scoring layer.
         slots: [S' + SLOT_OFFSET, 0]: carries S', the length of every row after pruning.
         visual_slots: [V' + SLOT_OFFSET, 0]: carries V', the number of visual tokens kept over all rows.
+        candidates: [B, S] bool: the visual tokens that may be removed; None: all that the graph merges.
 
     Returns:
         keep [B, S'] int64 (positions), valid [B, S'] bool (False = padding), scores [B, S] float32.
@@ -47,7 +53,12 @@ def plan(
 
 @plan.register_fake
 def _(
-    query_mask: Tensor, budget: Tensor, head_weights: Tensor, slots: Tensor, visual_slots: Tensor
+    query_mask: Tensor,
+    budget: Tensor,
+    head_weights: Tensor,
+    slots: Tensor,
+    visual_slots: Tensor,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length = query_mask.shape
     kept = slots.shape[0] - SLOT_OFFSET
