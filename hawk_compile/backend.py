@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from hawk_compile.config import HawkConfig, make_config
-from hawk_compile.errors import MergeNotFoundError
+from hawk_compile.errors import ConfigError, MergeNotFoundError
 from hawk_compile.passes.locate_prefill import find_merges
 from hawk_compile.pipeline import PassOptions, run_passes, source_tag
 
@@ -33,6 +33,11 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     """
     from hawk_compile.head_weights import explicit_weights
 
+    if "modalities" in (options or {}):
+        raise ConfigError(
+            'options["modalities"] needs the ids of placeholders, which a graph does not know: leave it out to prune '
+            "all that the graph merges, or use hawk_compile.optimize"
+        )
     config = make_config(None, dict(options or {}))
     weights = explicit_weights(config.head_weights)
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)

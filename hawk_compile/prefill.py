@@ -52,10 +52,12 @@ class CompiledPrefill:
     ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
         """(model output, keep [B, S'], valid [B, S'], scores [B, S]); fills the cache among the inputs."""
         device = head_weights.device
-        planned = (plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device))
+        planned = [plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device)]
+        if plan.candidates is not None:
+            planned.append(plan.candidates)
         with capture_lock, capture.settings():
             try:
-                return self.function(forward, inputs, past_mask, planned)
+                return self.function(forward, inputs, past_mask, tuple(planned))
             except BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, (GraphError, HawkError)):
                     raise error.inner_exception from None
@@ -72,7 +74,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
     asked = tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
     grad = torch.is_grad_enabled() and asked
     with torch.no_grad():
-        if capture.has_pixels(kwargs):
+        if capture.raw_modalities(kwargs):
             with deltas_of(model, kwargs.get("past_key_values")):
                 kwargs = capture.encode(model, kwargs)
         if kwargs.get("output_hidden_states"):
@@ -88,14 +90,18 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         whole_mask = kwargs.pop("attention_mask", None)
         mask, past_mask = split_mask(target, whole_mask, past, length)
         deltas = deltas_after(model, target, kwargs.get("position_ids"), whole_mask, rows, length)
-        placeholders = capture.placeholder_ids(model)
+        placeholders, modalities = capture.placeholder_ids(model), runtime.config.modalities
         ids = kwargs.get("input_ids")
         if ids is None:
             ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
         visual = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
-        features = capture.feature_count(outputs)
+        left = sorted(capture.modalities_of({**kwargs, "mm_encoder_outputs": outputs}) - set(modalities))
+        candidates = None
+        if left:
+            candidates = torch.isin(ids, torch.tensor(capture.placeholder_ids(model, modalities), device=ids.device))
+        features = capture.feature_count(model, kwargs, outputs)
         prompt = kwargs.pop(PROMPT_LENGTH, None)
-        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt)
+        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt, candidates)
         needs_mask = plan.padded or plan.filled or past_mask is not None
         if not needs_mask:
             mask = None
@@ -110,7 +116,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         if target is not None:
             mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
     runtime.note(PrefillRecord(
-        plan.visual, plan.kept, keep, valid, scores, reason_of(runtime.config, plan), plan.source,
+        plan.visual, plan.kept, keep, valid, scores, reason_of(runtime.config, plan, left), plan.source,
         runtime.head_weights.origin, length, plan.length))
     if "past_key_values" in result:
         result["past_key_values"] = target
@@ -154,7 +160,9 @@ def planned_forward(
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """What Dynamo captures: the model's own forward with the plan beside it."""
     keep, valid, scores = torch.ops.hawk.plan(*planned)
-    inputs = {**inputs, "mm_encoder_outputs": capture.cut_extra_rows(inputs["mm_encoder_outputs"])}
+    outputs = capture.cut_extra_rows(inputs["mm_encoder_outputs"])
+    inputs = {name: given for name, given in inputs.items() if name != "mm_encoder_outputs"}
+    inputs |= capture.arguments_of(outputs)
     capture.equate_lengths(inputs, planned[0])
     if past_mask is not None:
         inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
@@ -177,11 +185,12 @@ def fill_cache(
     return target
 
 
-def reason_of(config: HawkConfig, plan: Plan) -> str:
+def reason_of(config: HawkConfig, plan: Plan, left: list[str]) -> str:
     total, kept = sum(plan.visual), sum(plan.kept)
+    more = f"; {' and '.join(left)} not among modalities={config.modalities}" if left else ""
     if kept == total:
-        return f"ratio={config.ratio:g} leaves all {total} visual tokens"
-    return f"ratio={config.ratio:g} removes {total - kept} of {total} visual tokens"
+        return f"ratio={config.ratio:g} leaves all {total} visual tokens{more}"
+    return f"ratio={config.ratio:g} removes {total - kept} of {total} visual tokens{more}"
 
 
 def refuse_gradients(result: ModelOutput) -> None:

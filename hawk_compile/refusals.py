@@ -36,6 +36,11 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
         )
+    if kwargs.get("inputs_embeds") is not None and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+        raise UnsupportedCallError(
+            f"inputs_embeds were given beside audio, which {type(model).__name__} merges into input_ids only: give "
+            "input_ids [B, S]"
+        )
     cache = kwargs.get("past_key_values")
     if physical_length(cache) and kwargs.get("token_type_ids") is not None:
         raise UnsupportedCallError(
