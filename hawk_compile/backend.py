@@ -33,6 +33,11 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     """
     from hawk_compile.head_weights import explicit_weights
 
+    if "modalities" in (options or {}):
+        raise ConfigError(
+            'options["modalities"] needs the ids of placeholders, which a graph does not know: leave it out to prune '
+            "all that the graph merges, or use hawk_compile.optimize"
+        )
     config = make_config(None, dict(options or {}))
     if config.budget is not None or config.per_image:
         raise ConfigError(

@@ -17,6 +17,7 @@ NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
 QUOTAS = ("prompt", "image")
 QUERIES = ("mean", "last", "each", "content")
+MODALITIES = ("image", "video", "audio")
 MAX_DENOMINATOR = 10**6
 """Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
 
@@ -40,6 +41,8 @@ class HawkConfig:
             head_weights.json of that Hugging Face Hub repository. A tensor or a sequence of numbers.
         normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
             default), "softmax" or "minmax". None: as the selector has it, "l2" for "hawk".
+        modalities: whose tokens may be removed: a tuple of "image", "video" and "audio". Those of several compete for
+            one budget; those of others stay whole, and do not vote. "Visual tokens" are those of all asked for.
         selector: how visual tokens are ranked: "hawk" (by its score), or another name in `hawk_compile.selectors`.
         selector_options: options of that selector by name.
         query: how the voting text counts: "mean" (its mean query, as in the paper), "last" (its last token alone),
@@ -59,6 +62,7 @@ class HawkConfig:
     quota: str = "prompt"
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
     normalization: str | None = None
+    modalities: tuple[str, ...] = ("image", "video")
     selector: str = "hawk"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     query: str | None = None
@@ -75,6 +79,7 @@ class HawkConfig:
             check_choice("normalization", self.normalization, NORMALIZATIONS)
         if self.query is not None:
             check_choice("query", self.query, QUERIES)
+        check_modalities(self.modalities)
         check_selector(self)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
         check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
@@ -148,6 +153,14 @@ def check_budget(config: HawkConfig) -> None:
         raise ConfigError(
             'budget finds one number for all images of a row, and quota="image" sets one for each: give one of them, '
             "or budget with min_per_image"
+        )
+
+
+def check_modalities(given: Any) -> None:
+    if not isinstance(given, tuple) or not given or len(set(given)) < len(given) or not set(given) <= set(MODALITIES):
+        raise ConfigError(
+            f"modalities must be a tuple of one or more of {', '.join(MODALITIES)}, each once, got {given!r}: for "
+            'audio alone give ("audio",)'
         )
 
 

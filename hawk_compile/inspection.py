@@ -1,6 +1,7 @@
 """What the passes find in a model, without its weights: the real capture and the real passes, on the meta device.
 
-The prefill is captured as `hawk_compile.optimize` captures it, from a prompt of one image, with the model's parameters
+The prefill is captured as `hawk_compile.optimize` captures it, from a prompt of one image (one audio, for a model that
+only hears), with the model's parameters
 on the meta device: nothing is allocated and nothing is computed, so a configuration file is enough.
 """
 
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
 from hawk_compile.backend import options_of
 from hawk_compile.capture import capture_lock
-from hawk_compile.config import HawkConfig
+from hawk_compile.config import MODALITIES, HawkConfig
 from hawk_compile.errors import AttentionNotFoundError, GraphError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.optimize import check_model, restore
@@ -136,13 +137,19 @@ def inspect_model(
         if given < minimum:
             raise InputError(f"{name} must be at least {minimum}, got {given}")
     model = on_meta(source)
-    check_model(model)
+    check_model(model, MODALITIES)
+    modality = next(each for each in MODALITIES if capture.takes(model, each))
+    if modality == capture.AUDIO and capture.encodes_audio_itself(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} encodes audio in the middle of its forward, so no prefill can be captured without "
+            'audio frames: hawk_compile.optimize(model, modalities=("audio",)) prunes it, and HAWK_DUMP shows its graph'
+        )
     total = model.config.get_text_config().num_hidden_layers
     kept = config.kept(image_tokens)
     before, after = text_tokens + image_tokens, text_tokens + kept
     flops, kept_flops = count_flops(model, before), count_flops(model, after)
     captured = keep_layers(model, layers, total)
-    site = find_site(model, config, before, image_tokens)
+    site = find_site(model, config, before, image_tokens, modality)
     facts = described(site) | identifiers(model, special_ids(model, config))
     return Inspection(
         model=type(model).__name__,
@@ -176,11 +183,11 @@ def on_meta(source: Any) -> PreTrainedModel:
     dtype = getattr(source, "dtype", None) or torch.float32
     try:
         with META:
-            model = AutoModelForImageTextToText.from_config(source, attn_implementation="sdpa", dtype=dtype)
+            model = AutoModelForMultimodalLM.from_config(source, attn_implementation="sdpa", dtype=dtype)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UnsupportedModelError(
-            f"{type(source).__name__} ({source.model_type}) makes no image-text-to-text model: {reason}"
+            f"{type(source).__name__} ({source.model_type}) makes no model of text and images or audio: {reason}"
         ) from error
     if generation is not None:
         model.generation_config = generation
@@ -217,11 +224,9 @@ def keep_layers(model: PreTrainedModel, wanted: int, total: int) -> int:
     return wanted
 
 
-def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: int) -> Site:
+def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: int, modality: str) -> Site:
     """Capture one prompt's prefill and run the passes on it."""
-    override = capture.placeholder_mask_override(model)
-    if override is not None:
-        model.base_model.__dict__["get_placeholder_mask"] = override
+    model.base_model.__dict__.update(capture.body_overrides(model))
     refusals: list[Exception] = []
     for outputs in encoder_outputs(model, visual):
         found: list[Site] = []
@@ -233,7 +238,7 @@ def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: i
             found.append(site)
             raise PassesDone
 
-        inputs = prompt(model, length) | {"mm_encoder_outputs": {"image": outputs}}
+        inputs = prompt(model, length) | {"mm_encoder_outputs": {modality: outputs}}
         compiled = torch.compile(planned_forward, backend=backend, dynamic=True, fullgraph=True)
         with capture_lock, capture.settings(), torch.no_grad():
             try:
@@ -370,7 +375,7 @@ def width_of(site: Site) -> int:
 
 
 def identifiers(model: PreTrainedModel, ids: SpecialIds) -> dict[str, Any]:
-    named = [getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video")]
+    named = [getattr(model.config, f"{modality}_token_id", None) for modality in MODALITIES]
     return {
         "placeholders": tuple(dict.fromkeys(each for each in named if each is not None)),
         "vision_end": ids.vision_end,

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from hawk_compile import capture
 from hawk_compile.cache import PrunedCache, physical_length, physical_mask
-from hawk_compile.config import HawkConfig, make_config
+from hawk_compile.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedModelError
 from hawk_compile.head_weights import resolve
 from hawk_compile.positions import deltas_of
@@ -30,7 +30,8 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     """Let a vision-language model prune visual tokens in every prefill, inside its compiled graph.
 
     Args:
-        model: a Hugging Face image-text-to-text model. It is changed in place and returned: same object, same class.
+        model: a Hugging Face model that takes images, video or audio. It is changed in place and returned: same
+            object, same class.
         config: the settings, or
         **settings: the settings by name; see `HawkConfig`. `ratio` is the fraction of visual tokens removed.
 
@@ -44,7 +45,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         UnsupportedModelError: a model that cannot be pruned. The model is left as it was.
     """
     made = make_config(config, settings)
-    check_model(model)
+    check_model(model, made.modalities)
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
@@ -88,7 +89,7 @@ def report(model: PreTrainedModel) -> Report:
     return runtime.record.report()
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities) -> None:
     """Refuse, before anything is changed, what cannot be pruned."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -101,13 +102,13 @@ def check_model(model: Any) -> None:
             f"{name} is an encoder-decoder, whose decoder reads images through cross-attention: only decoders that "
             "hold visual tokens in their prompt can be pruned"
         )
-    if not any(hasattr(model.base_model, f"get_{modality}_features") for modality in ("image", "video")):
-        raise UnsupportedModelError(f"{name} takes no images or videos, so it has no visual tokens to prune")
+    check_modalities(model, modalities)
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
         )
-    if not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+    sees = capture.takes(model, "image") or capture.takes(model, "video")
+    if sees and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
             "its vision encoder; a model class from transformers 5.23 or newer is needed"
@@ -120,6 +121,21 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
+    name, taken = type(model).__name__, tuple(each for each in MODALITIES if capture.takes(model, each))
+    if set(taken) & set(asked):
+        return
+    if taken:
+        raise UnsupportedModelError(
+            f"modalities={asked} asks for tokens that {name} does not have: it takes {' and '.join(taken)}, so give "
+            f"modalities={taken}"
+        )
+    parts = [part for part, module in model.named_children() if isinstance(module, PreTrainedModel)
+             and any(capture.takes(module, each) for each in MODALITIES)]
+    remedy = f"; its part model.{parts[0]} has: give that" if parts else ""
+    raise UnsupportedModelError(f"{name} takes no images, videos or audio, so it has no visual tokens to prune{remedy}")
+
+
 def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     """Each attribute that an optimised model shadows: name -> (the module it is put on, what is put there)."""
     found: dict[str, tuple[Any, Any]] = {
@@ -130,10 +146,13 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
         "_prefill": (model, types.MethodType(prefill_whole, model)),
         "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
     }
-    placeholder_mask = capture.placeholder_mask_override(model)
-    if placeholder_mask is not None:
-        found["get_placeholder_mask"] = (model.base_model, placeholder_mask)
+    found |= {name: (model.base_model, method) for name, method in capture.body_overrides(model).items()}
     return found
+
+
+def prunes(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt of generate holds what the settings ask to prune."""
+    return bool(capture.modalities_of(kwargs) & set(model.__dict__[RUNTIME].config.modalities))
 
 
 def original(model: PreTrainedModel, name: str) -> Any:
@@ -189,28 +208,28 @@ def prefill_whole(
     self: PreTrainedModel, input_ids: Tensor, generation_config: Any, model_kwargs: Any, **kwargs: Any
 ) -> Any:
     """generate's prefill, which must see the whole prompt at once to score it."""
-    if generation_config.prefill_chunk_size is not None and capture.has_features(model_kwargs):
+    if generation_config.prefill_chunk_size is not None and prunes(self, model_kwargs):
         raise UnsupportedCallError(
             f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can "
             "be scored against the question: leave it out"
         )
     cache = model_kwargs.get("past_key_values")
-    if capture.has_features(model_kwargs) and physical_length(cache) and hasattr(self.base_model, "rope_deltas"):
+    if prunes(self, model_kwargs) and physical_length(cache) and hasattr(self.base_model, "rope_deltas"):
         raise UnsupportedCallError(
             "new images on a cache that already holds tokens: in models with mRoPE generate gives them positions of "
             "text, so prefill the whole conversation at once, or call the model with position_ids of your own"
         )
-    if generation_config.use_cache is False and capture.has_features(model_kwargs):
+    if generation_config.use_cache is False and prunes(self, model_kwargs):
         model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far
     return original(self, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
 
 
 def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
     """What drafts tokens for assisted decoding, whose first draft stands behind the prompt before it is prefilled."""
-    if capture.has_features(model_kwargs):
+    if prunes(self, model_kwargs):
         raise UnsupportedCallError(
             "assisted decoding (assistant_model, prompt_lookup_num_tokens and the like) puts drafted tokens into the "
-            "prefill, where they would vote on the visual tokens: leave it out for prompts with images or videos"
+            "prefill, where they would vote on the visual tokens: leave it out for prompts with images, videos or audio"
         )
     if isinstance(model_kwargs.get("past_key_values"), PrunedCache):
         raise UnsupportedCallError(

@@ -30,6 +30,7 @@ class Plan:
         length: S', the positions every row keeps, or the most of them.
         padded: whether some row holds padding before pruning.
         filled: whether some row holds padding or filling after pruning.
+        candidates: [B, S] bool, the visual tokens that may be removed; None if all may.
     """
 
     votes: Tensor
@@ -43,6 +44,7 @@ class Plan:
     length: int
     padded: bool
     filled: bool
+    candidates: Tensor | None
 
 
 def make_plan(
@@ -54,6 +56,7 @@ def make_plan(
     config: HawkConfig,
     prompt: int | None = None,
     images: Quotas | None = None,
+    candidates: Tensor | None = None,
 ) -> Plan:
     """Plan a prefill.
 
@@ -64,6 +67,7 @@ def make_plan(
         features: number of visual features that were encoded.
         prompt: positions from here on do not vote; None if all may.
         images: what every image keeps at least.
+        candidates: [B, S] bool, those of `visual` that may be removed; None if all may.
 
     Raises:
         InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
@@ -72,13 +76,14 @@ def make_plan(
     asked = real if prompt is None else real & (torch.arange(real.shape[1], device=real.device) < prompt)
     votes, source = voting_text(input_ids, visual, asked, ids)
     votes = counted(votes, config.used_query)
+    removable = visual if candidates is None else candidates
     floors = torch.zeros_like(source) if images is None else images.total
-    counts = torch.stack([visual.sum(1), (visual & real).sum(1), real.sum(1), votes.sum(1), floors]).tolist()
+    counts = torch.stack([visual.sum(1), (removable & real).sum(1), real.sum(1), votes.sum(1), floors]).tolist()
     placeholders, tokens, present, voters, guaranteed = counts
     if sum(placeholders) != features:
         raise InputError(
             f"the prompt has {sum(placeholders)} placeholders for visual tokens, but {features} visual features were "
-            "encoded: give the images and videos that belong to exactly these placeholders"
+            "encoded: give the images, videos and audio that belong to exactly these placeholders"
         )
     bounds = [config.bounds(count, floor) for count, floor in zip(tokens, guaranteed, strict=True)]
     fewest, kept = [low for low, _ in bounds], [high for _, high in bounds]
@@ -102,4 +107,5 @@ def make_plan(
         length=length,
         padded=any(total != visual.shape[1] for total in present),
         filled=any(total != length for total in needed) or (config.budget is not None and len(needed) > 1),
+        candidates=candidates,
     )

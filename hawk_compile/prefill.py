@@ -21,7 +21,7 @@ from hawk_compile.passes.errors import AttentionNotFoundError
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan import Plan, make_plan
 from hawk_compile.positions import deltas_after, deltas_of
-from hawk_compile.refusals import refuse_two_kinds_of_layer_features, refuse_unsupported
+from hawk_compile.refusals import refuse_quotas_of_audio, refuse_two_kinds_of_layer_features, refuse_unsupported
 from hawk_compile.report import PrefillRecord
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ class CompiledPrefill:
         image, floor = (None, None) if plan.quotas is None else (plan.quotas.image, plan.quotas.floor)
         planned = (
             plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device),
-            plan.least, image, floor,
+            plan.candidates, plan.least, image, floor,
         )  # fmt: skip
         with capture_lock, capture.settings():
             try:
-                return self.function(forward, inputs, past_mask, planned)
+                return self.function(forward, inputs, past_mask, tuple(planned))
             except BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, (GraphError, HawkError)):
                     raise error.inner_exception from None
@@ -79,7 +79,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
     grad = torch.is_grad_enabled() and asked
     frames = kwargs.get("video_grid_thw")
     with torch.no_grad():
-        if capture.has_pixels(kwargs):
+        if capture.raw_modalities(kwargs):
             with deltas_of(model, kwargs.get("past_key_values")):
                 kwargs = capture.encode(model, kwargs)
         if kwargs.get("output_hidden_states"):
@@ -96,15 +96,24 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         whole_mask = kwargs.pop("attention_mask", None)
         mask, past_mask = split_mask(target, whole_mask, past, length)
         deltas = deltas_after(model, target, kwargs.get("position_ids"), whole_mask, rows, length)
-        placeholders = capture.placeholder_ids(model)
+        placeholders, modalities = capture.placeholder_ids(model), runtime.config.modalities
         ids = kwargs.get("input_ids")
         if ids is None:
             ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
         visual = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
-        features = capture.feature_count(outputs)
+        present = capture.modalities_of({**kwargs, "mm_encoder_outputs": outputs})
+        left = sorted(present - set(modalities))
+        candidates = None
+        if left:
+            candidates = torch.isin(ids, torch.tensor(capture.placeholder_ids(model, modalities), device=ids.device))
+        features = capture.feature_count(model, kwargs, outputs)
         prompt = kwargs.pop(PROMPT_LENGTH, None)
-        images = quotas(ids, capture.placeholders(model), sizes, runtime.config) if runtime.config.per_image else None
-        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt, images)
+        images = None
+        if runtime.config.per_image:
+            refuse_quotas_of_audio(present & set(modalities))
+            asked_for = {each: sizes[each] for each in sizes if each in modalities}
+            images = quotas(ids, capture.placeholders(model), asked_for, runtime.config)
+        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt, images, candidates)
         needs_mask = plan.padded or plan.filled or past_mask is not None
         if not needs_mask:
             mask = None
@@ -119,7 +128,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         if target is not None:
             mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
     runtime.note(PrefillRecord(
-        plan.visual, plan.text, keep, valid, scores, rule_of(runtime.config), plan.source,
+        plan.visual, plan.text, keep, valid, scores, rule_of(runtime.config, left), plan.source,
         runtime.head_weights.origin, length))
     if "past_key_values" in result:
         result["past_key_values"] = target
@@ -163,7 +172,9 @@ def planned_forward(
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """What Dynamo captures: the model's own forward with the plan beside it."""
     keep, valid, scores = torch.ops.hawk.plan(*planned)
-    inputs = {**inputs, "mm_encoder_outputs": capture.cut_extra_rows(inputs["mm_encoder_outputs"])}
+    outputs = capture.cut_extra_rows(inputs["mm_encoder_outputs"])
+    inputs = {name: given for name, given in inputs.items() if name != "mm_encoder_outputs"}
+    inputs |= capture.arguments_of(outputs)
     capture.equate_lengths(inputs, planned[0])
     if past_mask is not None:
         inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
@@ -186,13 +197,15 @@ def fill_cache(
     return target
 
 
-def rule_of(config: HawkConfig) -> str:
-    """What says how much is removed."""
+def rule_of(config: HawkConfig, left: list[str]) -> str:
+    """What says how much is removed; `left` are modalities that stay whole."""
     rules = [f"ratio={config.ratio:g}"]
     if config.budget is not None:
         rules.append(f"budget={config.budget}")
     if config.per_image:
         rules += [f"min_per_image={config.min_per_image}", f'quota="{config.quota}"']
+    if left:
+        rules.append(f"{' and '.join(left)} not among modalities={config.modalities}")
     return " with ".join([rules[0], ", ".join(rules[1:])]) if rules[1:] else rules[0]
 
 

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from hawk_compile.config import HawkConfig
 
-VISION_END_NAMES = ("vision_end_token_id", "eoi_token_id", "eoi_token_index", "image_end_token_id")
+VISION_END_NAMES = (
+    "vision_end_token_id", "eoi_token_id", "eoi_token_index", "image_end_token_id", "audio_end_token_id",
+)  # fmt: skip
 
 
 class QuerySource(IntEnum):

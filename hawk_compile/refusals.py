@@ -36,6 +36,11 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
         )
+    if kwargs.get("inputs_embeds") is not None and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+        raise UnsupportedCallError(
+            f"inputs_embeds were given beside audio, which {type(model).__name__} merges into input_ids only: give "
+            "input_ids [B, S]"
+        )
     cache = kwargs.get("past_key_values")
     if physical_length(cache) and kwargs.get("token_type_ids") is not None:
         raise UnsupportedCallError(
@@ -60,4 +65,12 @@ def refuse_two_kinds_of_layer_features(outputs: dict[str, ModelOutput]) -> None:
         raise UnsupportedCallError(
             f"{' and '.join(outputs)} in one call: this model adds features of both to later layers, which the graph "
             "cannot tell apart; give them in separate calls"
+        )
+
+
+def refuse_quotas_of_audio(asked: set[str]) -> None:
+    if "audio" in asked:
+        raise UnsupportedCallError(
+            "min_per_image and quota are of images and frames, and audio competes with them for one budget: leave both "
+            'out, or "audio" out of modalities'
         )

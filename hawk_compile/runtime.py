@@ -87,7 +87,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
-    if capture.has_pixels(kwargs) or capture.has_features(kwargs):
+    if capture.modalities_of(kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     cache = kwargs.get("past_key_values")
     if physical_length(cache) == 0:
@@ -107,10 +107,13 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
 
 
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
-    """The first prompt of a conversation, without visual features: not pruned, and the report says so."""
+    """The first prompt of a conversation, without features to prune: it runs whole, and the report says so."""
     note_unpruned(model, runtime, kwargs)
     if not hasattr(model.base_model, "rope_deltas"):
         return step(runtime, forward, kwargs)
+    if kwargs.get("position_ids") is None and capture.modalities_of(kwargs):
+        with deltas_of(model, None):
+            kwargs = {**kwargs, "position_ids": capture.positions_of(model.base_model, kwargs)}
     tokens, positions = tokens_of(kwargs), kwargs.get("position_ids")
     if positions is None:
         with deltas_of(model, None):
@@ -145,7 +148,9 @@ def note_unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, An
     """Say in the report why a prefill was not pruned."""
     tokens = tokens_of(kwargs)
     rows, length = tokens.shape[:2]
-    if kwargs.get("input_ids") is None:
+    if found := sorted(capture.modalities_of(kwargs)):
+        reason = f"the prompt has {' and '.join(found)} only, which is not among modalities={runtime.config.modalities}"
+    elif kwargs.get("input_ids") is None:
         reason = "inputs_embeds without visual features: if images are merged into them, they cannot be told from text"
     else:
         reason = "the prompt has no visual features"

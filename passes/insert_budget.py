@@ -50,7 +50,7 @@ def insert_budget(
 
 def insert_mass_budget(build: Builder, site: Site, mass: float) -> None:
     assert site.plan is not None
-    most, least = site.plan.args[1], site.plan.args[5]
+    most, least = site.plan.args[1], site.planned("least")
     candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
     site.budget = build.call(tokens_for_mass, site.scores, candidate, mass, least, most)
     site.kept_length = build.call(longest_row, candidate, site.token_mask, site.budget)

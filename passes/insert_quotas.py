@@ -15,24 +15,17 @@ from torch import fx
 
 from hawk_compile.kernels.select.budgets import guaranteed_first
 from hawk_compile.passes.graph import Builder
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import site_of
 
 
 def insert_quotas(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     """Put what is guaranteed first; `site.ranks` names the new order."""
     site = site_of(gm)
     assert site is not None and site.boundary is not None
-    image, floor = quotas_of(site)
+    image, floor = site.planned("image"), site.planned("floor")
     if image is None or site.ranks is not None:
         return gm
     build = Builder(gm, site.boundary)
     candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
     site.ranks = build.call(guaranteed_first, site.scores, candidate, image, floor)
     return gm
-
-
-def quotas_of(site: Site) -> tuple[Any, Any]:
-    """The plan's image [B, S] and floor [B, S], or None twice."""
-    if site.plan is None or len(site.plan.args) < 8:
-        return None, None
-    return site.plan.args[6], site.plan.args[7]

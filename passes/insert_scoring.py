@@ -2,7 +2,7 @@
 
     before: merged [B, S, D] | normed = norm(merged); q = linear(normed, Wq); k = linear(normed, Wk); ...
     after:  merged [B, S, D]
-            mask   [B, S]    = merge masks, joined
+            mask   [B, S]    = merge masks, joined; or what the plan says may be removed
             normed [B, S, D] = norm(merged)                                    a copy, at full length
             scores [B, S]    = hawk.score_folded(normed, mask, votes, Wq, bq, Wk, bk, w)
             | normed = norm(merged); ...                                       untouched
@@ -66,7 +66,7 @@ def insert_scoring(
     if site.scores is not None:
         return gm
     build = Builder(gm, site.boundary)
-    site.visual_mask = join_masks(build, site)
+    site.visual_mask = site.planned("candidates") or join_masks(build, site)
     site.token_mask = real_tokens(build, site)
     votes = site.plan.args[0] if site.plan is not None else text_after_images(build, site, query == "last")
     site.votes = votes

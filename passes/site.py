@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
+import hawk_compile.kernels.plan.op  # noqa: F401  registers the operator
 from hawk_compile.passes.graph import Size, same
 
 KEY = "hawk_site"
@@ -71,6 +73,14 @@ class Site:
     """V', the visual tokens kept over all rows, once it is known."""
     gathered: list[tuple[str, tuple[Any, ...], str]] = field(default_factory=list)
     """(value, shape, 'tokens' | 'visual tokens' | 'length') of everything that was gathered."""
+
+    def planned(self, name: str) -> Any:
+        """An argument of the plan that may be left out; None without it, and without a plan."""
+        if self.plan is None:
+            return None
+        names = [each.name for each in torch.ops.hawk.plan.default._schema.arguments]
+        given = dict(zip(names, self.plan.args, strict=False)) | self.plan.kwargs
+        return given.get(name)
 
     @property
     def ambiguous(self) -> bool:

@@ -105,6 +105,7 @@ def export(
             f'selector "{config.selector}" cannot be exported: it takes tokens one after another, or has operators '
             "that only PyTorch has (portable=False); optimize runs it; export another one"
         )
+    check_modality(model, inputs)
     check_model(model)
     check_dtype(model, target, format)
     with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
@@ -145,6 +146,17 @@ def export(
         )  # fmt: skip
         manifest.write(folder)
     return manifest
+
+
+def check_modality(model: Any, inputs: dict[str, Any]) -> None:
+    """Refuse audio, before the model is refused for taking nothing else."""
+    hears = isinstance(model, PreTrainedModel) and capture.takes(model, capture.AUDIO)
+    sees = hears and (capture.takes(model, "image") or capture.takes(model, "video"))
+    if capture.AUDIO in capture.modalities_of(inputs) or (hears and not sees):
+        raise ExportError(
+            f"{type(model).__name__} with audio cannot be exported: no format writes an audio encoder yet; export from "
+            "inputs with images alone, or run the model with hawk_compile.optimize"
+        )
 
 
 def check_dtype(model: PreTrainedModel, target: Any, format: str) -> None:
@@ -228,7 +240,7 @@ def components(
     """
     if inputs.get("input_ids") is None:
         raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
-    if not capture.has_pixels(inputs):
+    if not capture.raw_modalities(inputs):
         raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
     training = [module for module in model.modules() if module.training]
     model.eval()

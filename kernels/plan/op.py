@@ -27,6 +27,7 @@ def plan(
     head_weights: Tensor,
     slots: Tensor,
     visual_slots: Tensor,
+    candidates: Tensor | None = None,
     least: Tensor | None = None,
     image: Tensor | None = None,
     floor: Tensor | None = None,
@@ -39,6 +40,7 @@ def plan(
         head_weights: [H] float32: the weight of each query head of the scoring layer.
         slots: [S' + SLOT_OFFSET, 0]: carries S', the length of every row after pruning.
         visual_slots: [V' + SLOT_OFFSET, 0]: carries V', the number of visual tokens kept over all rows.
+        candidates: [B, S] bool: the visual tokens that may be removed; None: all that the graph merges.
         least: [B] int64: the least that each row keeps, where the graph finds the number itself; `budget` is then the
             most, and S' and V' are found in the graph too.
         image, floor: [B, S] int64: which image each visual token belongs to, and how many tokens that keeps at least.
@@ -62,6 +64,7 @@ def _(
     head_weights: Tensor,
     slots: Tensor,
     visual_slots: Tensor,
+    candidates: Tensor | None = None,
     least: Tensor | None = None,
     image: Tensor | None = None,
     floor: Tensor | None = None,

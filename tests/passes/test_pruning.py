@@ -131,7 +131,7 @@ def test_scoring_refuses_head_weights_of_another_length():
 def with_more_in_the_plan(last, least=None, image=None, floor=None, mass=None):
     """The graph after the passes up to `last`, its plan with bounds or with floors for images."""
     inputs = graphs.prompt()
-    plan = (*graphs.plan_of(inputs, 4), least, image, floor)
+    plan = (*graphs.plan_of(inputs, 4), None, least, image, floor)  # None: all that is merged may be removed
     gm = graphs.captured(graphs.planned(graphs.Decoder()), inputs, plan)
     for each in PASSES[: PASSES.index(last) + 1]:
         gm = each(gm, [], mass=mass) if each is insert_budget else each(gm, [])

@@ -122,9 +122,9 @@ def florence() -> Any:
 
 
 @pytest.mark.parametrize(("make", "match"), [
-    (lambda: LlamaForCausalLM(LlamaConfig(**TEXT)), "LlamaForCausalLM takes no images or videos"),
-    (lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)), "CLIPVisionModel takes no images or videos|cannot generate"),
-    (lambda: plain("llava").base_model.vision_tower, "cannot generate|takes no images or videos"),
+    (lambda: LlamaForCausalLM(LlamaConfig(**TEXT)), "LlamaForCausalLM takes no images, videos or audio"),
+    (lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)), "CLIPVisionModel takes no images|cannot generate"),
+    (lambda: plain("llava").base_model.vision_tower, "cannot generate|takes no images, videos or audio"),
     (lambda: plain("llava").base_model, "LlavaModel cannot generate"),
     (florence, "Florence2ForConditionalGeneration is an encoder-decoder"),
     (lambda: BlipForConditionalGeneration(BlipConfig(text_config=TEXT, vision_config=TOWER)), "Blip"),

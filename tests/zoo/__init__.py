@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import common, fixed, grids, tiles
+from . import audio, common, fixed, grids, tiles
 from .common import Architecture, Row, Size
 
-__all__ = ["NAMES", "VIDEO_NAMES", "Row", "build", "inputs", "sizes", "text_only", "visual_count", "visual_mask"]
+__all__ = [
+    "AUDIO_NAMES", "NAMES", "VIDEO_NAMES", "Row", "build", "inputs", "sizes", "text_only", "visual_count",
+    "visual_mask",
+]  # fmt: skip
 
 _ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
@@ -34,11 +37,15 @@ _ARCHITECTURES: dict[str, Architecture] = {
         fixed.PaliGemma(),
         grids.Mistral3(),
         grids.Glm4v(),
+        audio.Qwen2Audio(),
+        audio.Voxtral(),
+        audio.Qwen25Omni(),
     )
 }
 
-NAMES: tuple[str, ...] = tuple(_ARCHITECTURES)
-VIDEO_NAMES: tuple[str, ...] = tuple(name for name, a in _ARCHITECTURES.items() if a.video_sizes)
+AUDIO_NAMES: tuple[str, ...] = tuple(name for name, a in _ARCHITECTURES.items() if a.audio_sizes)
+NAMES: tuple[str, ...] = tuple(name for name in _ARCHITECTURES if name not in AUDIO_NAMES)
+VIDEO_NAMES: tuple[str, ...] = tuple(name for name in NAMES if _ARCHITECTURES[name].video_sizes)
 
 
 def build(name: str, *, seed: int = 0, layers: int = 3) -> PreTrainedModel:
@@ -64,15 +71,16 @@ def text_only(name: str, model: PreTrainedModel, *, tokens: int = 8, seed: int =
 
 
 def visual_mask(name: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Which positions are placeholders of an image or a video: bool [B, S]."""
-    ids = [model.config.image_token_id, getattr(model.config, "video_token_id", model.config.image_token_id)]
+    """Which positions are placeholders of an image, a video or an audio: bool [B, S]."""
+    named = [getattr(model.config, f"{modality}_token_id", None) for modality in ("image", "video", "audio")]
+    ids = [each for each in named if each is not None]
     return torch.isin(inputs["input_ids"], torch.tensor(ids, device=inputs["input_ids"].device))
 
 
 def visual_count(name: str, row: Row) -> int:
     """V of one row."""
     ids = _architecture(name).row_ids(row, torch.Generator())
-    return ids.count(common.IMAGE) + ids.count(common.VIDEO)
+    return sum(ids.count(each) for each in (common.IMAGE, common.VIDEO, common.AUDIO))
 
 
 def sizes(name: str) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 
 PAD, EOS, START, END_OF_TURN = 0, 1, 2, 3
 IMAGE, VIDEO = 4, 5
@@ -17,6 +17,7 @@ NEWLINE, ROW_BREAK, AROUND_IMAGE, GLOBAL_IMAGE = 10, 11, 12, 13
 TEMPLATE = 16  # the first of the ids that a chat template appends after the end of the turn
 TILE_TAG = 24  # the first of TILES * TILES ids <row_i_col_j>
 TILES = 4
+AUDIO, AUDIO_START, AUDIO_END = 40, 41, 42
 FIRST_TEXT = 48  # ordinary text ids are FIRST_TEXT .. VOCAB - 1
 VOCAB = 160
 
@@ -29,16 +30,17 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch: start id, text, images, video, text, end of the turn.
+    """One row of a batch: start id, text, images, video, audio, text, end of the turn.
 
     `images` holds one (height, width) per image in the unit of the architecture (the modules of this package say
-    which), `video` one (frames, height, width). `before`, `between` and `after` count text tokens; `between` stands
-    between two pictures. The text closes with an end-of-turn id and `tail` template tokens, or with nothing where
-    `tail` is None.
+    which), `video` one (frames, height, width), `audio` one length per audio. `before`, `between` and `after` count
+    text tokens; `between` stands between two of them. The text closes with an end-of-turn id and `tail` template
+    tokens, or with nothing where `tail` is None.
     """
 
     images: tuple[Size, ...] = ()
     video: tuple[int, int, int] | None = None
+    audio: tuple[int, ...] = ()
     before: int = 3
     between: int = 1
     after: int = 5
@@ -55,6 +57,7 @@ class Architecture:
     end_ids: tuple[int, ...] = (END_OF_TURN,)  # generation_config.eos_token_id, one id or several as in the real one
     image_sizes: tuple[Size, ...]  # sizes to try; the class that sets them says their unit
     video_sizes: tuple[tuple[int, int, int], ...] = ()  # empty: the architecture takes no video
+    audio_sizes: tuple[tuple[int, ...], ...] = ()  # lengths of one or several audios; empty: it takes none
 
     def config(self, layers: int) -> PreTrainedConfig:
         raise NotImplementedError
@@ -66,8 +69,13 @@ class Architecture:
     def video_ids(self, size: tuple[int, int, int]) -> list[int]:
         raise ValueError(f"{self.name} takes no video: got Row(video={size}); leave it out")
 
+    def audio_ids(self, length: int) -> list[int]:
+        if not self.audio_sizes:
+            raise ValueError(f"{self.name} takes no audio: got a Row with an audio of {length}; leave it out")
+        return [AUDIO_START, *[AUDIO] * length, AUDIO_END]
+
     def pixels(self, rows: Sequence[Row], generator: torch.Generator) -> dict[str, Tensor]:
-        """The visual keyword arguments of a batch that has at least one image or video."""
+        """The visual keyword arguments of a batch that has at least one image, video or audio."""
         raise NotImplementedError
 
     def token_types(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -81,6 +89,7 @@ class Architecture:
         pictures = [self.image_ids(size, len(row.images)) for size in row.images]
         if row.video is not None:
             pictures.append(self.video_ids(row.video))
+        pictures += [self.audio_ids(length) for length in row.audio]
         ids = [START, *text(row.before, generator)]
         for i, picture in enumerate(pictures):
             ids += text(row.between, generator) if i else []
@@ -124,7 +133,7 @@ def tower_config(model_type: str, image_size: int, **overrides: Any) -> dict[str
 def build(architecture: Architecture, *, seed: int, layers: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):  # construction draws weights that `randomize` replaces or adds to
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(
+        model = AutoModelForMultimodalLM.from_config(
             architecture.config(layers), attn_implementation="sdpa", dtype=torch.float32
         )
     randomize(model, seed)
@@ -165,6 +174,6 @@ def batch(architecture: Architecture, rows: Sequence[Row], *, seed: int, padding
     )
     result = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
     result |= architecture.token_types(input_ids)
-    if any(row.images or row.video for row in rows):
+    if any(row.images or row.video or row.audio for row in rows):
         result |= architecture.pixels(rows, generator)
     return result
