@@ -1,7 +1,7 @@
 # make demo    install into .venv and show pruning on the shipped model
 # make test    install into .venv and run what CI checks: ruff, mypy, pytest
 # make check   ruff and mypy alone
-# make bench   install into .venv and time the pruned prefill
+# make bench   install into .venv and time pruning against the same model unpruned
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +22,7 @@ check: $(VENV)/.test
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.run
-	$(VENV)/bin/python benchmarks/prefill.py
+	$(VENV)/bin/hawk-compile bench
 
 # A stamp is newer than what it was made from, so a second run installs nothing.
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -28,11 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefill import IMAGE, RATIOS, TEXT, build
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import hawk_compile
+from hawk_compile.benchmarking import prompts
+from hawk_compile.benchmarking.images import picture
+from hawk_compile.benchmarking.models import load
+from hawk_compile.benchmarking.profiles import qwen2_5_vl_scaled
 from hawk_compile.demo.scenes import make_scene
 from hawk_compile.exporting import onnx, write
 from hawk_compile.exporting.check import Agreement, compare
@@ -48,8 +51,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of formats beyond the common ones: ExecuTorch plans its memory for the largest batch."""
-SIDE = 32
-"""Visual tokens along one side of the timed image: 1,024 of them."""
+VISUAL, TEXT = 1024, 64
+"""Tokens of the prompt that is timed."""
+RATIOS = (0.5, 0.8, 0.9)
 
 
 def agreement(formats: list[str], questions: int, ratio: float) -> None:
@@ -151,14 +155,13 @@ class Unpruned(nn.Module):
 
 
 def speed(layers: int, width: int, rounds: int) -> None:
-    model = build(layers, width, "cpu", torch.float32)
-    visual = SIDE * SIDE
-    words = list(range(8, 8 + TEXT))
-    ids = torch.tensor([[*words[:32], 2, *[IMAGE] * visual, 3, *words[32:60], 4, 8]])
-    inputs = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
-        "pixel_values": torch.randn(4 * visual, 1176), "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]]),
-    }  # fmt: skip
+    cpu = torch.device("cpu")
+    shape = qwen2_5_vl_scaled(layers, width, vision_layers=1, vision_width=32)
+    model, _ = load(shape, cpu, torch.float32, None, scoring_only=False)
+    prompt = prompts.make(model, picture(shape, VISUAL), TEXT, 1, cpu)
+    visual, ids = prompt.image.tokens, prompt.ids
+    inputs = {name: value for name, value in prompt.whole.items() if name != "logits_to_keep"}
+    inputs["attention_mask"] = torch.ones_like(ids)
     config = hawk_compile.HawkConfig(ratio=0.8)
     weights = torch.full((width // 64,), 64 / width)
     prefill = write.prefill_component(model, inputs, config, weights)

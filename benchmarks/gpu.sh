@@ -6,5 +6,7 @@ PYTHON=${1:-python}
 
 $PYTHON -m pytest tests/kernels --quiet
 $PYTHON benchmarks/kernels.py
-$PYTHON benchmarks/ranking.py --device cuda --dtype bfloat16 --markdown
-$PYTHON benchmarks/prefill.py --device cuda --dtype bfloat16 --layers 8 --width 3584 --sides 24 32 64 128 --markdown
+$PYTHON benchmarks/ranking.py --device cuda --dtype bf16 --markdown
+$PYTHON -m hawk_compile.cli bench --config qwen2.5-vl-7b --device cuda --dtype bf16 --tokens 576,1024,4096 --markdown
+$PYTHON -m hawk_compile.cli bench --config qwen2.5-vl-7b --device cuda --dtype bf16 --tokens 16384 \
+    --stages scoring,prefill --markdown

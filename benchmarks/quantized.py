@@ -16,11 +16,11 @@ import sys
 from typing import Any
 
 import torch
-from prefill import machine
 from torch import Tensor, nn
 
 import hawk_compile
 from hawk_compile.checkpoints import read_checkpoint
+from hawk_compile.environment import measured_on
 from hawk_compile.evaluation.demo import MODEL
 
 RATIOS = (0.5, 0.8, 0.9)
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=50)
     given = parser.parse_args()
-    print(f"{machine('cpu')}\n\n`python {' '.join(sys.argv)}`")
+    print(f"{measured_on('cpu')}\n\n`python {' '.join(sys.argv)}`")
 
     def progress(done: int, total: int) -> None:
         print(f"{done} of {total}", file=sys.stderr)

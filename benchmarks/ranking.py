@@ -1,6 +1,6 @@
 """What each selector costs: scoring (where it reads the score), ranking and selection of one prompt.
 
-    python benchmarks/ranking.py [--device cuda --dtype bfloat16] [--visual 1024 4096 16384] [--markdown]
+    python benchmarks/ranking.py [--device cuda --dtype bf16] [--visual 1024 4096 16384] [--markdown]
 
 The shape is that of a 7B decoder (width 3,584, 28 query heads of 128 over 4 KV heads), one prompt with one image and 64
 text tokens on either side, 80 % of the visual tokens removed. Operators run one by one, as without a compiler: what
@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from prefill import DTYPES, machine
 from torch import Tensor
 
 import hawk_compile
+from hawk_compile.checkpoints import DTYPES
+from hawk_compile.environment import measured_on
 from hawk_compile.kernels.gather import op as gather_op  # noqa: F401  these register the operators
 from hawk_compile.kernels.score import op as score_op  # noqa: F401
 from hawk_compile.kernels.score.voters import last_voters, score_each, split_heads
@@ -91,12 +92,12 @@ def milliseconds(run: Callable[[], Any], device: str, rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--visual", type=int, nargs="+", default=(1024, 4096, 16384))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--markdown", action="store_true", help="lines for benchmarks/RESULTS.md")
     given = parser.parse_args()
-    dtype = getattr(torch, given.dtype)
+    dtype = DTYPES[given.dtype]
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(shape, device=given.device) * WIDTH**-0.5).to(dtype)
@@ -111,7 +112,7 @@ def main() -> None:
             for name, times in found.items():
                 times.append(milliseconds(call(name, inputs, weights), given.device, given.rounds))
             print(f"{visual} visual tokens: done", file=sys.stderr)
-    print(f"{machine(given.device)}\n\n`python {' '.join(sys.argv)}`\n")
+    print(f"{measured_on(given.device)}\n\n`python {' '.join(sys.argv)}`\n")
     lines = [("selector", *(f"V = {visual:,}, ms" for visual in given.visual))]
     lines += [(name, *(f"{each:,.3f}" for each in times)) for name, times in found.items()]
     if given.markdown:

@@ -7,10 +7,12 @@
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
     hawk_compile.calibrate(model, processor, "questions.jsonl").write("head_weights.json")
     hawk_compile.evaluate(model, processor, "questions.jsonl", ratios=(0.6, 0.8))
+    hawk_compile.bench("small").write("bench/")       # what pruning saves on this machine
     hawk_compile.export(model, inputs, "out/", format="onnx", ratio=0.8)
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
 """
 
+from hawk_compile.benchmarking.bench import Benchmark, bench
 from hawk_compile.budgets import Adaptive
 from hawk_compile.calibration.calibrate import Calibration, calibrate
 from hawk_compile.config import HawkConfig
@@ -26,12 +28,14 @@ from hawk_compile.selectors import register_selector
 __version__ = "0.1.0"
 __all__ = [
     "Adaptive",
+    "Benchmark",
     "Calibration",
     "Evaluation",
     "HawkConfig",
     "Inspection",
     "Report",
     "Runner",
+    "bench",
     "calibrate",
     "evaluate",
     "export",

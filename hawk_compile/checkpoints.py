@@ -28,25 +28,42 @@ def read_for_tasks(folder: Path, dtype: str, device: str | None) -> tuple[Any, A
         InputError: a folder that is no checkpoint, an unknown dtype or device.
         UnsupportedModelError: a checkpoint of another kind.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        place = torch.device(device or "cpu")
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"device must be one that torch has here, such as cpu or cuda, got {device!r}: {reason}"
-        ) from None
-    model, processor = read_checkpoint(folder, DTYPES[dtype])
+    made, place = dtype_named(dtype), device_named(device)
+    model, processor = read_checkpoint(folder, made)
     return model.to(place), processor
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Raises InputError for a name that is not in DTYPES."""
+    if name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def device_named(name: str | None) -> torch.device:
+    """Raises InputError for a device that torch does not have here."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"device must be one that torch has here, such as cpu or cuda, got {name!r}: {reason}"
+        ) from None
+    return device
+
+
 def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    model = read_model(folder, dtype)
+    return model, read_processor(folder)
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint's model in eval mode, without its processor."""
     if not (folder / "config.json").is_file():
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UnsupportedModelError(
@@ -54,7 +71,6 @@ def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         ) from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None
-    return model, read_processor(folder)
 
 
 def read_processor(folder: Path) -> Any:

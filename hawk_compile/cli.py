@@ -1,4 +1,4 @@
-"""The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `show`, `export`,
+"""The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `bench`, `show`, `export`,
 `run`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
@@ -169,6 +169,40 @@ def evaluate(
         console(), checkpoint, data, out, ratios=ratios, selectors=selectors, dtype=dtype, device=device,
         baseline=baseline, metric=metric, limit=limit, batch=batch, max_new_tokens=tokens, backend=backend,
         skip_bad=skip_bad,
+    )  # fmt: skip
+
+
+@app.command()
+@clear_errors
+def bench(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint folder; without one, random weights.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="The shapes of: small, tiny, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-4b, internvl3-8b, "
+                     "llava-onevision-7b.", show_default="small"),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed.")] = "0.5,0.8,0.9",
+    tokens: Annotated[str, typer.Option(help="Visual tokens of the image.")] = "576,1024,2048",
+    text: Annotated[int, typer.Option(help="Other tokens of the prompt.")] = 64,
+    batch: Annotated[int, typer.Option(help="Rows of a prompt.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "fp32",
+    layers: Annotated[int | None, typer.Option(help="Keep only the first so many decoder layers.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(help="Some of vision,scoring,prefill,first,decode,shapes.", show_default="all"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed calls of each.")] = 5,
+    backend: Backend = "inductor",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for tables, JSON and plot.")] = None,
+) -> None:
+    """Time what pruning saves, stage by stage, against the same model eager, compiled, and pruned by hand."""
+    from hawk_compile.benchmarking.commands import bench_checkpoint
+
+    bench_checkpoint(
+        console(), checkpoint, config, out, ratios=ratios, tokens=tokens, stages=stages, markdown=markdown, text=text,
+        batch=batch, device=device, dtype=dtype, layers=layers, rounds=rounds, backend=backend,
     )  # fmt: skip
 
 

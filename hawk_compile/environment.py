@@ -1,5 +1,6 @@
 """What a bug report needs to know of a machine, and the environment switches in one table."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -62,6 +63,19 @@ def gpus() -> str:
         found = torch.cuda.get_device_properties(index)
         named.append(f"{found.name} (sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB)")
     return f"{', '.join(named)}; CUDA {torch.version.cuda}"
+
+
+def machine(device: str) -> str:
+    """What a device of torch's is, and over how many threads a CPU's work is spread."""
+    import torch
+
+    return gpus() if device.startswith("cuda") else f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def measured_on(device: str) -> str:
+    """The line above a figure: machine, versions, date."""
+    seen = f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}"
+    return f"{machine(device)}; {seen}; {datetime.date.today().isoformat()}"
 
 
 def compiler() -> str:

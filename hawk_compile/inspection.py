@@ -162,7 +162,9 @@ def inspect_model(
         kept_tokens=after,
         flops=flops,
         kept_flops=kept_flops,
-        scoring_flops=scoring_flops(site, before),
+        scoring_flops=scoring_flops(
+            facts["form"], facts["width"], facts["heads"], facts["kv_heads"], facts["head_dim"], before
+        ),
         **facts,
     )
 
@@ -401,9 +403,8 @@ def count_flops(model: PreTrainedModel, length: int) -> int | None:
     return counter.get_total_flops()
 
 
-def scoring_flops(site: Site, length: int) -> int:
+def scoring_flops(form: str, width: int, heads: int, kv_heads: int, depth: int, length: int) -> int:
     """FLOPs of the score of one row, as `kernels/score/reference.py` computes it."""
-    width, heads, kv_heads, depth = width_of(site), site.heads, site.kv_heads, site.head_dim
-    if site.form == "folded":
+    if form == "folded":
         return 2 * width * heads * depth * 2 + 2 * length * width * heads
     return 2 * length * width * (heads + kv_heads) * depth + 2 * length * heads * depth

@@ -48,6 +48,12 @@ def test_env_names_versions_and_switches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "HAWK_FUEL=1" in shown
 
 
+def test_a_figure_names_where_it_was_measured() -> None:
+    shown = environment.measured_on("cpu")
+    assert shown.startswith(environment.machine("cpu")) and "threads; torch " in shown
+    assert environment.version("transformers") in shown and environment.machine("cuda") == environment.gpus()
+
+
 def test_passes_lists_the_pipeline_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HAWK_DISABLE", raising=False)
     shown = call("passes").stdout
