@@ -122,6 +122,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         scratch = scratch_cache(target)
         inputs = {name: given for name, given in kwargs.items() if given is not None}
         inputs |= {"mm_encoder_outputs": outputs, "attention_mask": mask, "past_key_values": scratch, "use_cache": True}
+        inputs = dict(sorted(inputs.items()))  # the graph is guarded by their order
         weights = runtime.weights(tokens.device)
         result, keep, valid, scores = runtime.prefill.run(forward, inputs, past_mask, plan, weights)
         target = fill_cache(model, target, scratch, past, use_cache)
