@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -18,6 +18,9 @@ from hawk_compile.inspection import META, keep_layers
 
 STANDARD_DEVIATION = 0.02
 """Of random weights: small enough for the logits of a deep decoder to stay finite in fp16."""
+
+NOISE = 1_048_583
+"""Random numbers that are drawn; a prime, so that repeated they fall elsewhere in each row of a matrix."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -84,15 +87,17 @@ def randomised(config: PreTrainedConfig, device: torch.device, dtype: torch.dtyp
             part.to_empty(device=device)
     model.generation_config.eos_token_id = getattr(config.get_text_config(), "eos_token_id", None)
     with torch.no_grad():
+        noise = torch.randn(NOISE, device=device, dtype=dtype) * STANDARD_DEVIATION
         for name, parameter in model.named_parameters():
             if parameter.device != META:
-                fill(name, parameter)
+                fill(name, parameter, noise)
     return model.eval()
 
 
-def fill(name: str, parameter: nn.Parameter) -> None:
-    """Norms' weights (vectors) are about 1, everything else about 0."""
-    parameter.normal_(std=STANDARD_DEVIATION)
+def fill(name: str, parameter: nn.Parameter, noise: Tensor) -> None:
+    """Norms' weights (vectors) are about 1, everything else about 0: the noise over and over, which is soon copied."""
+    for part in parameter.view(-1).split(len(noise)):
+        part.copy_(noise[: len(part)])
     if parameter.ndim == 1 and not name.endswith("bias"):
         parameter.add_(1.0)
 
