@@ -136,17 +136,20 @@ def check_writable(folder: Path) -> None:
 
 def plot(found: Evaluation, made: list[Line], path: Path) -> None:
     """Score over the fraction removed, a line for each method, with intervals."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    axes.set_prop_cycle(color=colors, marker=[*"osv^D"] * (len(colors) // 5))
     unpruned, *others = made
     axes.axhline(unpruned.score.mean, color="black", linestyle=":", label="unpruned")
     for method in dict.fromkeys(row.method for row in found.rows):
         own = sorted((line for line in others if line.row.method == method), key=lambda line: line.row.ratio)
         means = [line.score.mean for line in own]
         bars = [[line.score.mean - line.score.low for line in own], [line.score.high - line.score.mean for line in own]]
-        axes.errorbar([line.row.ratio for line in own], means, yerr=bars, marker="o", capsize=2, label=method)
+        axes.errorbar([line.row.ratio for line in own], means, yerr=bars, capsize=2, label=method)
     axes.set_xlabel("fraction of visual tokens removed")
     axes.set_ylabel(found.metric)
     axes.set_title(f"{len(found.samples)} questions, {found.visual:.0f} visual tokens a prompt")
