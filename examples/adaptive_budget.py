@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
-from hawk_compile import Adaptive
 
 MODEL = Path(hawk_compile.__file__).parent / "demo" / "model"
 
@@ -19,7 +18,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=800)
     parser.add_argument("--split", default="tune", choices=["calibration", "tune", "test"])
     given = parser.parse_args()
-    adaptive = {f"mass {mass}": {"budget": Adaptive(mass, max=1.0)} for mass in (0.3, 0.5, 0.7, 0.9)}
+    adaptive = {f"mass {mass}": {"budget": hawk_compile.Adaptive(mass, max=1.0)} for mass in (0.3, 0.5, 0.7, 0.9)}
     found = hawk_compile.evaluate(
         AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32"),
         AutoProcessor.from_pretrained(MODEL),

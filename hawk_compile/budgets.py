@@ -21,7 +21,9 @@ Count = int | float
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Each row keeps the fewest visual tokens that hold a share of its score; negative scores hold nothing.
+    """Each row keeps the fewest visual tokens that hold a share of its HAWK score; negative scores hold nothing.
+
+    That, with what `min_per_image` guarantees among them, is their number; which are kept is the selector's choice.
 
     The number is found inside the compiled graph, which then reads it from the device: once a prefill. The rows of a
     batch run as long as the longest of them.
@@ -29,7 +31,7 @@ class Adaptive:
     Attributes:
         mass: the share of the score that is kept, in (0, 1].
         min: least number of tokens (int >= 1), or fraction of the row's visual tokens (float in (0, 1]), kept.
-        max: most of them, likewise. None: what `ratio` leaves.
+        max: most of them, likewise; it stands above `min`. None: what `ratio` leaves.
     """
 
     mass: float = 0.9
@@ -74,11 +76,13 @@ class Quotas:
         image: [B, S] int64, which image a position belongs to, counted over the batch; -1 elsewhere.
         floor: [B, S] int64, the tokens that its image keeps at least; 0 elsewhere.
         total: [B] int64, the sum over a row's images.
+        tokens: visual tokens of all images.
     """
 
     image: Tensor
     floor: Tensor
     total: Tensor
+    tokens: int
 
 
 def quotas(
@@ -114,4 +118,4 @@ def quotas(
         floor = floor.where(~mask, floors[unit])
         total = total + (floor * begins).sum(1)
         known += len(counts)
-    return Quotas(image, floor, total)
+    return Quotas(image, floor, total, sum(map(sum, sizes.values())))

@@ -157,7 +157,8 @@ def check_budget(config: HawkConfig) -> None:
 
 
 def check_modalities(given: Any) -> None:
-    if not isinstance(given, tuple) or not given or len(set(given)) < len(given) or not set(given) <= set(MODALITIES):
+    known = isinstance(given, tuple) and all(isinstance(each, str) and each in MODALITIES for each in given)
+    if not known or not given or len(set(given)) < len(given):
         raise ConfigError(
             f"modalities must be a tuple of one or more of {', '.join(MODALITIES)}, each once, got {given!r}: for "
             'audio alone give ("audio",)'
@@ -167,6 +168,8 @@ def check_modalities(given: Any) -> None:
 def check_selector(config: HawkConfig) -> None:
     check_choice("selector", config.selector, tuple(SELECTORS))
     selector = SELECTORS[config.selector]
+    if not isinstance(config.selector_options, Mapping):
+        raise ConfigError(f"selector_options must map names to values, got {config.selector_options!r}")
     known = selector.options
     for name, given in config.selector_options.items():
         if name not in known:

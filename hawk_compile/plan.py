@@ -78,12 +78,18 @@ def make_plan(
     votes = counted(votes, config.used_query)
     removable = visual if candidates is None else candidates
     floors = torch.zeros_like(source) if images is None else images.total
-    counts = torch.stack([visual.sum(1), (removable & real).sum(1), real.sum(1), votes.sum(1), floors]).tolist()
-    placeholders, tokens, present, voters, guaranteed = counts
+    known = torch.zeros_like(source) if images is None else (images.image >= 0).sum(1)
+    stacked = [visual.sum(1), (removable & real).sum(1), real.sum(1), votes.sum(1), floors, known]
+    placeholders, tokens, present, voters, guaranteed, in_images = torch.stack(stacked).tolist()
     if sum(placeholders) != features:
         raise InputError(
             f"the prompt has {sum(placeholders)} placeholders for visual tokens, but {features} visual features were "
             "encoded: give the images, videos and audio that belong to exactly these placeholders"
+        )
+    if images is not None and sum(in_images) != images.tokens:
+        raise InputError(
+            f"min_per_image and quota find the tokens of images by placeholder ids of their own; for {images.tokens} "
+            f"tokens the prompt has {sum(in_images)} such ids: leave both settings out for prompts like this"
         )
     bounds = [config.bounds(count, floor) for count, floor in zip(tokens, guaranteed, strict=True)]
     fewest, kept = [low for low, _ in bounds], [high for _, high in bounds]

@@ -15,6 +15,7 @@ methods: README, "Selectors".
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,14 +150,16 @@ def register_selector(name: str, ranking: Ranking, *, portable: bool = True) -> 
     """Let `selector=name` rank visual tokens by a function of one's own; see this module for what it reads and returns.
 
     Args:
-        name: not that of another selector, unless with the same function.
+        name: an identifier, not that of another selector, unless of the same function or one defined in its place.
         ranking: a function with a name of its own, whose options have defaults (int, float, str or bool).
         portable: whether it consists of operators that other runtimes know, so that `export` may take it.
 
     Raises:
         ConfigError: a name that is taken, something that is no function, or a parameter that nothing can fill.
     """
-    if name in SELECTORS and SELECTORS[name].ranking is not ranking:
+    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+        raise ConfigError(f"name must be an identifier other than {' and '.join(RESERVED)}, got {name!r}")
+    if name in SELECTORS and not same_function(SELECTORS[name].ranking, ranking):
         raise ConfigError(f"name {name!r} is that of another selector: choose another one")
     if not inspect.isfunction(ranking) or not ranking.__name__.isidentifier():
         raise ConfigError(f"ranking must be a function with a name (def), got {ranking!r}")
@@ -167,8 +170,23 @@ def register_selector(name: str, ranking: Ranking, *, portable: bool = True) -> 
             f"ranking {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}, and options need "
             "a default"
         )
+    options = {each.name: each.default for each in parameters if each.default is not each.empty}
+    if wrong := [option for option, default in options.items() if not isinstance(default, (int, float, str))]:
+        raise ConfigError(
+            f"ranking {ranking.__name__} has options that are no int, float, str or bool: {', '.join(wrong)}; give "
+            "them such a default"
+        )
     SELECTORS[name] = Selector(ranking, portable=portable)
 
+
+def same_function(one: Ranking | None, other: Any) -> bool:
+    """Whether one is the other, or a function defined again in its place, as in a notebook."""
+    names = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (one, other)]
+    return one is other or (one is not None and names[0] == names[1] and names[0][0] != __name__)
+
+
+RESERVED = ("all", "unpruned")
+"""What `evaluate` calls all of them, and none."""
 
 SELECTORS: dict[str, Selector] = {
     "hawk": Selector(),
@@ -182,9 +200,9 @@ SELECTORS: dict[str, Selector] = {
     "hawk_diverse": Selector(
         hawk_diverse, query="each", normalization="softmax", portable=False, bounds={"likeness": (0, 1)}
     ),
-    "dart": Selector(dart),
-    "qapruner": Selector(qapruner),
+    "dart": Selector(dart, bounds={"pivots": (1, math.inf)}),
+    "qapruner": Selector(qapruner, bounds={"bits": (2, 16), "group": (1, math.inf)}),
     "norm": Selector(norm),
-    "random": Selector(random, portable=False),
+    "random": Selector(random, portable=False, bounds={"seed": (0, 2**31 - 1)}),
     "stride": Selector(stride),
 }

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from hawk_compile.kernels.plan.op import SLOT_OFFSET
-from hawk_compile.kernels.select.budgets import kept_of_all, longest_row, tokens_for_mass
+from hawk_compile.kernels.select.budgets import guaranteed_first, kept_of_all, longest_row, tokens_for_mass
 from hawk_compile.passes.graph import Builder, Size
 from hawk_compile.passes.site import Site, site_of
 
@@ -52,7 +52,10 @@ def insert_mass_budget(build: Builder, site: Site, mass: float) -> None:
     assert site.plan is not None
     most, least = site.plan.args[1], site.planned("least")
     candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
-    site.budget = build.call(tokens_for_mass, site.scores, candidate, mass, least, most)
+    ranks, image = None, site.planned("image")
+    if image is not None:  # what is guaranteed holds its share too, and is kept first
+        ranks = build.call(guaranteed_first, site.scores, site.scores, candidate, image, site.planned("floor"))
+    site.budget = build.call(tokens_for_mass, site.scores, candidate, mass, least, most, ranks)
     site.kept_length = build.call(longest_row, candidate, site.token_mask, site.budget)
     site.kept_visual = build.call(kept_of_all, site.budget)
 

@@ -2,7 +2,7 @@
 
     before: scores [B, S] (or what a selector made of them), budget [B] | decoder(merged)
     after:  scores [B, S], budget [B]
-            ranks [B, S] = guaranteed_first(scores, visual tokens, image of each [B, S], floor of each [B, S])
+            ranks [B, S] = guaranteed_first(scores, HAWK's scores, visual tokens, image [B, S], floor [B, S])
             | decoder(merged)
 
 The best of each image stand first, in their order, and all others behind them. The rest of the graph is unchanged.
@@ -27,5 +27,5 @@ def insert_quotas(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModu
         return gm
     build = Builder(gm, site.boundary)
     candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
-    site.ranks = build.call(guaranteed_first, site.scores, candidate, image, floor)
+    site.ranks = build.call(guaranteed_first, site.scores, site.hawk_scores or site.scores, candidate, image, floor)
     return gm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from hawk_compile.passes.errors import GraphError
-from hawk_compile.passes.graph import Builder, shape_of, value
+from hawk_compile.passes.graph import Builder, same, shape_of, value
 from hawk_compile.passes.site import Site, site_of
 
 READABLE: dict[str, Callable[[Builder, Site], Any]] = {
@@ -61,13 +61,17 @@ def insert_ranking(
     except Exception as error:
         raise GraphError(f"selector {ranking.__name__} cannot be traced with symbolic sizes: {error}") from error
     found = value(ranks)
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.dim() != 2:
+    alike = isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2
+    if not alike or not all(map(same, found.shape, shape_of(scores))):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise GraphError(
             f"selector {ranking.__name__} must return a float tensor {shape_of(scores)} like `scores`, got {shape}"
         )
     site.scores, site.ranked = build.call(torch.ops.aten.to.dtype, ranks, torch.float32), True
-    erase_unread(gm.graph, scores, {site.visual_mask, site.token_mask, site.votes, *site.full})
+    if site.planned("image") is not None:
+        site.hawk_scores = scores
+    else:
+        erase_unread(gm.graph, scores, {site.visual_mask, site.token_mask, site.votes, *site.full})
     return gm
 
 

@@ -9,7 +9,7 @@
 
 Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
 that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. Where every voting token is scored by
-itself, it is `score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is unchanged.
+itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is unchanged.
 
 In a tensor-parallel model each rank has some of the heads: it scores by these, and the sum over the ranks, the same on
 all of them, is the score.
@@ -24,7 +24,7 @@ from torch.distributed._functional_collectives import all_reduce
 
 import hawk_compile.kernels.gather.op
 import hawk_compile.kernels.score.op  # noqa: F401  both register operators
-from hawk_compile.kernels.score.voters import last_vote, last_voters, score_each, split_heads
+from hawk_compile.kernels.score.voters import last_vote, last_voters, split_heads
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, ancestors, same, shape_of, tensor
 from hawk_compile.passes.site import Site, site_of
@@ -167,7 +167,8 @@ def insert_each(build: Builder, site: Site, weights: Any, normalization: str, sp
         query, key = heads_first(build, site)
         rows = build.call(gather, build.call(torch.transpose, query, 1, 2), positions)
         query = build.call(torch.transpose, rows, 1, 2)
-    return build.call(score_each, query, key, site.visual_mask, real, weights, normalization, specific)
+    score = torch.ops.hawk.score_each.default
+    return build.call(score, query, key, site.visual_mask, real, weights, normalization, specific)
 
 
 def projections(build: Builder, site: Site) -> list[Any]:

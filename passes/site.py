@@ -61,6 +61,8 @@ class Site:
     """[B, S]: the scores of visual tokens, or a selector's ranking in their place."""
     ranked: bool = False
     """Whether a selector's ranking has taken the place of the scores."""
+    hawk_scores: fx.Node | None = None
+    """The scores behind a ranking, where something still reads them."""
     ranks: fx.Node | None = None
     """[B, S]: what visual tokens are chosen by, where that is not `scores`: some images' tokens go first."""
     budget: fx.Node | None = None

@@ -154,6 +154,10 @@ def one_number(scores: Tensor) -> Tensor:
     return scores.sum()
 
 
+def shorter(scores: Tensor) -> Tensor:
+    return scores[:, :-3]
+
+
 def reads_pixels(pixel_values: Tensor) -> Tensor:
     return pixel_values
 
@@ -169,13 +173,28 @@ def test_functions_that_are_no_rankings(ranking: Any, message: str) -> None:
 
 
 def test_a_ranking_without_a_value_per_position() -> None:
-    register_selector("sum", one_number)
-    try:
-        model = build(selector="sum")
-        with pytest.raises(GraphError, match=r"selector one_number must return a float tensor .* like `scores`"):
-            kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
-    finally:
-        del SELECTORS["sum"]
+    for ranking in (one_number, shorter):
+        register_selector("mine", ranking)
+        try:
+            model = build(selector="mine")
+            with pytest.raises(GraphError, match=f"{ranking.__name__} must return a float tensor .* like `scores`"):
+                kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
+        finally:
+            del SELECTORS["mine"]
+
+
+@pytest.mark.parametrize("name", ["", "all", "unpruned", "a,b"])
+def test_names_that_no_selector_can_have(name: str) -> None:
+    with pytest.raises(ConfigError, match="name must be an identifier other than all and unpruned"):
+        register_selector(name, norm_of_embedding)
+
+
+def test_scores_of_each_voter_are_fp32_under_autocast() -> None:
+    model = build(query="each")
+    with torch.autocast("cpu", torch.bfloat16):
+        report = kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
+    assert report.scores.dtype == torch.float32
+    assert not report.scores.equal(report.scores.bfloat16().float())
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -183,6 +202,8 @@ def test_a_ranking_without_a_value_per_position() -> None:
     ({"query": "first"}, "query must be one of"),
     ({"selector": "dart", "selector_options": {"pivot": 2}}, "names 'pivot' for selector .*; its options are pivots"),
     ({"selector_options": {"pivots": 2}}, "it has no options"),
+    ({"selector_options": ["pivots"]}, "selector_options must map names to values"),
+    ({"selector": "qapruner", "selector_options": {"bits": 1}}, r"must be in \[2, 16\], got 1"),
     ({"selector": "dart", "selector_options": {"pivots": 2.5}}, "must be of type int, got 2.5"),
     ({"selector": "uniform", "head_weights": [1.0] * 4}, "weights all heads alike"),
 ])  # fmt: skip

@@ -88,9 +88,11 @@ def calibrate(
         raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
     for ratio in ratios:
         HawkConfig(ratio=ratio, backend=backend)
-    score = None if metric == LIKELIHOOD else metric_of(metric)
+    score = None if metric == LIKELIHOOD else metric_of(metric, LIKELIHOOD)
     at_least_1("max_new_tokens", max_new_tokens)
     at_least_1("heads_at_once", heads_at_once)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed must be a whole number of at least 0, got {seed!r}")
     if ablation == SCORE and heads_at_once > 1:
         raise ConfigError(
             f'heads_at_once must be 1 with ablation "{SCORE}", whose head weights are those of all rows, got '

@@ -20,6 +20,9 @@ def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Seq
 
     Args:
         inputs: an encoded batch, as `evaluation.evaluate.encoded` makes it: padded on the left.
+
+    Raises:
+        InputError: an answer without a token, or that the model gives no number for.
     """
     wanted = [behind(processor, each) for each in samples]
     longest = max(map(len, wanted))
@@ -32,7 +35,15 @@ def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Seq
     steps = zip(out.logits, ids.split(1, 1), strict=True)  # [B, vocabulary] and [B, 1]
     found = torch.cat([logits.float().log_softmax(-1).gather(1, said) for logits, said in steps], 1)
     real = torch.arange(longest, device=model.device) < counts.unsqueeze(1)
-    return ((found * real).sum(1) / counts).tolist()
+    unknown = (~found.isfinite() & real).any(1)
+    if bool(unknown.any()):
+        sample = samples[int(unknown.int().argmax())]
+        raise InputError(
+            f"{sample.origin}: the likelihood of the answer {sample.answers[0]!r} must be a number, and the model "
+            "gives none: look for weights that are not finite, or leave the question out"
+        )
+    found = torch.where(real, found, 0.0)
+    return (found.sum(1) / counts).tolist()
 
 
 def behind(processor: Any, sample: Sample) -> list[int]:

@@ -155,6 +155,7 @@ def evaluate(
                 progress(done, len(cells) * len(samples))
             if number == len(parts) // 2:  # pictures of a usual size
                 seconds = prefill_seconds(model, inputs, cells, methods, switch)
+    kept[cells[0]] = visual
     rows = [
         Row(name, ratio, scores[name, ratio], kept[name, ratio] / len(samples), seconds[name, ratio])
         for name, ratio in cells
@@ -188,11 +189,12 @@ def methods_of(selectors: "str | Sequence[str] | Methods", settings: Mapping[str
     return found
 
 
-def metric_of(metric: "str | Metric") -> Metric:
+def metric_of(metric: "str | Metric", *others: str) -> Metric:
+    """A metric by name; `others` are names that the caller takes beside those here."""
     if callable(metric):
         return metric
-    if metric not in METRICS:
-        raise ConfigError(f"metric must be one of {', '.join(METRICS)} or a function, got {metric!r}")
+    if not isinstance(metric, str) or metric not in METRICS:
+        raise ConfigError(f"metric must be one of {', '.join((*METRICS, *others))} or a function, got {metric!r}")
     return METRICS[metric]
 
 
@@ -202,6 +204,8 @@ def name_of(metric: "str | Metric") -> str:
 
 def checked_ratios(ratios: Sequence[float], methods: Methods) -> list[float]:
     """Each ratio once, all settings of all methods read before anything runs."""
+    if not isinstance(ratios, Sequence):
+        raise ConfigError(f"ratios must be a sequence of fractions in [0, 1), got {ratios!r}")
     if not ratios:
         raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
     for name, given in methods.items():
@@ -301,7 +305,8 @@ def prefill_seconds(
     """Median seconds of a prefill by method and ratio. Without pruning: compiled as the others are, at ratio 0, and
     with a ranking that costs nothing."""
     spent: dict[tuple[str, float], list[float]] = {cell: [] for cell in cells}
-    plain = {**next(iter(methods.values())), "selector": "stride", "selector_options": {}}
+    first = next(iter(methods.values()))
+    plain = {"selector": "stride", **{name: first[name] for name in ("backend", "modalities") if name in first}}
     for number in range(ROUNDS + 1):
         for cell in cells:
             switch(cell[1], methods.get(cell[0], plain))

@@ -11,13 +11,14 @@ What is wrong with a record is said with the line it stands on.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hawk_compile.errors import InputError
 
@@ -65,14 +66,14 @@ class Sample:
 
 
 def picture(image: Path | Image.Image, origin: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     try:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{origin}: there is no image {image}: correct the path") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # of what is in the file
         raise InputError(f"{origin}: {image} cannot be read as an image ({error}): replace it") from None
 
 
@@ -112,7 +113,8 @@ def read_samples(
                 raise InputError(f"{error}; or skip what cannot be used (skip_bad, --skip-bad)") from None
             warn(f"skipped: {error}")
     if not found:
-        raise InputError(f"data holds no sample: {data if isinstance(data, (str, PathLike)) else type(data).__name__}")
+        name = data if isinstance(data, (str, PathLike)) else type(data).__name__
+        raise InputError(f"data must hold at least one sample, got none in {name}: give one record or line a question")
     return found
 
 
@@ -125,18 +127,18 @@ def records(data: "str | PathLike[str] | Iterable[Any]") -> Iterator[Callable[[]
     path = Path(data)
     if not path.is_file():
         raise InputError(f'data must be a JSON Lines file or "{DEMO}", got {path}, which is no file')
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield lambda line=line, number=number: of_line(line, path, number)  # type: ignore[misc]
 
 
-def of_line(line: str, path: Path, number: int) -> Sample:
+def of_line(line: bytes, path: Path, number: int) -> Sample:
     origin = f"{path} line {number}"
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{origin} is no JSON ({error}): write one object per line") from None
+        raise InputError(f"{origin} is no JSON in UTF-8 ({error}): write one object per line") from None
     return of_record(record, path.parent, origin)
 
 
@@ -160,7 +162,7 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{origin}: question must be text, got {question!r}")
     answers = several(record, "answer", "answers")
-    if not answers or not all(isinstance(each, (str, int, float)) for each in answers):
+    if not answers or not all(is_answer(each) for each in answers):
         raise InputError(f"{origin}: answers must be one text or several, got {answers!r}: give `answer` or `answers`")
     return Sample(
         tuple(each if isinstance(each, Image.Image) else folder / each for each in images),
@@ -169,6 +171,12 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
         str(record.get("kind") or ""),
         origin,
     )
+
+
+def is_answer(given: Any) -> bool:
+    if isinstance(given, str):
+        return bool(given.strip())
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
 
 
 def several(record: Mapping[str, Any], one: str, many: str) -> list[Any]:

@@ -77,13 +77,12 @@ def markdown(found: Evaluation, made: list[Line] | None = None) -> str:
 def cells_of(line: Line, visual: float) -> list[str]:
     row = line.row
     gap = f"{line.gap.mean:+.3f} {line.verdict}".strip() if line.gap else ""
-    kept = visual if not row.ratio else row.kept
     return [
         f"{row.ratio:g}", row.method, f"{line.score.mean:.3f}", f"{line.score.low:.3f} to {line.score.high:.3f}",
         "" if line.relative is None else f"{line.relative:.3f}", gap,
         "" if line.gap is None else f"{line.gap.low:+.3f} to {line.gap.high:+.3f}",
         "" if line.p is None else f"{line.p:.4f}",
-        "" if kept is None else f"{kept:.1f}",
+        "" if row.kept is None else f"{row.kept:.1f}",
         "" if row.seconds is None else f"{1e3 * row.seconds:.1f}",
     ]  # fmt: skip
 

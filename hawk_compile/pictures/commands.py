@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from hawk_compile.checkpoints import check_drawable, read_for_tasks
+from hawk_compile.errors import InputError
 from hawk_compile.evaluation.samples import picture
 from hawk_compile.pictures.draw import draw
 from hawk_compile.pictures.seen import look
@@ -21,6 +22,8 @@ def show_checkpoint(
         InputError: a folder that is no checkpoint, a picture that cannot be read or drawn, or a file in no place.
     """
     check_drawable()
+    if not out.parent.is_dir():
+        raise InputError(f"out must lie in a folder that exists, got {out}: make {out.parent}")
     model, processor = read_for_tasks(checkpoint, dtype, device)
     seen = look(model, processor, picture(image, "image"), question, **settings)
     draw(seen, out)

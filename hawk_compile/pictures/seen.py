@@ -18,7 +18,7 @@ from hawk_compile import capture
 from hawk_compile.checkpoints import fit, prompt
 from hawk_compile.config import make_config
 from hawk_compile.errors import InputError
-from hawk_compile.evaluation.evaluate import left_as_it_was
+from hawk_compile.evaluation.evaluate import at_least_1, left_as_it_was
 from hawk_compile.head_weights import resolve
 from hawk_compile.optimize import check_model, report
 
@@ -62,6 +62,7 @@ def look(
         InputError: a picture whose visual tokens do not form one grid.
     """
     check_model(model)
+    at_least_1("max_new_tokens", max_new_tokens)
     inputs = fit(model, prompt(processor, [image], question))
     visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(capture.placeholder_ids(model)))
     shape = grid(inputs, int(visual.sum()))

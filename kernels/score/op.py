@@ -1,11 +1,11 @@
-"""The operators `hawk::score_folded` and `hawk::score_projected`."""
+"""The operators `hawk::score_folded`, `hawk::score_projected` and `hawk::score_each`."""
 
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from hawk_compile.kernels.score import reference
+from hawk_compile.kernels.score import reference, voters
 
 if find_spec("triton") is not None:
     from hawk_compile.kernels.score.triton_kernel import launch_folded, launch_projected
@@ -130,6 +130,41 @@ def score_projected(
     if query.is_cuda and find_spec("triton") is not None:
         return launch_projected(*arguments)
     return reference.score_projected(*arguments)
+
+
+@torch.library.triton_op("hawk::score_each", mutates_args={})
+def score_each(
+    query: Tensor,
+    key: Tensor,
+    visual_mask: Tensor,
+    votes: Tensor,
+    head_weights: Tensor,
+    normalization: str,
+    specific: bool,
+) -> Tensor:
+    """Score every visual token by each voter by itself; see `hawk_compile.kernels.score.voters`.
+
+    Args:
+        query: [B, H, T, d], any float dtype: of the voters alone, before RoPE and after the query norm if there is one.
+        key: [B, Hkv, S, d], likewise. Head h reads KV head h // (H // Hkv).
+        visual_mask, head_weights, normalization: as in `score_folded`.
+        votes: [B, T] bool, which of the queries count.
+        specific: weigh the voters by how specific their attention is; else they count alike.
+
+    Returns:
+        [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
+
+    Raises:
+        ValueError: a rank, dtype or head count that cannot be right, or an unknown normalization.
+    """
+    _check_common(visual_mask, votes, head_weights, normalization)
+    for name, value, shape in (("query", query, "[B, H, T, d]"), ("key", key, "[B, Hkv, S, d]")):
+        _check_rank(name, value, shape)
+        _check_float(name, value)
+    _check_groups(query.shape[1], key.shape[1])
+    # An operator's own arithmetic is not autocast's business.
+    with torch.autocast(query.device.type, enabled=False):
+        return voters.score_each(query, key, visual_mask, votes, head_weights, normalization, specific)
 
 
 # B and S are left unchecked: comparing them would put a guard on a symbolic size.

@@ -10,9 +10,15 @@ def tokens_for_mass(
     mass: float,
     least: Tensor,  # [B] int64
     most: Tensor,  # [B] int64
+    ranks: Tensor | None = None,  # [B, S] float
 ) -> Tensor:
-    """[B] int64: the fewest candidates that hold a share `mass` of the row's positive scores, between the bounds."""
-    held = torch.where(candidate, scores.float(), 0.0).clamp_min(0.0).sort(1, descending=True).values.cumsum(1)
+    """[B] int64: the fewest candidates that hold a share `mass` of the row's positive scores, between the bounds.
+
+    They are taken in the order of `ranks`, the highest first; without them in that of the scores.
+    """
+    positive = torch.where(candidate, scores.float(), 0.0).clamp_min(0.0)
+    order = torch.where(candidate, scores.float() if ranks is None else ranks, -torch.inf).argsort(1, descending=True)
+    held = positive.gather(1, order).cumsum(1)
     # The last bits of a sum: with mass 1 nothing that holds anything is left out, and nothing else is kept.
     short = held < mass * held[:, -1:] * (1 - 1e-6)
     return torch.minimum(torch.maximum(short.long().sum(1) + 1, least), most)
@@ -35,19 +41,20 @@ def kept_of_all(budget: Tensor) -> int:
 
 
 def guaranteed_first(
+    ranks: Tensor,  # [B, S] float
     scores: Tensor,  # [B, S] float
     candidate: Tensor,  # [B, S] bool
     image: Tensor,  # [B, S] int64
     floor: Tensor,  # [B, S] int64
 ) -> Tensor:
-    """[B, S] float32: the order of the scores, behind the `floor` best candidates of every image.
+    """[B, S] float32: the order of the ranks, behind the `floor` best candidates of every image.
 
-    Ties go to the lower position, as in the selection.
+    Equal ranks, as of all that a greedy order did not take, go by score, and then to the lower position.
     """
     rows, length = scores.shape
     place = torch.arange(length, device=scores.device).expand(rows, length)
-    scores = torch.where(candidate, torch.where(scores.isnan(), 0.0, scores.float()), -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)  # [B, S], the best first
+    order = descending(scores, candidate)
+    order = order.gather(1, descending(ranks.gather(1, order), candidate.gather(1, order)))  # [B, S], the best first
     # A second, stable sort brings each image's tokens together, the best first.
     outside = torch.where(candidate, image, torch.iinfo(torch.int64).max).gather(1, order)
     order_by_image = order.gather(1, outside.argsort(dim=1, stable=True))
@@ -59,3 +66,9 @@ def guaranteed_first(
     among_all = torch.zeros_like(place).scatter(1, order, place)
     guaranteed = candidate & (among_image < floor)
     return (length - among_all + torch.where(guaranteed, length, 0)).float()
+
+
+def descending(values: Tensor, candidate: Tensor) -> Tensor:
+    """[B, S] int64: the order of the candidates, the highest first, all others behind them; it is stable."""
+    known = torch.where(values.isnan(), 0.0, values.float())
+    return torch.where(candidate, known, -torch.inf).argsort(dim=1, descending=True, stable=True)

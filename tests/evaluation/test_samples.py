@@ -53,6 +53,9 @@ def test_records_and_pictures_of_ones_own():
         ({"image": "cat.png", "question": "What?"}, r"line 2: answers must be one text or several, got \[\]"),
         ({**GOOD, "question": " "}, r"line 2: question must be text"),
         ({**GOOD, "image": 3}, r"line 2: images must be paths or pictures, got int"),
+        ({**GOOD, "image": "a\x00b.png"}, r"line 2: .* cannot be read as an image"),
+        ({**GOOD, "answers": [float("nan")]}, r"line 2: answers must be one text or several, got \[nan\]"),
+        ({**GOOD, "answers": ""}, r"line 2: answers must be one text or several, got \[''\]"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_its_line(folder, bad, message):
@@ -64,8 +67,16 @@ def test_what_cannot_be_used_is_named_with_its_line(folder, bad, message):
     assert len(heard) == 1 and heard[0].startswith("skipped: ") and "line 2" in heard[0]
 
 
+def test_a_line_that_is_no_utf8_is_named(folder):
+    path = written(folder, GOOD)
+    path.write_bytes(path.read_bytes() + '{"question": "Café?"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="line 2 is no JSON in UTF-8"):
+        read_samples(path)
+    assert len(read_samples(path, skip_bad=True)) == 1
+
+
 def test_no_samples(folder):
-    with pytest.raises(InputError, match="data holds no sample"):
+    with pytest.raises(InputError, match="data must hold at least one sample, got none"):
         read_samples(written(folder, ""))
     with pytest.raises(InputError, match="data must be a JSON Lines file"):
         read_samples(folder / "nothing.jsonl")

@@ -73,4 +73,4 @@ def test_the_command_line(tmp_path):
     for half in np.array_split(drawn, 2):  # the picture above, the heads' maps below
         assert (half < 250).any(-1).mean() > 0.1
     refused = CliRunner().invoke(app, [*arguments, str(tmp_path / "no" / "folder.png")])
-    assert refused.exit_code == 2 and "cannot be written" in refused.stderr
+    assert refused.exit_code == 2 and "out must lie in a folder that exists" in refused.stderr

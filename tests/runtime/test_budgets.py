@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import hawk_compile
-from hawk_compile import Adaptive
-from hawk_compile.errors import ConfigError
+from hawk_compile import Adaptive, HawkConfig
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.kernels.select.budgets import guaranteed_first, tokens_for_mass
 from tests import eager_reference as reference
 from tests import zoo
 from tests.runtime.models import ROUNDING, fresh, generate, new_tokens, plain, prompt
@@ -72,22 +73,26 @@ def test_a_batch_equals_its_rows() -> None:
             torch.testing.assert_close(together[i], apart[0], **ROUNDING)
 
 
-@pytest.mark.parametrize(("ratio", "bounds", "expected"), [
-    (0.5, {}, lambda count: -(-count // 2)),
-    (0.5, {"max": 0.25}, lambda count: -(-count // 4)),
-    (0.5, {"max": 3}, lambda count: 3),
-    (0.9, {"min": 5, "max": 1.0, "mass": 1e-6}, lambda count: 5),
-    (0.0, {"min": 0.5, "mass": 1e-6}, lambda count: -(-count // 2)),
-    (0.9, {"mass": 1.0, "max": 1000}, lambda count: count),
+@pytest.mark.parametrize(("ratio", "given", "expected"), [
+    (0.5, {}, (1, 20)),
+    (0.5, {"max": 0.25}, (1, 10)),
+    (0.5, {"max": 3}, (1, 3)),
+    (0.9, {"min": 5, "max": 1.0}, (5, 39)),
+    (0.0, {"min": 0.5}, (20, 39)),
+    (0.9, {"min": 1000, "max": 0.1}, (4, 4)),
 ])  # fmt: skip
-def test_bounds(ratio: float, bounds: dict[str, Any], expected: Any) -> None:
-    name = "qwen2_5_vl"
-    model = fresh(name, ratio, budget=Adaptive(**{"mass": 0.999, **bounds}), **EACH)
-    inputs = prompt(name, zoo.sizes(name)[2])
+def test_bounds(ratio: float, given: dict[str, Any], expected: tuple[int, int]) -> None:
+    """Of a row with 39 visual tokens; fractions are rounded up."""
+    assert HawkConfig(ratio=ratio, budget=Adaptive(0.9, **given)).bounds(39) == expected
+
+
+@pytest.mark.parametrize(("bounds", "expected"), [({"max": 3, "mass": 1.0}, 3), ({"min": 5, "mass": 1e-6}, 5)])
+def test_no_row_leaves_its_bounds(bounds: dict[str, Any], expected: int) -> None:
+    model = fresh("qwen2_5_vl", 0.0, budget=Adaptive(**bounds), **EACH)
     with torch.no_grad():
-        model(**inputs)
+        model(**prompt("qwen2_5_vl", zoo.sizes("qwen2_5_vl")[2]))
     report = hawk_compile.report(model)
-    assert report.kept_visual_tokens.tolist() == [expected(int(report.visual_tokens))]
+    assert report.kept_visual_tokens.tolist() == [expected]
     assert "budget=Adaptive(mass=" in report.reason
 
 
@@ -149,6 +154,35 @@ def test_images_of_several_rows() -> None:
     with torch.no_grad():
         model(**prompt(name, *three))
     assert hawk_compile.report(model).kept_visual_tokens.tolist() == [5 + 2, 0, 1]
+
+
+def test_what_is_guaranteed_counts_towards_the_mass() -> None:
+    """Image 0 holds nearly all of the score; what image 1 keeps must not take the place of what holds the mass."""
+    scores = torch.tensor([[1.0] * 10 + [0.01] * 10])
+    candidate, image = torch.ones(1, 20, dtype=torch.bool), torch.arange(20)[None] // 10
+    floor = torch.full((1, 20), 5)
+    ranks = guaranteed_first(scores, scores, candidate, image, floor)
+    budget = tokens_for_mass(scores, candidate, 0.9, torch.tensor([1]), torch.tensor([20]), ranks)
+    best = ranks[0].argsort(descending=True)[: int(budget)]
+    assert scores[0, best].sum() >= 0.9 * scores.sum() > scores[0, best[:-1]].sum()
+    assert (image[0, best] == 1).sum() == 5
+
+
+def test_what_a_greedy_order_did_not_take_goes_by_score() -> None:
+    """Image 1 keeps its best two, though the order took none of it."""
+    order = torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    scores = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.9, 0.1, 0.8]])
+    image = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    floor = torch.where(image == 1, 2, 0)
+    ranks = guaranteed_first(order, scores, torch.ones(1, 7, dtype=torch.bool), image, floor)
+    assert ranks[0].argsort(descending=True).tolist() == [4, 6, 0, 1, 2, 3, 5]
+
+
+def test_images_that_cannot_be_told_apart() -> None:
+    """GLM-4V holds the places of a video's features by the ids of images."""
+    model = fresh("glm4v", 0.5, quota="image")
+    with pytest.raises(InputError, match="min_per_image and quota find the tokens of images by placeholder ids"):
+        model(**prompt("glm4v", Row(video=(2, 2, 3))))
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -138,7 +138,7 @@ def test_one_model_meets_many_structures() -> None:
 
 
 def test_settings() -> None:
-    with pytest.raises(ConfigError, match="unknown setting ration; the settings are ratio, head_weights"):
+    with pytest.raises(ConfigError, match="unknown setting ration; the settings are ratio, budget"):
         hawk_compile.optimize(plain("llava"), ration=0.5)
 
 
