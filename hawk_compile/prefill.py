@@ -21,6 +21,7 @@ from hawk_compile.passes.errors import AttentionNotFoundError
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan import Plan, make_plan
 from hawk_compile.positions import deltas_after, deltas_of
+from hawk_compile.query import is_any
 from hawk_compile.refusals import refuse_quotas_of_audio, refuse_two_kinds_of_layer_features, refuse_unsupported
 from hawk_compile.report import PrefillRecord
 
@@ -85,6 +86,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         if kwargs.get("output_hidden_states"):
             capture.install_recorders(model)
         kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
+        # Frames are counted on the host, so only where something is said of them.
         sizes = capture.image_sizes(kwargs["mm_encoder_outputs"], frames) if runtime.config.per_image else {}
         outputs = capture.join_features(kwargs.pop("mm_encoder_outputs"))
         refuse_two_kinds_of_layer_features(outputs)
@@ -96,24 +98,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         whole_mask = kwargs.pop("attention_mask", None)
         mask, past_mask = split_mask(target, whole_mask, past, length)
         deltas = deltas_after(model, target, kwargs.get("position_ids"), whole_mask, rows, length)
-        placeholders, modalities = capture.placeholder_ids(model), runtime.config.modalities
-        ids = kwargs.get("input_ids")
-        if ids is None:
-            ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
-        visual = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
-        present = capture.modalities_of({**kwargs, "mm_encoder_outputs": outputs})
-        left = sorted(present - set(modalities))
-        candidates = None
-        if left:
-            candidates = torch.isin(ids, torch.tensor(capture.placeholder_ids(model, modalities), device=ids.device))
-        features = capture.feature_count(model, kwargs, outputs)
-        prompt = kwargs.pop(PROMPT_LENGTH, None)
-        images = None
-        if runtime.config.per_image:
-            refuse_quotas_of_audio(present & set(modalities))
-            asked_for = {each: sizes[each] for each in sizes if each in modalities}
-            images = quotas(ids, capture.placeholders(model), asked_for, runtime.config)
-        plan = make_plan(ids, visual, mask, features, runtime.ids, runtime.config, prompt, images, candidates)
+        plan, left = plan_of(model, runtime, kwargs, outputs, sizes, mask)
         needs_mask = plan.padded or plan.filled or past_mask is not None
         if not needs_mask:
             mask = None
@@ -136,6 +121,37 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
     if grad:
         refuse_gradients(result)
     return result if return_dict in (None, True) else result.to_tuple()
+
+
+def plan_of(
+    model: PreTrainedModel, runtime: "Runtime", kwargs: dict[str, Any], outputs: dict[str, ModelOutput],
+    sizes: dict[str, list[int]], mask: Tensor | None,
+) -> tuple[Plan, list[str]]:  # fmt: skip
+    """The plan of a call, and the modalities in it that stay whole; takes what is for the plan alone out of `kwargs`.
+
+    Args:
+        outputs: of the encoders, joined.
+        sizes: modality -> tokens of each image or frame.
+        mask: [B, S], nonzero for real tokens; None if all are.
+    """
+    config, tokens = runtime.config, tokens_of(kwargs)
+    placeholders = capture.placeholder_ids(model)
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
+    present = capture.modalities_of({**kwargs, "mm_encoder_outputs": outputs})
+    left = sorted(present - set(config.modalities))
+    candidates = is_any(ids, tuple(capture.placeholder_ids(model, config.modalities))) if left else None
+    images = None
+    if config.per_image:
+        refuse_quotas_of_audio(present & set(config.modalities))
+        asked_for = {each: sizes[each] for each in sizes if each in config.modalities}
+        images = quotas(ids, capture.placeholders(model), asked_for, config)
+    plan = make_plan(
+        ids, is_any(ids, tuple(placeholders)), mask, capture.feature_count(model, kwargs, outputs), runtime.ids, config,
+        kwargs.pop(PROMPT_LENGTH, None), images, candidates,
+    )  # fmt: skip
+    return plan, left
 
 
 def split_mask(
