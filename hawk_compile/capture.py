@@ -123,6 +123,14 @@ def encode(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)  # type: ignore[operator]
 
 
+def fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments for another call: a forward writes into the features that it is given."""
+    outputs = kwargs.get("mm_encoder_outputs")
+    if outputs is None:
+        return kwargs
+    return {**kwargs, "mm_encoder_outputs": {name: type(each)(**each) for name, each in outputs.items() if each}}
+
+
 def encode_audio(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Run the audio encoder: what only it takes leaves the arguments, features [V, D] enter `mm_encoder_outputs`."""
     wanted = inspect.signature(type(base).get_audio_features).parameters

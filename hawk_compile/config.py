@@ -1,5 +1,6 @@
 """The settings of an optimised model."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -123,7 +124,7 @@ class HawkConfig:
         floor = min(floor, count)
         return max(least, floor), max(most, floor)
 
-    @property
+    @functools.cached_property
     def removed(self) -> Fraction:
         """`ratio` as the fraction it was meant to be."""
         return Fraction(self.ratio).limit_denominator(MAX_DENOMINATOR)

@@ -216,14 +216,14 @@ def fill_cache(
 
 def rule_of(config: HawkConfig, left: list[str]) -> str:
     """What says how much is removed; `left` are modalities that stay whole."""
-    rules = [f"ratio={config.ratio:g}"]
+    more = []
     if config.budget is not None:
-        rules.append(f"budget={config.budget}")
+        more.append(f"budget={config.budget}")
     if config.per_image:
-        rules += [f"min_per_image={config.min_per_image}", f'quota="{config.quota}"']
+        more += [f"min_per_image={config.min_per_image}", f'quota="{config.quota}"']
     if left:
-        rules.append(f"{' and '.join(left)} not among modalities={config.modalities}")
-    return " with ".join([rules[0], ", ".join(rules[1:])]) if rules[1:] else rules[0]
+        more.append(f"{' and '.join(left)} not among modalities={config.modalities}")
+    return f"ratio={config.ratio:g}" + (f" with {', '.join(more)}" if more else "")
 
 
 def refuse_gradients(result: ModelOutput) -> None:

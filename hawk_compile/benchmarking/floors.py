@@ -1,14 +1,14 @@
 """What a stage cannot be faster than, from operations, bytes, and what this machine does of both in a second."""
 
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hawk_compile.benchmarking.timing import synchronize
+from hawk_compile.benchmarking.timing import Call, seconds
 from hawk_compile.config import HawkConfig
 from hawk_compile.inspection import Inspection, count_flops, on_meta, scoring_flops
 
@@ -134,12 +134,5 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(copied, 2 * side**3 / median_seconds(lambda: left @ left, device))
 
 
-def median_seconds(call: Any, device: torch.device) -> float:
-    found = []
-    for _ in range(ROUNDS):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    return statistics.median(seconds(Call("rate", None, lambda: function), device) for _ in range(ROUNDS))

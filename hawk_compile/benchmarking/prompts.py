@@ -101,9 +101,3 @@ def encode(model: Any, prompt: Prompt) -> dict[str, Any]:
     with deltas_of(model, None):
         given = capture.encode(model, dict(prompt.whole))
     return {name: value for name, value in given.items() if name != "mm_token_type_ids"}
-
-
-def fresh(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for one call: a forward may write into the dict of features that it is given."""
-    outputs = given.get("mm_encoder_outputs")
-    return given if outputs is None else {**given, "mm_encoder_outputs": dict(outputs)}

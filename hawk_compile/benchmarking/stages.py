@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from hawk_compile.benchmarking import scoring
-from hawk_compile.benchmarking.prompts import Prompt, encode, fresh
+from hawk_compile.benchmarking.prompts import Prompt, encode
 from hawk_compile.benchmarking.subjects import Subjects, kept_of
 from hawk_compile.benchmarking.timing import Call
 from hawk_compile.cache import physical_length
+from hawk_compile.capture import fresh
 
 SCORINGS = 5
 STEPS = 8

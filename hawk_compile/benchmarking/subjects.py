@@ -11,7 +11,8 @@ from transformers import DynamicCache
 from hawk_compile import capture
 from hawk_compile.benchmarking import scoring
 from hawk_compile.benchmarking.models import twin
-from hawk_compile.benchmarking.prompts import Prompt, encode, fresh
+from hawk_compile.benchmarking.prompts import Prompt, encode
+from hawk_compile.capture import fresh
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import HawkError
 from hawk_compile.optimize import RUNTIME, optimize, report

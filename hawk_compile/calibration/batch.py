@@ -15,6 +15,7 @@ from hawk_compile.calibration.likelihood import likelihoods
 from hawk_compile.evaluation.evaluate import answers, checked, encoded
 from hawk_compile.evaluation.metrics import Metric
 from hawk_compile.evaluation.samples import Sample
+from hawk_compile.query import is_any
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.inputs = encoded(self.model, self.processor, self.samples)
         self.heads = heads_of(self.model)
+        self.visual = is_any(self.inputs["input_ids"], tuple(capture.placeholder_ids(self.model)))
 
     def scores(self) -> list[list[float]]:
         """[1 + H][samples]: with all heads, then without each."""
@@ -64,8 +66,7 @@ class Batch:
         self.switch(0.0, None)
         copies = max(1, len(heads))
         inputs = repeated(self.inputs, copies)
-        placeholders = torch.tensor(capture.placeholder_ids(self.model), device=self.model.device)
-        visual = torch.isin(inputs["input_ids"], placeholders)
+        visual = self.visual.repeat(copies, 1)
         with ablated(self.model, self.ablation, [head for head in heads for _ in self.samples], visual):
             found = self.measured(inputs, self.samples * copies)
         return np.reshape(found, (copies, -1)).tolist()

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.capture import fresh
 from hawk_compile.checkpoints import rendered
 from hawk_compile.errors import InputError
-from hawk_compile.evaluation.evaluate import fresh
 from hawk_compile.evaluation.samples import Sample
 
 LIKELIHOOD = "likelihood"

@@ -18,6 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile import capture
+from hawk_compile.benchmarking.timing import synchronize
+from hawk_compile.capture import fresh
 from hawk_compile.checkpoints import fit, prompts
 from hawk_compile.config import make_config
 from hawk_compile.errors import ConfigError, InputError
@@ -283,12 +285,6 @@ def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, 
     return result
 
 
-def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs for another call: a forward writes into the features that it is given."""
-    features = {name: type(output)(**output) for name, output in inputs["mm_encoder_outputs"].items() if output}
-    return {**inputs, "mm_encoder_outputs": features}
-
-
 def answers(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
     out = model.generate(**fresh(inputs), max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -318,8 +314,3 @@ def prefill_seconds(
             if number:  # the first may compile
                 spent[cell].append(time.perf_counter() - started)
     return {cell: statistics.median(times) for cell, times in spent.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

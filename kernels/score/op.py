@@ -112,20 +112,7 @@ def score_projected(
         ValueError: a rank, dtype or head count that cannot be right, or an unknown normalization.
     """
     _check_common(visual_mask, query_mask, head_weights, normalization)
-    for name, value, shape in (("query", query, "[B, H, S, d]"), ("key", key, "[B, Hkv, S, d]")):
-        _check_rank(name, value, shape)
-        _check_float(name, value)
-    if query.shape[1] != head_weights.shape[0]:
-        raise ValueError(
-            f"head_weights must be [H] with H = {query.shape[1]}, query's second dimension; got "
-            f"{tuple(head_weights.shape)}. Pass one head weight per query head."
-        )
-    _check_groups(query.shape[1], key.shape[1])
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"key must have query's last dimension, {query.shape[3]}; got {key.shape[3]}. "
-            "Pass query and key of one attention, both before RoPE."
-        )
+    _check_query_and_key(query, key, head_weights, "[B, H, S, d]")
     arguments = (query, key, visual_mask, query_mask, head_weights, normalization)
     if query.is_cuda and find_spec("triton") is not None:
         return launch_projected(*arguments)
@@ -158,10 +145,7 @@ def score_each(
         ValueError: a rank, dtype or head count that cannot be right, or an unknown normalization.
     """
     _check_common(visual_mask, votes, head_weights, normalization)
-    for name, value, shape in (("query", query, "[B, H, T, d]"), ("key", key, "[B, Hkv, S, d]")):
-        _check_rank(name, value, shape)
-        _check_float(name, value)
-    _check_groups(query.shape[1], key.shape[1])
+    _check_query_and_key(query, key, head_weights, "[B, H, T, d]")
     # An operator's own arithmetic is not autocast's business.
     with torch.autocast(query.device.type, enabled=False):
         return voters.score_each(query, key, visual_mask, votes, head_weights, normalization, specific)
@@ -182,6 +166,23 @@ def _check_common(visual_mask: Tensor, query_mask: Tensor, head_weights: Tensor,
     _check_float("head_weights", head_weights)
     if head_weights.shape[0] == 0:
         raise ValueError("head_weights must be [H] with H > 0; got [0]. Pass one weight per query head.")
+
+
+def _check_query_and_key(query: Tensor, key: Tensor, head_weights: Tensor, query_shape: str) -> None:
+    for name, value, shape in (("query", query, query_shape), ("key", key, "[B, Hkv, S, d]")):
+        _check_rank(name, value, shape)
+        _check_float(name, value)
+    if query.shape[1] != head_weights.shape[0]:
+        raise ValueError(
+            f"head_weights must be [H] with H = {query.shape[1]}, query's second dimension; got "
+            f"{tuple(head_weights.shape)}. Pass one head weight per query head."
+        )
+    _check_groups(query.shape[1], key.shape[1])
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"key must have query's last dimension, {query.shape[3]}; got {key.shape[3]}. "
+            "Pass query and key of one attention, both before RoPE."
+        )
 
 
 def _check_rank(name: str, value: Tensor, shape: str) -> None:

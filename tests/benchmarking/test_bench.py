@@ -19,6 +19,7 @@ from hawk_compile.benchmarking.stages import STAGES
 from hawk_compile.benchmarking.subjects import Subjects
 from hawk_compile.benchmarking.table import as_json, markdown, over, write
 from hawk_compile.benchmarking.timing import Spread, spread
+from hawk_compile.capture import fresh
 from hawk_compile.cli import app
 from hawk_compile.errors import ConfigError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.inspection import on_meta
@@ -142,7 +143,7 @@ def test_the_method_by_hand_is_the_optimised_model(name, monkeypatch):
     """Two rows; positions that hold images and positions that do not; features for later layers. And wrong logits."""
     model = zoo.build(name, layers=1)
     subjects = Subjects(model, "eager")
-    monkeypatch.setattr(subjects, "compiled", lambda given: subjects.plain(**prompts.fresh(given)))
+    monkeypatch.setattr(subjects, "compiled", lambda given: subjects.plain(**fresh(given)))
     prompt = prompts.make(model, picture(model.config, 16), 14, 2, CPU)
     kept = hawk_compile.HawkConfig(ratio=0.6).kept(prompt.image.tokens)
     with torch.no_grad():
