@@ -49,6 +49,9 @@ class HawkConfig:
         query: how the voting text counts: "mean" (its mean query, as in the paper), "last" (its last token alone),
             "each" (every token's own normalised scores, alike) or "content" (those by how specific the token's
             attention is); see `hawk_compile.kernels.score.voters`. None: as the selector has it, "mean" for "hawk".
+        contrast: how much of what does not depend on the question is taken off the scores: each head's normalised
+            scores by the mean query of the visual tokens themselves, times this, in [0, 1]. None: as the selector has
+            it, 0 for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
@@ -67,6 +70,7 @@ class HawkConfig:
     selector: str = "hawk"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     query: str | None = None
+    contrast: float | None = None
     backend: str = "inductor"
     compile_decode: bool = False
     vision_end_token_id: int | None = None
@@ -80,6 +84,7 @@ class HawkConfig:
             check_choice("normalization", self.normalization, NORMALIZATIONS)
         if self.query is not None:
             check_choice("query", self.query, QUERIES)
+        check_contrast(self.contrast)
         check_modalities(self.modalities)
         check_selector(self)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
@@ -101,6 +106,11 @@ class HawkConfig:
     def used_normalization(self) -> str:
         """`normalization`, or what the selector has for it."""
         return self.normalization or self.method.normalization
+
+    @property
+    def used_contrast(self) -> float:
+        """`contrast`, or what the selector has for it."""
+        return self.method.contrast if self.contrast is None else float(self.contrast)
 
     @property
     def used_head_weights(self) -> Any:
@@ -141,6 +151,12 @@ def check_ratio(ratio: Any) -> None:
     if not 0 <= ratio < 1:
         hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
         raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+
+
+def check_contrast(given: Any) -> None:
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if given is not None and not (number and 0 <= given <= 1):
+        raise ConfigError(f"contrast must be a number in [0, 1], or None for the selector's own, got {given!r}")
 
 
 def check_budget(config: HawkConfig) -> None:

@@ -37,7 +37,7 @@ class Selector:
 
     Attributes:
         ranking: see above; None: by the HAWK score itself.
-        query, normalization: of the HAWK score, if the settings do not say.
+        query, normalization, contrast: of the HAWK score, if the settings do not say.
         head_weights: "uniform" where the method knows no head weights; None: as the settings say.
         portable: whether the ranking can be exported: it consists of PyTorch's own operators.
         bounds: least and largest values of options that have any.
@@ -46,6 +46,7 @@ class Selector:
     ranking: Ranking | None = None
     query: str = "mean"
     normalization: str = "l2"
+    contrast: float = 0.0
     head_weights: str | None = None
     portable: bool = True
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -193,6 +194,7 @@ SELECTORS: dict[str, Selector] = {
     "uniform": Selector(head_weights="uniform"),
     "hawk_each": Selector(query="each", normalization="softmax"),
     "hawk_content": Selector(query="content", normalization="softmax"),
+    "hawk_contrast": Selector(query="each", normalization="softmax", contrast=0.5),
     "fastv": Selector(query="last", head_weights="uniform", normalization="softmax"),
     "divprune": Selector(divprune, portable=False),
     "idpruner": Selector(idpruner, portable=False, bounds={"importance": (0, 1)}),

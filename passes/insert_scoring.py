@@ -9,7 +9,8 @@
 
 Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
 that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. Where every voting token is scored by
-itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is unchanged.
+itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. With a contrast, the scores by the
+visual tokens' own mean query times this are taken off. The rest of the graph is unchanged.
 
 In a tensor-parallel model each rank has some of the heads: it scores by these, and the sum over the ranks, the same on
 all of them, is the score.
@@ -47,6 +48,7 @@ def insert_scoring(
     normalization: str = "l2",
     head_weights: Tensor | None = None,
     query: str = "mean",
+    contrast: float = 0.0,
     ranks: Ranks | None = None,
 ) -> fx.GraphModule:
     """Insert the scores; `site.scores` names them.
@@ -56,6 +58,8 @@ def insert_scoring(
         head_weights: [H] float32, for graphs whose caller put no `hawk::plan` beside the model. None: equal weights.
         query: 'mean': the mean query of all that vote; 'last': without a plan, the last token's; 'each' or 'content':
             see `hawk_compile.kernels.score.voters`.
+        contrast: how much of what the visual tokens see in each other, without any question, is taken off:
+            score[v] = sum_h w[h] (normalize_v(raw by the voters) - contrast * normalize_v(raw by the visual tokens)).
         ranks: of a tensor-parallel model.
 
     Raises:
@@ -80,12 +84,14 @@ def insert_scoring(
             )
         weights = build.call(torch.narrow, weights, 0, ranks.rank * site.heads, site.heads)
     check_heads(weights, site)
+    copies = projections(build, site) if site.form == "folded" else heads_first(build, site)
     if query in ("each", "content"):
-        site.scores = insert_each(build, site, weights, normalization, query == "content")
-    elif site.form == "folded":
-        site.scores = insert_folded(build, site, votes, weights, normalization)
+        site.scores = insert_each(build, site, copies, weights, normalization, query == "content")
     else:
-        site.scores = insert_projected(build, site, votes, weights, normalization)
+        site.scores = insert_mean(build, site, copies, votes, weights, normalization)
+    if contrast:
+        unasked = insert_mean(build, site, copies, site.visual_mask, weights, normalization)
+        site.scores = build.call(torch.sub, site.scores, build.call(torch.mul, unasked, contrast))
     if ranks is not None and shared:
         site.scores = build.call(all_reduce, site.scores, "sum", ranks.group)
     return gm
@@ -140,31 +146,31 @@ def argument(node: fx.Node, index: int, name: str) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
-def insert_folded(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
-    hidden, *parameters = projections(build, site)
-    return build.call(
-        torch.ops.hawk.score_folded.default, hidden, site.visual_mask, votes, *parameters, weights, normalization
-    )
+def insert_mean(
+    build: Builder, site: Site, copies: list[Any], votes: Any, weights: Any, normalization: str
+) -> fx.Node:
+    """Scores by the mean query of what votes."""
+    if site.form == "folded":
+        hidden, *parameters = copies
+        score = torch.ops.hawk.score_folded.default
+        return build.call(score, hidden, site.visual_mask, votes, *parameters, weights, normalization)
+    score = torch.ops.hawk.score_projected.default
+    return build.call(score, *copies, site.visual_mask, votes, weights, normalization)
 
 
-def insert_projected(build: Builder, site: Site, votes: Any, weights: Any, normalization: str) -> fx.Node:
-    return build.call(
-        torch.ops.hawk.score_projected.default, *heads_first(build, site), site.visual_mask, votes, weights,
-        normalization,
-    )  # fmt: skip
-
-
-def insert_each(build: Builder, site: Site, weights: Any, normalization: str, specific: bool) -> fx.Node:
+def insert_each(
+    build: Builder, site: Site, copies: list[Any], weights: Any, normalization: str, specific: bool
+) -> fx.Node:
     """Queries are made of the voters alone where the form allows it; keys of all positions, as the decoder does."""
     voters = build.call(last_voters, build.call(torch.ne, site.votes, 0))
     positions, real = build.item(voters, 0), build.item(voters, 1)
     gather = torch.ops.hawk.gather.default
     if site.form == "folded":
-        hidden, q_weight, q_bias, k_weight, k_bias = projections(build, site)
+        hidden, q_weight, q_bias, k_weight, k_bias = copies
         query = build.call(split_heads, build.call(gather, hidden, positions), q_weight, q_bias, site.head_dim)
         key = build.call(split_heads, hidden, k_weight, k_bias, site.head_dim)
     else:
-        query, key = heads_first(build, site)
+        query, key = copies
         rows = build.call(gather, build.call(torch.transpose, query, 1, 2), positions)
         query = build.call(torch.transpose, rows, 1, 2)
     score = torch.ops.hawk.score_each.default

@@ -32,7 +32,9 @@ def kept_by(model: Any, inputs: dict[str, Any]) -> Any:
     return hawk_compile.report(model)
 
 
-def given_by_hand(inputs: dict[str, Any], query: str = "mean", name: str = NAME) -> dict[str, Tensor]:
+def given_by_hand(
+    inputs: dict[str, Any], query: str = "mean", name: str = NAME, contrast: float = 0.0
+) -> dict[str, Tensor]:
     """What a ranking may read, from the eager model."""
     model = zoo.build(name, layers=1)
     visual = zoo.visual_mask(name, model, inputs)
@@ -46,8 +48,10 @@ def given_by_hand(inputs: dict[str, Any], query: str = "mean", name: str = NAME)
         q, k = reference.first_layer_query_key(model, embeddings)
     heads = q.shape[1]
     score = reference.scores_of_each if query == "each" else reference.scores
-    scores = torch.zeros(visual.shape)
-    scores[visual] = score(q[0], k[0], visual[0], votes, torch.full((heads,), 1 / heads)).float()
+    weights, scores = torch.full((heads,), 1 / heads), torch.zeros(visual.shape)
+    scores[visual] = score(q[0], k[0], visual[0], votes, weights).float()
+    if contrast:
+        scores[visual] -= contrast * reference.scores(q[0], k[0], visual[0], visual[0], weights).float()
     budget = torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(int(visual.sum()))])
     return {"scores": scores, "embeddings": embeddings, "visual_mask": visual, "votes": votes[None], "budget": budget}
 
@@ -96,6 +100,26 @@ def test_fastv_is_softmax_attention_of_the_last_text_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])  # without and with a norm of queries and keys
+def test_what_needs_no_question_is_taken_off(name: str) -> None:
+    model = hawk_compile.optimize(zoo.build(name, layers=1), ratio=RATIO, backend="eager", contrast=0.5)
+    inputs = encoded(name, model, zoo.sizes(name)[2])
+    given = given_by_hand(inputs, name=name, contrast=0.5)
+    found = kept_by(model, inputs)
+    assert (found.scores - given["scores"]).abs().max() < 1e-6
+    assert found.keep_indices[0].tolist() == positions(given["scores"], given)
+    assert (found.scores - given_by_hand(inputs, name=name)["scores"]).abs().max() > 1e-3
+
+
+def test_hawk_contrast_is_its_settings() -> None:
+    model = build(selector="hawk_contrast")
+    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+    found = kept_by(model, inputs)
+    by_settings = kept_by(build(query="each", normalization="softmax", contrast=0.5), inputs)
+    assert found.scores.equal(by_settings.scores)
+    assert not found.scores.equal(kept_by(build(selector="hawk_contrast", contrast=0), inputs).scores)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_every_voter_by_itself(name: str) -> None:
     model = hawk_compile.optimize(
         zoo.build(name, layers=1), ratio=RATIO, backend="eager", query="each", normalization="softmax"

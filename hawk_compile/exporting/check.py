@@ -52,6 +52,7 @@ def compare(
         selector=manifest.selector,
         selector_options=manifest.selector_options,
         query=manifest.query,
+        contrast=manifest.contrast,
         backend="eager",
     )
     settings: dict[str, Any] = {

@@ -46,8 +46,8 @@ class Manifest:
     Attributes:
         format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         ratio: fraction of visual tokens removed unless a request says otherwise.
-        selector, selector_options, query, normalization, head_weights, head_weights_origin: how visual tokens are
-            scored and chosen.
+        selector, selector_options, query, normalization, contrast, head_weights, head_weights_origin: how visual tokens
+            are scored and chosen.
         dtype: of weights and activations.
         model: class of the exported model.
         encoders: names of the components that encode images, in the order they run.
@@ -63,6 +63,7 @@ class Manifest:
     selector_options: dict[str, Any]
     query: str
     normalization: str
+    contrast: float
     head_weights: list[float]
     head_weights_origin: str
     dtype: str

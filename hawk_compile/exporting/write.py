@@ -45,8 +45,8 @@ from hawk_compile.query import special_ids
 
 FORMATS = ("onnx", "aoti", "openvino", "tensorrt", "executorch")
 SETTINGS = (
-    "head_weights", "normalization", "selector", "selector_options", "query", "vision_end_token_id",
-    "end_of_turn_token_id",
+    "head_weights", "normalization", "selector", "selector_options", "query", "contrast",
+    "vision_end_token_id", "end_of_turn_token_id",
 )  # fmt: skip
 """Settings of `optimize` that every format takes, beside `ratio`."""
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
@@ -80,8 +80,8 @@ def export(
         overwrite: replace the folder if it is an export.
         processor: saved beside the model, if given.
         progress: told in a line what has been done.
-        **settings: `head_weights`, `normalization`, `selector`, `selector_options`, `query`, `vision_end_token_id`,
-            `end_of_turn_token_id`, as for `optimize`;
+        **settings: `head_weights`, `normalization`, `selector`, `selector_options`, `query`, `contrast`,
+            `vision_end_token_id`, `end_of_turn_token_id`, as for `optimize`;
             for ONNX also `quantization` ("int8"); for TensorRT and ExecuTorch also `sizes`, see
             `hawk_compile.exporting.profile`; for TensorRT also `compute_capabilities`.
 
@@ -130,6 +130,7 @@ def export(
             selector_options=dict(config.selector_options),
             query=config.used_query,
             normalization=config.used_normalization,
+            contrast=config.used_contrast,
             head_weights=weights.values.tolist(),
             head_weights_origin=weights.origin,
             dtype=str(model.dtype).removeprefix("torch."),

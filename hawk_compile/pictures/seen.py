@@ -71,6 +71,7 @@ def look(
     single = {
         **settings, "selector": "hawk", "selector_options": {}, "query": made.used_query,
         "normalization": made.used_normalization,
+        "contrast": made.used_contrast,
     }  # fmt: skip
     with left_as_it_was(model) as switch:
         switch(0.0, None)
