@@ -26,6 +26,7 @@ class Batch:
         metric: None is the likelihood.
         heads_at_once: heads that one forward leaves out, each in rows of its own.
         switch: what `left_as_it_was` yields.
+        skip_bad: a score that is none becomes NaN.
     """
 
     model: PreTrainedModel
@@ -38,6 +39,7 @@ class Batch:
     backend: str
     heads_at_once: int
     switch: Callable[[float, Mapping[str, Any] | None], None]
+    skip_bad: bool
 
     def __post_init__(self) -> None:
         self.inputs = encoded(self.model, self.processor, self.samples)
@@ -75,7 +77,10 @@ class Batch:
         if self.metric is None:
             return likelihoods(self.model, self.processor, inputs, samples)
         said = answers(self.model, self.processor, inputs, self.max_new_tokens)
-        return [checked(self.metric(each, sample.answers), sample) for each, sample in zip(said, samples, strict=True)]
+        return [
+            checked(self.metric(each, sample.answers), sample, self.skip_bad)
+            for each, sample in zip(said, samples, strict=True)
+        ]
 
 
 def repeated(inputs: dict[str, Any], copies: int) -> dict[str, Any]:

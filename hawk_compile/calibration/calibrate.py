@@ -28,7 +28,7 @@ from hawk_compile.calibration.progress import Record
 from hawk_compile.calibration.result import Calibration, summary
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.evaluation.evaluate import at_least_1, batches, left_as_it_was, metric_of, name_of
+from hawk_compile.evaluation.evaluate import at_least_1, batches, left_as_it_was, metric_of, name_of, scored
 from hawk_compile.evaluation.metrics import Metric
 from hawk_compile.evaluation.samples import Sample, read_samples
 from hawk_compile.optimize import check_model
@@ -126,7 +126,7 @@ def calibrate(
             each, places = parts[name]
             return Batch(
                 model, processor, [samples[each][place] for place in places], ablation, ratios, score, max_new_tokens,
-                backend, heads_at_once, switch,
+                backend, heads_at_once, switch, skip_bad,
             ).scores()  # fmt: skip
 
         for name in record.finished(list(parts), measured):
@@ -135,7 +135,9 @@ def calibrate(
             done += len(places)
             if processes.main:
                 progress(done, total)
-    return summary(model, tables, samples, about, record.date, seed)
+    for each, table in tables.items():
+        tables[each] = table[:, scored(table, samples[each], warn)]
+    return summary(model, tables, about, record.date, seed)
 
 
 def check_alike(told: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from hawk_compile.errors import InputError
-from hawk_compile.evaluation.samples import Sample
 from hawk_compile.evaluation.statistics import interval
 
 
@@ -62,9 +61,8 @@ class Calibration:
 
 
 def summary(
-    model: PreTrainedModel, tables: dict[str, np.ndarray], samples: dict[str, list[Sample]], about: dict[str, Any],
-    date: str, seed: int,
-) -> Calibration:  # fmt: skip
+    model: PreTrainedModel, tables: dict[str, np.ndarray], about: dict[str, Any], date: str, seed: int
+) -> Calibration:
     """Weights and intervals from the scores [1 + H, N] of each dataset."""
     datasets, shares, sure = {}, [], set()
     for name, table in tables.items():
@@ -76,7 +74,7 @@ def summary(
         if kept.sum() > 0:
             shares.append(kept / kept.sum())
         datasets[name] = {
-            "sha256": about["datasets"][name], "questions": len(samples[name]), "score": float(table[0].mean()),
+            "sha256": about["datasets"][name], "questions": table.shape[1], "score": float(table[0].mean()),
             "heads": [{**asdict(head), "above_noise": head.above_noise} for head in heads],
         }  # fmt: skip
     if not shares:

@@ -5,6 +5,7 @@ the compiled graph that `optimize` makes. What is compared is paired: sample by 
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -118,7 +119,8 @@ def evaluate(
         metric: "exact_match", "anls", "relaxed_accuracy", or a function (said, answers) -> [0, 1].
         batch: questions that are answered together.
         max_new_tokens: most tokens of an answer.
-        limit, skip_bad, warn: as for `read_samples`.
+        limit, warn: as for `read_samples`.
+        skip_bad: as for `read_samples`; also leave out, for all methods, what the metric gives no number in [0, 1] for.
         progress: told how many answers of how many have been scored.
         **settings: of `optimize`, for all methods: head_weights, normalization, backend, ...
 
@@ -137,8 +139,8 @@ def evaluate(
     samples = read_samples(data, limit=limit, skip_bad=skip_bad, warn=warn)
     cells: list[tuple[str, float]] = [(UNPRUNED, 0.0), *((name, ratio) for name in methods for ratio in ratios)]
     scores = {cell: np.empty(len(samples)) for cell in cells}
-    kept = dict.fromkeys(cells, 0)
-    visual, done = 0, 0
+    kept = {cell: np.empty(len(samples)) for cell in cells}
+    done = 0
     seconds: dict[tuple[str, float], float] = {}
     with left_as_it_was(model) as switch:
         parts = list(batches(samples, batch))
@@ -148,27 +150,24 @@ def evaluate(
             for cell in cells:
                 switch(cell[1], methods.get(cell[0]))
                 for place, said in zip(places, answers(model, processor, inputs, max_new_tokens), strict=True):
-                    scores[cell][place] = checked(score(said, samples[place].answers), samples[place])
+                    scores[cell][place] = checked(score(said, samples[place].answers), samples[place], skip_bad)
                 if cell[0] != UNPRUNED:
                     found = report(model)
-                    kept[cell] += int(found.kept_visual_tokens.sum())
-                    visual += int(found.visual_tokens.sum()) if cell == cells[1] else 0
+                    kept[cell][places] = found.kept_visual_tokens.cpu()
+                    kept[cells[0]][places] = found.visual_tokens.cpu()
                 done += len(part)
                 progress(done, len(cells) * len(samples))
             if number == len(parts) // 2:  # pictures of a usual size
                 seconds = prefill_seconds(model, inputs, cells, methods, switch)
-    kept[cells[0]] = visual
-    rows = [
-        Row(name, ratio, scores[name, ratio], kept[name, ratio] / len(samples), seconds[name, ratio])
-        for name, ratio in cells
-    ]
+    sound = scored(np.stack(list(scores.values())), samples, warn)
+    rows = [Row(*cell, scores[cell][sound], float(kept[cell][sound].mean()), seconds[cell]) for cell in cells]
     return Evaluation(
         model=str(model.config._name_or_path or type(model).__name__),
         data=fspath(data) if isinstance(data, (str, PathLike)) else type(data).__name__,
         metric=name_of(metric),
         baseline=baseline,
-        samples=samples,
-        visual=visual / len(samples),
+        samples=[sample for sample, good in zip(samples, sound, strict=True) if good],
+        visual=float(kept[cells[0]][sound].mean()),
         unpruned=rows[0],
         rows=rows[1:],
     )
@@ -223,10 +222,31 @@ def at_least_1(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def checked(score: float, sample: Sample) -> float:
-    if not isinstance(score, (int, float, np.number)) or not 0 <= score <= 1:  # which NaN is not either
-        raise InputError(f"{sample.origin}: the metric must give a number in [0, 1], got {score!r}: mend the metric")
-    return float(score)
+def checked(score: float, sample: Sample, skip_bad: bool) -> float:
+    """The score of an answer; to be skipped, NaN."""
+    if isinstance(score, (int, float, np.number)) and 0 <= score <= 1:  # which NaN is not
+        return float(score)
+    if skip_bad:
+        return math.nan
+    raise InputError(
+        f"{sample.origin}: the metric must give a number in [0, 1], got {score!r}: mend the metric, or skip what it "
+        "fails on (skip_bad, --skip-bad)"
+    )
+
+
+def scored(table: np.ndarray, samples: Sequence[Sample], warn: Callable[[str], None]) -> np.ndarray:
+    """[N] bool: the samples that every line of a table of scores [..., N] has a score for.
+
+    Raises:
+        InputError: there is none.
+    """
+    sound = ~np.isnan(table).any(0)
+    for sample, good in zip(samples, sound, strict=True):
+        if not good:
+            warn(f"skipped: {sample.origin}: the metric gives no number in [0, 1]")
+    if not sound.any():
+        raise InputError("the metric gives a number in [0, 1] for no sample in all its answers: mend the metric")
+    return sound
 
 
 @contextlib.contextmanager

@@ -124,6 +124,23 @@ def test_bad_settings():
     assert model.__dict__.get("_hawk_runtime") is before
 
 
+def test_what_the_metric_fails_on_is_skipped():
+    """The first question of three has no score, after any method: it is left out of all rows."""
+    samples, told = read_samples("demo:tune", limit=3), []
+
+    def metric(said, answers):
+        return float("nan") if list(answers) == list(samples[0].answers) else 1.0
+
+    left = [each for each in samples if each.answers != samples[0].answers]
+    found = evaluate(
+        demo.model(), demo.processor(), samples, selectors=["hawk"], ratios=[0.5], metric=metric, backend="eager",
+        max_new_tokens=1, skip_bad=True, warn=told.append,
+    )  # fmt: skip
+    assert left and found.samples == left and all(len(row.scores) == len(left) for row in found.rows)
+    assert told[0] == f"skipped: {samples[0].origin}: the metric gives no number in [0, 1]"
+    assert len(told) == 3 - len(left)
+
+
 def test_the_command_line(tmp_path):
     samples = read_samples("demo:tune", limit=4)
     records = []
