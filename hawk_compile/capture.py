@@ -143,13 +143,12 @@ def encode_audio(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**left, "mm_encoder_outputs": {**kwargs["mm_encoder_outputs"], AUDIO: encoded}}
 
 
-def install_recorders(model: PreTrainedModel) -> None:
-    """Put on the hooks that record hidden states: the model does so at its first such call, under a lock, which no
-    graph can take."""
-    base: Any = model.base_model
-    decoder = base.get_decoder()
-    if isinstance(decoder, PreTrainedModel):
-        maybe_install_capturing_hooks(decoder)
+def install_recorders(module: nn.Module) -> None:
+    """Put on the hooks that record hidden states: a model does so at its first such call, under a lock, which no graph
+    can take."""
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            maybe_install_capturing_hooks(part)
 
 
 def positions_of(base: Any, kwargs: dict[str, Any]) -> Tensor | None:

@@ -54,6 +54,7 @@ class HawkConfig:
             it, 0 for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
+        compile_vision: also compile the vision encoder, as graphs of its own for images of all sizes.
         vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
             model's config, else the text behind the last visual token.
         end_of_turn_token_id: ids that end the user's turn: text from the last of them on does not vote. None: the
@@ -73,6 +74,7 @@ class HawkConfig:
     contrast: float | None = None
     backend: str = "inductor"
     compile_decode: bool = False
+    compile_vision: bool = False
     vision_end_token_id: int | None = None
     end_of_turn_token_id: int | tuple[int, ...] | None = None
 
@@ -89,8 +91,9 @@ class HawkConfig:
         check_selector(self)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
         check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
-        if not isinstance(self.compile_decode, bool):
-            raise ConfigError(f"compile_decode must be True or False, got {self.compile_decode!r}")
+        for name in ("compile_decode", "compile_vision"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     @property
     def method(self) -> Selector:

@@ -1,5 +1,6 @@
 """`optimize`, `restore` and `report`: the three calls that most users need."""
 
+import contextlib
 import functools
 import inspect
 import types
@@ -145,6 +146,7 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
         "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
         "_prefill": (model, types.MethodType(prefill_whole, model)),
         "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
+        "_prepare_multimodal_encoder_kwargs_for_generation": (model, types.MethodType(encode_images, model)),
     }
     found |= {name: (model.base_model, method) for name, method in capture.body_overrides(model).items()}
     return found
@@ -222,6 +224,13 @@ def prefill_whole(
     if generation_config.use_cache is False and prunes(self, model_kwargs):
         model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far
     return original(self, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
+
+
+def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The vision encoder, compiled if the settings ask for that."""
+    runtime = self.__dict__[RUNTIME]
+    with runtime.vision.encoding(self) if runtime.config.compile_vision else contextlib.nullcontext():
+        return original(self, "_prepare_multimodal_encoder_kwargs_for_generation")(model_kwargs)
 
 
 def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:

@@ -84,7 +84,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
             with deltas_of(model, kwargs.get("past_key_values")):
                 kwargs = capture.encode(model, kwargs)
         if kwargs.get("output_hidden_states"):
-            capture.install_recorders(model)
+            capture.install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
         kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
         # Frames are counted on the host, so only where something is said of them.
         sizes = capture.image_sizes(kwargs["mm_encoder_outputs"], frames) if runtime.config.per_image else {}

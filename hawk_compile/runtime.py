@@ -20,6 +20,7 @@ from hawk_compile.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.prefill import CompiledPrefill, run_prefill
 from hawk_compile.query import SpecialIds
 from hawk_compile.report import PrefillRecord
+from hawk_compile.vision import CompiledVision
 
 Forward = Callable[..., Any]
 
@@ -38,6 +39,7 @@ class Runtime:
         self.local = threading.local()
         self.ranks = ranks
         self.prefill = CompiledPrefill(config, ranks)
+        self.vision = CompiledVision(config.backend)
         self.compiled_decode: Forward | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
 
@@ -48,6 +50,7 @@ class Runtime:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""
         if earlier.config.backend == self.config.backend:
             self.compiled_decode = earlier.compiled_decode
+            self.vision = earlier.vision
             if earlier.prefill.options == self.prefill.options:
                 self.prefill = earlier.prefill
 

@@ -21,8 +21,11 @@ Encoded = dict[str, Any]
 
 
 def vision(subjects: Subjects, prompt: Prompt, given: Encoded, ratios: tuple[float, ...]) -> list[Call]:
-    """The vision encoder, eager, as every column runs it: pixels in, features and positions out."""
-    return [Call("eager", None, lambda: functools.partial(encode, subjects.plain, prompt))]
+    """The vision encoder, which no column prunes: pixels in, features and positions out."""
+    return [
+        Call("eager", None, lambda: functools.partial(encode, subjects.plain, prompt)),
+        Call("compiled", None, lambda: functools.partial(subjects.compiled_vision, prompt)),
+    ]
 
 
 def scored(subjects: Subjects, prompt: Prompt, given: Encoded, ratios: tuple[float, ...]) -> list[Call]:

@@ -16,6 +16,7 @@ from hawk_compile.capture import fresh
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import HawkError
 from hawk_compile.optimize import RUNTIME, optimize, report
+from hawk_compile.vision import CompiledVision
 
 NOISE_FACTOR = 3
 """How much more than compiling alone pruning may change the logits: it sums over other tokens in another order."""
@@ -33,6 +34,7 @@ class Subjects:
         self.unpruned.base_model.__dict__.update(capture.body_overrides(self.unpruned))
         self.graph = capture.compile_alone(unplanned_forward, backend=backend, fullgraph=True)
         self.decode_graph = capture.compile_alone(self.unpruned.forward, backend=backend)
+        self.vision = CompiledVision(backend)
         self.hawk_graph = capture.compile_alone(scoring.hawk, backend=backend)
 
     @property
@@ -43,7 +45,8 @@ class Subjects:
     def optimized(self, ratio: float) -> Any:
         """The pruned model with that fraction of visual tokens removed."""
         return optimize(
-            self.model, ratio=ratio, backend=self.backend, head_weights="uniform", compile_decode=True
+            self.model, ratio=ratio, backend=self.backend, head_weights="uniform", compile_decode=True,
+            compile_vision=True,
         )  # fmt: skip
 
     def compiled(self, given: dict[str, Any]) -> Any:
@@ -53,8 +56,12 @@ class Subjects:
         with capture.capture_lock, capture.settings():
             return self.graph(self.unpruned.forward, inputs | {"past_key_values": DynamicCache()})
 
+    def compiled_vision(self, prompt: Prompt) -> dict[str, Any]:
+        with self.vision.encoding(self.unpruned):
+            return encode(self.unpruned, prompt)
+
     def compiled_whole(self, prompt: Prompt) -> Any:
-        return self.compiled(encode(self.unpruned, prompt))
+        return self.compiled(self.compiled_vision(prompt))
 
     def compiled_step(self, **given: Any) -> Any:
         with capture.capture_lock, capture.settings():

@@ -168,9 +168,13 @@ def compiled_lines(found: Benchmark) -> list[str]:
 
 
 def vision_lines(found: Benchmark) -> list[str]:
-    made = [(size.visual_tokens, found.of(size.visual_tokens, "vision", "eager")) for size in found.sizes]
-    spent = [f"{milliseconds(each)} ms at V = {visual}" for visual, each in made if each is not None]
-    return [f"Vision encoder, eager in every column: {', '.join(spent)}."] if spent else []
+    spent = []
+    for visual in (size.visual_tokens for size in found.sizes):
+        eager, compiled = (found.of(visual, "vision", column) for column in ("eager", "compiled"))
+        if eager is not None and compiled is not None:
+            times = f"{milliseconds(compiled)} over {milliseconds(eager)} ms"
+            spent.append(f"{share(over(compiled, eager))} at V = {visual} ({times})")
+    return [f"Vision encoder, compiled over eager: {', '.join(spent)}."] if spent else []
 
 
 def markdown(found: Benchmark) -> str:

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from hawk_compile import capture
+from hawk_compile import capture, packed
 from hawk_compile.cache import physical_length
 from hawk_compile.config import HawkConfig
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
@@ -35,7 +35,7 @@ from hawk_compile.exporting.components import (
     VALUE,
     named_features,
 )
-from hawk_compile.exporting.encoder import flat, prepared, unnamed
+from hawk_compile.exporting.encoder import unnamed
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
 from hawk_compile.exporting.write import HOST_WEIGHTS, target_of
 from hawk_compile.head_weights import HeadWeights
@@ -177,9 +177,9 @@ def encoder_call(child: nn.Module, session: Session) -> Callable[..., Any]:
     signature = inspect.signature(type(child).forward)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = flat(signature.bind(self, *args, **kwargs))
+        given = packed.flat(signature.bind(self, *args, **kwargs))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        return unnamed(session(prepared(child, tensors)))
+        return unnamed(session(packed.prepared(child, tensors)))
 
     return types.MethodType(forward, child)
 

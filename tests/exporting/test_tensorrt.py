@@ -27,8 +27,8 @@ from hawk_compile.errors import ConfigError, ExportError, InputError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting import profile, tensorrt, write
 from hawk_compile.exporting.components import Component
-from hawk_compile.exporting.encoder import sorted_by_scatter
 from hawk_compile.exporting.manifest import Manifest
+from hawk_compile.packed import sorted_by_scatter
 
 DEMO = Path(str(resources.files("hawk_compile"))) / "demo" / "model"
 CAPABILITIES = ("8.6", "8.9", "12.0")

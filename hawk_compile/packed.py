@@ -1,0 +1,165 @@
+"""Encoders over a packed row of patches (`grid_thw`), so that images of any sizes share a graph.
+
+Such a tower gets its indices precomputed, as transformers' exporters do. The exporters' attention then needs images of
+one size and gives wrong results for others. Here attention is handed the segments as an index [segments, longest], made
+on the host. It is registered as an attention implementation; its name holds "flash", which makes models pass the
+segments on instead of splitting them.
+
+A tower undoes its window order by sorting the index that made it; a target's sort may be limited in length, and is no
+work for a graph. The index is a permutation, so a scatter gives the same.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import AttentionInterface
+
+ATTENTION = "hawk_flash_segments"
+GRID = "grid_thw"
+WINDOW_INDEX = "window_index"
+ARGUMENTS = {
+    "segments": "cu_seqlens", "segment_places": "max_seqlen",
+    "windows": "cu_window_seqlens", "window_places": "max_window_seqlen",
+}  # fmt: skip
+"""Under which arguments a tower hands these inputs on to its attention."""
+TOLERANCE = 0.02
+"""Of the largest output, between attention by segments and by the tower's own: half precision over a tower's layers."""
+
+
+def run(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """A module's forward on what `prepared` gives, beside arguments that are no tensors."""
+    renamed = {ARGUMENTS.get(name, name): given for name, given in tensors.items()}
+    with sorted_by_scatter(tensors.get(WINDOW_INDEX)):
+        return forward(**fixed, **renamed)
+
+
+@contextlib.contextmanager
+def sorted_by_scatter(permutation: Tensor | None) -> Iterator[None]:
+    """Let `torch.argsort` of this very tensor [n] int64, a permutation of 0 ... n-1, be its inverse by a scatter."""
+    argsort = torch.argsort
+
+    def inverse(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if values is not permutation or args or kwargs:
+            return argsort(values, *args, **kwargs)
+        places = torch.arange(values.shape[0], device=values.device)
+        return torch.zeros_like(values).scatter(0, values, places)
+
+    torch.argsort = inverse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.argsort = argsort
+
+
+def attention_over_segments(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Any = None, max_length_q: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention [1, H, N, d] within segments.
+
+    `cu_seq_lens_q` holds the patches of each segment [segments, longest], -1 behind its last; `max_length_q` holds the
+    place of each patch in that layout [N].
+    """
+    segments, longest = cu_seq_lens_q.shape
+    if isinstance(segments, int) and segments == 1:  # in a graph of its own; without a mask attention is faster
+        return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+    real = cu_seq_lens_q >= 0
+    places = cu_seq_lens_q.clamp_min(0).flatten()
+
+    def batched(values: Tensor) -> Tensor:
+        heads, width = values.shape[1], values.shape[3]
+        return values[0].index_select(1, places).reshape(heads, segments, longest, width).transpose(0, 1)
+
+    mixed = scaled_dot_product_attention(
+        batched(query), batched(key), batched(value), attn_mask=real[:, None, None, :], scale=scaling
+    )
+    heads, patches, width = query.shape[1:]
+    rows = mixed.transpose(1, 2).reshape(segments * longest, heads * width)
+    return rows.index_select(0, max_length_q).reshape(1, patches, heads, width), None
+
+
+@contextlib.contextmanager
+def segmented(child: nn.Module) -> Iterator[None]:
+    """Let a tower over packed patches attend by segments, while it is traced."""
+    from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
+
+    AttentionInterface.register(ATTENTION, attention_over_segments)
+    configs: list[Any] = list(
+        {id(part.config): part.config for part in child.modules() if hasattr(part, "config")}.values()
+    )
+    before = [config._attn_implementation for config in configs]
+    patches = utils._PATCHES["dynamo"]
+    utils._PATCHES["dynamo"] = [patch for patch in patches if "VisionAttention" not in patch[0]]
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION
+        with torch.no_grad():
+            yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+        utils._PATCHES["dynamo"] = patches
+
+
+def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of an encoder component for the tensors that its module would get: grids become indices."""
+    if GRID not in tensors:
+        return tensors
+    from transformers.exporters.utils import precompute_export_inputs
+
+    given = dict(tensors)
+    precompute_export_inputs(child, given)
+    del given[GRID]
+    for name, places in (("segments", "segment_places"), ("windows", "window_places")):
+        bounds = given.pop(ARGUMENTS[name], None)
+        given.pop(ARGUMENTS[places], None)  # the length of the longest, which the index holds
+        if bounds is not None:
+            given[name] = patches_of(bounds)
+            given[places] = torch.nonzero(given[name].flatten() >= 0).squeeze(1)
+    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+
+
+def patches_of(bounds: Tensor) -> Tensor:
+    """[segments, longest] int64 from cumulative lengths [segments + 1]; -1 behind a segment's last patch."""
+    starts, lengths = bounds[:-1].long(), (bounds[1:] - bounds[:-1]).long()
+    step = torch.arange(int(lengths.max()), device=bounds.device)
+    return torch.where(step < lengths[:, None], starts[:, None] + step, -1)
+
+
+def named(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output by name: `features` of a tensor, `name` of a field, `name.i.n` of a field of n."""
+    if isinstance(output, Tensor):
+        return {"features": output}
+    found: dict[str, Tensor] = {}
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, (tuple, list)):
+            parts = [(f"{name}.{index}.{len(value)}", each) for index, each in enumerate(value)]
+            found |= {part: each for part, each in parts if isinstance(each, Tensor)}
+    return found
+
+
+def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """How outputs by segments, or the first rows of them, differ from those by the grid; empty if they do not.
+
+    They are compared by name, to `TOLERANCE` of the largest value.
+    """
+    furthest = max(float((found[name][: len(rows)] - rows).abs().max()) for name, rows in expected.items())
+    if furthest <= TOLERANCE * max(float(rows.abs().max()) for rows in expected.values()):
+        return ""
+    return f"its outputs differ by {furthest:.2g}"
+
+
+def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments by name, those under ** among them."""
+    rest = next((each.name for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
+    named_arguments = dict(bound.arguments)
+    more = named_arguments.pop(rest, {}) if rest else {}
+    return {**named_arguments, **more}
