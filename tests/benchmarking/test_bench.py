@@ -45,14 +45,14 @@ def test_every_stage_and_column_is_measured(found):
     assert [size.visual_tokens for size in found.sizes] == [16, 36]
     assert (found.layers, found.all_layers) == (1, 2)
     for visual in (16, 36):
-        assert found.of(visual, "vision", "eager")
+        assert found.of(visual, "vision", "eager") and found.of(visual, "vision", "compiled")
         for stage in ("prefill", "first", "decode"):
             for column, ratios in (("eager", [None]), ("compiled", [None]), ("authors", RATIOS), ("hawk", RATIOS)):
                 for ratio in ratios:
                     each = found.of(visual, stage, column, ratio)
                     assert each and len(each.seconds) == 2 and min(each.seconds) > 0 and each.first_call > 0
         assert all(found.of(visual, "scoring", name, ratio) for name in ("authors", "hawk") for ratio in RATIOS)
-    assert len(found.measurements) == 2 * (1 + 4 + 3 * 6)
+    assert len(found.measurements) == 2 * (2 + 4 + 3 * 6)
 
 
 def test_a_cache_holds_what_is_kept(found):
