@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, CompileConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from hawk_compile import capture
@@ -21,7 +21,7 @@ from hawk_compile.positions import deltas_of
 from hawk_compile.prefill import PROMPT_LENGTH
 from hawk_compile.query import special_ids
 from hawk_compile.report import Report
-from hawk_compile.runtime import Runtime, ranks_of, run
+from hawk_compile.runtime import DECODE_OPTIONS, Runtime, ranks_of, run
 
 RUNTIME = "_hawk_runtime"
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -142,7 +142,8 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {
         "forward": (model, types.MethodType(forward_of(type(model)), model)),  # type: ignore[arg-type]
         "create_masks_for_generate": (model, types.MethodType(masks_for_generate, model)),
-        "get_compiled_call": (model, types.MethodType(uncompiled_call, model)),
+        "get_compiled_call": (model, types.MethodType(compiled_call, model)),
+        "_prepare_static_cache": (model, types.MethodType(static_cache, model)),
         "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
         "_prefill": (model, types.MethodType(prefill_whole, model)),
         "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
@@ -195,9 +196,18 @@ def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = Fals
     return build(is_first_iteration=is_first_iteration, **kwargs)
 
 
-def uncompiled_call(self: PreTrainedModel, compile_config: Any) -> Any:
-    """generate would compile this wrapper too; the decode step is compiled by `compile_decode` instead."""
-    return self.__call__
+def compiled_call(self: PreTrainedModel, compile_config: CompileConfig | None) -> Any:
+    """What generate calls where it compiles decoding (static caches on CUDA): the step inside, compiled by the same
+    options, instead of this wrapper."""
+    options = (compile_config or self._default_compile_config()).to_dict()
+    return functools.partial(self.__call__, **{DECODE_OPTIONS: options})
+
+
+def static_cache(self: PreTrainedModel, *, max_cache_len: int, **kwargs: Any) -> Cache:
+    """The cache of fixed size that generate makes, with what it was asked to hold: pruning lets it be smaller."""
+    cache = original(self, "_prepare_static_cache")(max_cache_len=max_cache_len, **kwargs)
+    cache.hawk_asked_length = max_cache_len
+    return cache
 
 
 def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
@@ -110,6 +110,7 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         inputs = dict(sorted(inputs.items()))  # the graph is guarded by their order
         weights = runtime.weights(tokens.device)
         result, keep, valid, scores = runtime.prefill.run(forward, inputs, past_mask, plan, weights)
+        runtime.static_length = shrink(target, length - keep.shape[1], runtime.static_length)
         target = fill_cache(model, target, scratch, past, use_cache)
         if target is not None:
             mark_pruned(target, keep, valid if plan.filled else None, past, length, deltas)
@@ -212,6 +213,25 @@ def fill_cache(
         assert keys is not None and values is not None
         target.update(keys[:, :, past:], values[:, :, past:], index)
     return target
+
+
+def shrink(cache: Cache | None, removed: int, least: int) -> int:
+    """Let a cache of fixed size that generate made, which holds nothing yet, do without what was removed.
+
+    Args:
+        least: slots that it has at least, so that a cache of the next call is not of another size without need.
+
+    Returns:
+        The slots of its layers without a sliding window; `least` where there is no such cache.
+    """
+    asked = getattr(cache, "hawk_asked_length", None)
+    if asked is None:
+        return least
+    length = max(asked - removed, least)
+    for layer in cache.layers:  # type: ignore[union-attr]
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layer.max_cache_len = min(layer.max_cache_len, length)
+    return length
 
 
 def rule_of(config: HawkConfig, left: list[str]) -> str:

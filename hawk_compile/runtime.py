@@ -24,6 +24,9 @@ from hawk_compile.vision import CompiledVision
 
 Forward = Callable[..., Any]
 
+DECODE_OPTIONS = "hawk_decode_options"
+"""An argument that generate carries where it compiles the decode step: the options of torch.compile."""
+
 
 class Runtime:
     """What an optimised model carries: its settings, its compiled functions, and each thread's last report."""
@@ -40,7 +43,8 @@ class Runtime:
         self.ranks = ranks
         self.prefill = CompiledPrefill(config, ranks)
         self.vision = CompiledVision(config.backend)
-        self.compiled_decode: Forward | None = None
+        self.compiled_decode: dict[str, Forward] = {}
+        self.static_length = 0
         self.weights_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
@@ -50,6 +54,7 @@ class Runtime:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""
         if earlier.config.backend == self.config.backend:
             self.compiled_decode = earlier.compiled_decode
+            self.static_length = earlier.static_length
             self.vision = earlier.vision
             if earlier.prefill.options == self.prefill.options:
                 self.prefill = earlier.prefill
@@ -90,13 +95,14 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
+    options = kwargs.pop(DECODE_OPTIONS, None)
     if capture.modalities_of(kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     cache = kwargs.get("past_key_values")
     if physical_length(cache) == 0:
         return run_text(model, runtime, forward, kwargs)
     if not isinstance(cache, PrunedCache):
-        return step(runtime, forward, kwargs)
+        return step(runtime, forward, kwargs, options)
     mask = kwargs.get("attention_mask")
     new_tokens = tokens_of(kwargs).shape[1]
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -106,7 +112,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         kwargs = {**kwargs, "token_type_ids": of_slots(cache, kinds)}
     if kwargs.get("position_ids") is None and cache.hawk_slots.rope_deltas is not None:
         kwargs = {**kwargs, "position_ids": next_positions(cache, mask, new_tokens)}
-    return step(runtime, forward, kwargs)
+    return step(runtime, forward, kwargs, options)
 
 
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
@@ -136,15 +142,18 @@ def values_of(result: ModelOutput | tuple[Any, ...]) -> tuple[Any, ...]:
     return result.to_tuple() if isinstance(result, ModelOutput) else result
 
 
-def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
-    """A call without pruning: compiled if it is a decode step and the settings ask for that."""
+def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any], options: dict[str, Any] | None = None) -> Any:
+    """A call without pruning: compiled if it is a decode step and the settings or generate's `options` ask for that."""
     cache = kwargs.get("past_key_values")
-    if not runtime.config.compile_decode or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
+    if options is None and runtime.config.compile_decode:
+        options = {"backend": runtime.config.backend}
+    if options is None or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
         return forward(**kwargs)
-    if runtime.compiled_decode is None:
-        runtime.compiled_decode = capture.compile_alone(forward, backend=runtime.config.backend)
+    compiled = runtime.compiled_decode.get(str(options))
+    if compiled is None:
+        compiled = runtime.compiled_decode[str(options)] = capture.compile_alone(forward, **options)
     with capture_lock, capture.settings():
-        return runtime.compiled_decode(**kwargs)
+        return compiled(**kwargs)
 
 
 def note_unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -> None:

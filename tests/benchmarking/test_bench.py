@@ -37,7 +37,7 @@ def found():
         patch.setattr(floors_module, "COPIED", {"cpu": 2**16})
         patch.setattr(floors_module, "SIDE", {"cpu": 64})
         patch.setattr(Subjects, "compiled_step", lambda self, **given: self.unpruned(**given))
-        patch.setattr("hawk_compile.runtime.step", lambda runtime, forward, kwargs: forward(**kwargs))
+        patch.setattr("hawk_compile.runtime.step", lambda runtime, forward, kwargs, *_: forward(**kwargs))
         return bench("tiny", tokens=(17, 36), **SETTINGS)
 
 
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_skipped_and_named(monkeypatch, found):
     made = bench("tiny", tokens=(36, 16), **SETTINGS, stages=["scoring", "vision"])
     assert made.notes == ["36 visual tokens, scoring: skipped, out of memory on cpu"]
     assert [(each.visual_tokens, each.stage) for each in made.measurements] == [
-        (36, "vision"), (16, "vision"), (16, "scoring"),
+        (36, "vision"), (36, "vision"), (16, "vision"), (16, "vision"), (16, "scoring"), (16, "scoring"),
     ]  # fmt: skip
     assert made.sizes[1].floors == found.sizes[0].floors
     as_json(made)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
@@ -33,6 +33,41 @@ def test_static_cache(name: str) -> None:
     out = generate(pruned(name), inputs, 12, cache_implementation="static")
     check_logits(out, conversation(name, inputs), inputs)
     assert isinstance(out.past_key_values, StaticCache)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_static_cache_is_of_the_pruned_length(name: str) -> None:
+    """What generate asks for less what was removed; a smaller prompt later gets no cache of another size."""
+    model, sizes = fresh(name), []
+    longer, shorter = sorted((picture(name, 4), picture(name, 2)), key=lambda each: -each["input_ids"].shape[1])
+    for inputs in (longer, shorter):
+        out = generate(model, inputs, 5, cache_implementation="static")
+        check_logits(out, conversation(name, inputs), inputs)
+        kept = hawk_compile.report(model).kept_tokens
+        assert kept < inputs["input_ids"].shape[1]
+        sizes.append([layer.keys.shape[2] for layer in out.past_key_values.layers])
+        if len(sizes) == 1:
+            window = getattr(model.config.get_text_config(), "sliding_window", None) or kept + 4
+            assert set(sizes[0]) == {kept + 4, min(window, kept + 4)}
+    assert sizes[0] == sizes[1]
+
+
+def test_generate_compiles_the_step_of_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own `compile_config`, as on CUDA without being asked: one graph, and the logits of the eager step."""
+    from torch._dynamo.backends import registry
+
+    graphs = []
+    real = registry.lookup_backend("eager")
+    monkeypatch.setitem(registry._COMPILER_FNS, "eager", lambda gm, inputs, **_: graphs.append(gm) or real(gm, inputs))
+    compiling = CompileConfig(backend="eager", mode=None)
+    compiling._compile_all_devices = True
+    model, inputs = fresh("llava"), picture("llava")
+    generate(model, inputs, 1)
+    del graphs[:]
+    for _ in range(2):
+        out = generate(model, inputs, 6, cache_implementation="static", compile_config=compiling)
+        check_logits(out, conversation("llava", inputs), inputs)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
