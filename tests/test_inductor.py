@@ -10,10 +10,9 @@ import hawk_compile
 from tests import zoo
 from tests.test_architectures import RATIOS, check, compilations, eager_case, head_weights
 
-
 KINDS = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "paligemma")
-"""Positions of several axes; a norm of queries and keys, and features for later layers; plain; sliding windows; a prompt
-that attends both ways."""
+"""Positions of several axes; a norm of queries and keys, and features for later layers; plain; sliding windows;
+attention both ways."""
 
 
 @pytest.mark.parametrize("name", KINDS)
