@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.passes.fold_layers import fold_layers
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.inline_operators import inline_operators
 from hawk_compile.passes.insert_budget import insert_budget
@@ -54,7 +55,7 @@ class Step:
         return self.run.__name__
 
 
-PASSES = (
+PRUNING = (
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
@@ -67,10 +68,15 @@ PASSES = (
     Step(refresh_values, "work out the pruned shapes and check them", optional=True),
 )
 
+PASSES = (
+    *PRUNING,
+    Step(fold_layers, "let equal layers share one graph", optional=True),
+)
+"""What runs in front of a compiler."""
 
 EXPORT_PASSES = (
     Step(remove_assertions, "remove torch.export's checks, which pin values at full length"),
-    *PASSES,
+    *PRUNING,
 )
 """The same passes on torch.export's graph."""
 

@@ -27,6 +27,7 @@ def test_the_passes_read_as_one_list():
         "insert_selection",
         "gather_by_shape",
         "refresh_values",
+        "fold_layers",
     ]
 
 
@@ -56,10 +57,10 @@ def test_an_optional_pass_can_be_left_out_and_says_so(monkeypatch, caplog):
 
 def test_fuel_counts_optional_passes(monkeypatch):
     monkeypatch.setenv("HAWK_FUEL", "0")
-    assert disabled_passes() == {"replace_masked_add", "refresh_values"}
+    assert disabled_passes() == {"replace_masked_add", "refresh_values", "fold_layers"}
     monkeypatch.setenv("HAWK_FUEL", "1")
-    assert disabled_passes() == {"refresh_values"}
-    monkeypatch.setenv("HAWK_FUEL", "2")
+    assert disabled_passes() == {"refresh_values", "fold_layers"}
+    monkeypatch.setenv("HAWK_FUEL", "3")
     assert disabled_passes() == set()
 
 

@@ -1,0 +1,112 @@
+"""Equal layers as calls of one graph: what is computed stays, and what cannot be called so is left as it is."""
+
+import logging
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hawk_compile
+from hawk_compile.budgets import Adaptive
+from hawk_compile.passes.graph import is_call
+from hawk_compile.pipeline import PassOptions, run_passes
+from tests import zoo
+from tests.passes import graphs
+
+LAYERS = 5
+
+
+class Decoder(graphs.Decoder):
+    """LAYERS attentions more, each with `between` in front of it."""
+
+    def __init__(self, between, widths=(graphs.WIDTH,) * LAYERS):
+        super().__init__()
+        self.between = between
+        self.up = nn.ModuleList(nn.Linear(graphs.WIDTH, width) for width in widths)
+        self.down = nn.ModuleList(nn.Linear(width, graphs.WIDTH) for width in widths)
+
+    def forward(self, *inputs):
+        hidden, kept = super().forward(*inputs), []
+        for layer, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            hidden = hidden + down(self.between(up(hidden), layer, kept))
+            hidden = F.scaled_dot_product_attention(hidden, hidden, hidden, is_causal=True)
+        return hidden, kept
+
+
+def gelu(hidden, layer, kept):
+    return F.gelu(hidden)
+
+
+def calls_of(gm):
+    return [node.args[1] for node in gm.graph.nodes if is_call(node, "invoke_subgraph")]
+
+
+def folded(decoder):
+    inputs = graphs.prompt()
+    return run_passes(graphs.captured(graphs.planned(decoder), inputs, graphs.plan_of(inputs, 2)), [], PassOptions())
+
+
+def test_equal_layers_become_one_graph():
+    """But for the first, which starts behind an attention of another kind."""
+    gm = folded(Decoder(gelu))
+    assert calls_of(gm) == ["hawk_layer_0"] * (LAYERS - 1)
+    assert sum(is_call(node, "scaled_dot_product_attention") for node in gm.graph.nodes) == 2
+    assert sum(is_call(node, "gelu") for node in gm.hawk_layer_0.graph.nodes) == 1
+
+
+def test_layers_of_two_kinds_become_two_graphs():
+    widths = [graphs.WIDTH, 2 * graphs.WIDTH] * LAYERS
+    assert calls_of(folded(Decoder(gelu, widths[:LAYERS]))) == ["hawk_layer_0", "hawk_layer_1"] * 2
+    assert calls_of(folded(Decoder(lambda hidden, layer, kept: hidden * (layer + 1)))) == []
+
+
+def in_place(hidden, layer, kept):
+    return hidden.mul_(2)
+
+
+def returns_a_view(hidden, layer, kept):
+    kept += [hidden, hidden[..., :2]]
+    return hidden
+
+
+
+
+@pytest.mark.parametrize("between", [in_place, returns_a_view])
+def test_what_cannot_be_called_stays(between):
+    assert calls_of(folded(Decoder(between))) == []
+
+
+def results(model, name, rows):
+    inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[place] for place in rows])
+    with torch.no_grad():
+        out = model(**inputs)
+    return [out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values))]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])  # layers that add features; two kinds of attention
+def test_nothing_changes(name, monkeypatch):
+    """Bit for bit, in a padded batch."""
+    model = hawk_compile.optimize(zoo.build(name, layers=5), ratio=0.6, backend="eager")
+    found = results(model, name, (4, 1))
+    monkeypatch.setenv("HAWK_DISABLE", "fold_layers")
+    twin = hawk_compile.optimize(zoo.build(name, layers=5), ratio=0.6, backend="eager")
+    expected = results(twin, name, (4, 1))
+    assert len(found) == 1 + 2 * 5
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_layers_of_a_length_that_the_graph_finds_stay(caplog):
+    model = hawk_compile.optimize(zoo.build("llava", layers=4), ratio=0, budget=Adaptive(0.6), backend="eager")
+    with caplog.at_level(logging.INFO, logger="hawk_compile"):
+        results(model, "llava", (4,))
+    before, after = re.search(r"fold_layers: (\d+) -> (\d+) nodes", caplog.text).groups()
+    assert before == after
+
+
+def test_through_inductor():
+    model = hawk_compile.optimize(zoo.build("llava", layers=4), ratio=0.6)
+    eager = hawk_compile.optimize(zoo.build("llava", layers=4), ratio=0.6, backend="eager")
+    for one, other in zip(results(model, "llava", (4,)), results(eager, "llava", (4,)), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
