@@ -10,6 +10,7 @@ from torch import nn
 
 import hawk_compile
 from hawk_compile.budgets import Adaptive
+from hawk_compile.passes.fold_layers import fold_layers
 from hawk_compile.passes.graph import is_call
 from hawk_compile.pipeline import PassOptions, run_passes
 from tests import zoo
@@ -54,6 +55,8 @@ def test_equal_layers_become_one_graph():
     assert calls_of(gm) == ["hawk_layer_0"] * (LAYERS - 1)
     assert sum(is_call(node, "scaled_dot_product_attention") for node in gm.graph.nodes) == 2
     assert sum(is_call(node, "gelu") for node in gm.hawk_layer_0.graph.nodes) == 1
+    once = gm.graph.python_code("self").src
+    assert fold_layers(gm, []).graph.python_code("self").src == once
 
 
 def test_layers_of_two_kinds_become_two_graphs():

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import hawk_compile
 from hawk_compile import capture
 from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.exporting.encoder import encoder_components
 from tests import zoo
 from tests.runtime.models import generate, picture
 
@@ -52,6 +53,12 @@ def test_answers_of_a_compiled_encoder() -> None:
     assert model.__dict__["_hawk_runtime"].vision is runtime.vision
     hawk_compile.restore(model)
     assert "forward" not in model.base_model.visual.__dict__
+
+
+def test_an_export_takes_the_modules_as_they_are() -> None:
+    model = hawk_compile.optimize(zoo.build("qwen3_vl", layers=1), ratio=0.8, backend="eager", compile_vision=True)
+    generate(model, picture("qwen3_vl"), 1)
+    assert [component.name for component in encoder_components(model, picture("qwen3_vl"))] == ["visual"]
 
 
 @pytest.mark.parametrize(("name", "module"), [("glm4v", "visual"), ("mistral3", "vision_tower")])
