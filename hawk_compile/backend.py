@@ -39,6 +39,11 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
             "all that the graph merges, or use hawk_compile.optimize"
         )
     config = make_config(None, dict(options or {}))
+    if config.compile_decode or config.compile_vision:
+        raise ConfigError(
+            "compile_decode and compile_vision are about other graphs than the one that torch.compile gives here: "
+            "leave them out, or use hawk_compile.optimize"
+        )
     if config.budget is not None or config.per_image:
         raise ConfigError(
             "budget, min_per_image and quota need to know the prompt, which a graph alone does not: use "

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, StaticLayer
 
 from hawk_compile.errors import InputError, UnsupportedCallError
 
@@ -86,7 +86,12 @@ class PrunedCache(Cache):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
+        """Empty the cache. Layers that were allocated for a pruned prompt are allocated anew, for one of any kind."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer) and hasattr(layer, "hawk_asked_length"):
+                layer.max_cache_len, layer.is_initialized = layer.hawk_asked_length, False
+                del layer.hawk_asked_length
         del self.hawk_slots
         self.__class__ = type(self).__mro__[2]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, CompileConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from hawk_compile import capture
@@ -143,7 +143,7 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
         "forward": (model, types.MethodType(forward_of(type(model)), model)),  # type: ignore[arg-type]
         "create_masks_for_generate": (model, types.MethodType(masks_for_generate, model)),
         "get_compiled_call": (model, types.MethodType(compiled_call, model)),
-        "_prepare_static_cache": (model, types.MethodType(static_cache, model)),
+        "_prepare_cache_for_generation": (model, types.MethodType(prepare_cache, model)),
         "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
         "_prefill": (model, types.MethodType(prefill_whole, model)),
         "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
@@ -203,11 +203,18 @@ def compiled_call(self: PreTrainedModel, compile_config: CompileConfig | None) -
     return functools.partial(self.__call__, **{DECODE_OPTIONS: options})
 
 
-def static_cache(self: PreTrainedModel, *, max_cache_len: int, **kwargs: Any) -> Cache:
-    """The cache of fixed size that generate makes, with what it was asked to hold: pruning lets it be smaller."""
-    cache = original(self, "_prepare_static_cache")(max_cache_len=max_cache_len, **kwargs)
-    cache.hawk_asked_length = max_cache_len
-    return cache
+def prepare_cache(
+    self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+    max_cache_length: int,
+) -> None:  # fmt: skip
+    """generate's cache. One of fixed size that it makes itself, for this call alone, may be smaller after pruning."""
+    given = model_kwargs.get("past_key_values")
+    original(self, "_prepare_cache_for_generation")(
+        generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
+    cache = model_kwargs.get("past_key_values")
+    if given is None and isinstance(cache, StaticCache) and generation_config.max_cache_len is None:
+        cache.hawk_asked_length = max_cache_length  # type: ignore[attr-defined]
 
 
 def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
@@ -225,12 +225,13 @@ def shrink(cache: Cache | None, removed: int, least: int) -> int:
         The slots of its layers without a sliding window; `least` where there is no such cache.
     """
     asked = getattr(cache, "hawk_asked_length", None)
-    if asked is None:
+    if asked is None or physical_length(cache):
         return least
     length = max(asked - removed, least)
     for layer in cache.layers:  # type: ignore[union-attr]
-        if isinstance(layer, StaticLayer) and not layer.is_initialized:
-            layer.max_cache_len = min(layer.max_cache_len, length)
+        layer.hawk_asked_length = layer.max_cache_len  # type: ignore[union-attr]
+        layer.max_cache_len = min(layer.max_cache_len, length)  # type: ignore[union-attr]
+    del cache.hawk_asked_length  # type: ignore[union-attr]
     return length
 
 

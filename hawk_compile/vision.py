@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import Unsupported, UserError
 from transformers import PreTrainedModel
 
 from hawk_compile import capture, packed
@@ -30,11 +30,12 @@ class CompiledVision:
 
     @contextlib.contextmanager
     def encoding(self, model: PreTrainedModel) -> Iterator[None]:
-        """Let the modules of the model's body run compiled. Threads take turns, since they share the modules."""
+        """Let the modules of the model's body run compiled. Threads that encode so take turns; others that call the
+        modules meanwhile run them compiled too."""
         base: Any = model.base_model
         decoder = base.get_decoder()
         children = {name: child for name, child in base.named_children() if child is not decoder}
-        with capture.capture_lock, capture.settings():
+        with capture.capture_lock:
             before = {name: child.__dict__.get("forward") for name, child in children.items()}
             try:
                 for name, child in children.items():
@@ -57,14 +58,15 @@ class CompiledVision:
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
         fixed = {key: value for key, value in given.items() if key not in tensors}
         try:
-            if packed.GRID not in tensors:
-                return self.graph(name, child)(forward, fixed, tensors)
-            ready = packed.prepared(child, tensors)
-            with packed.segmented(child):
-                found = self.graph(name, child)(forward, {**fixed, packed.GRID: None}, ready)
-            self.check(name, found, forward, given)
-            return found
-        except TorchDynamoException as error:
+            with capture.capture_lock, capture.settings():
+                if packed.GRID not in tensors:
+                    return self.graph(name, child)(forward, fixed, tensors)
+                ready = packed.prepared(child, tensors)
+                with packed.segmented(child):
+                    found = self.graph(name, child)(forward, {**fixed, packed.GRID: None}, ready)
+                self.check(name, found, forward, given)
+                return found
+        except (Unsupported, UserError) as error:
             raise refusal(name, str(error).splitlines()[0]) from error
 
     def graph(self, name: str, child: nn.Module) -> Callable[..., Any]:

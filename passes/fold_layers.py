@@ -5,7 +5,8 @@
 
 A stretch reaches from behind one attention to the next one. Those that do the same, but for what they read from
 outside, become calls of one subgraph (`torch.ops.higher_order.invoke_subgraph`). What cannot be called so stays as it
-is: stretches that write into their inputs, have other effects, or return what shares memory.
+is: stretches that write into what they read, have other effects, or return what shares memory; and a graph of which
+gradients may be asked, since weights that need none could share a call with weights that do.
 """
 
 import operator
@@ -41,6 +42,8 @@ def fold_layers(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule
     """Replace equal stretches by calls of one subgraph each."""
     site = site_of(gm)
     assert site is not None and site.boundary is not None
+    if torch.is_grad_enabled() and any(needs_gradient(node) for node in gm.graph.nodes):
+        return gm
     groups: dict[tuple[Any, ...], list[Stretch]] = {}
     for nodes in between_attentions(gm.graph, site.boundary):
         found = stretch(nodes)
@@ -54,6 +57,11 @@ def fold_layers(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule
             sizes = [symbols[symbol] for symbol in sorted(needed, key=str)]
             replace(gm, f"{NAME}_{number}", group, returned, sizes, replaced)
     return gm
+
+
+def needs_gradient(node: fx.Node) -> bool:
+    given = tensor(node)
+    return node.op in ("placeholder", "get_attr") and given is not None and given.requires_grad
 
 
 def between_attentions(graph: fx.Graph, boundary: fx.Node) -> Iterator[list[fx.Node]]:
@@ -162,6 +170,7 @@ def has_effects(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name = op_name(node)
     writes = name in WRITES or (name.endswith("_") and not name.endswith("__"))
+    writes = writes or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
     return writes or name.startswith("_") or node.is_impure()
 
 

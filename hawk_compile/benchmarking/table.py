@@ -116,8 +116,9 @@ def tables(found: Benchmark) -> list[tuple[str, tuple[str, ...], list[tuple[str,
         (
             'Times; ratios round by round. Median (interquartile range). "pruned" is `optimize`; "compiled" the same '
             'capture and compiler without pruning; "by hand" the method as its authors wrote it, around the eager '
-            "model. FLOP ratio: attention counts S x S; causal: half of that, as its kernels skip the rest. Floor: "
-            "causal FLOPs over the rate of a matrix product (prefill), or bytes over the bandwidth (decode).",
+            'model. The first token\'s vision encoder is compiled in "compiled" and "pruned". FLOP ratio: attention '
+            "counts S x S; causal: half of that, as its kernels skip the rest. Floor: causal FLOPs over the rate of a "
+            "matrix product (prefill), or bytes over the bandwidth (decode).",
             HEADINGS, rows(found),
         ),
         (

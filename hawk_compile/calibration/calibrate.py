@@ -107,7 +107,7 @@ def calibrate(
     about = {
         "ablation": ablation, "metric": name_of(metric), "ratios": list(ratios) if ablation == SCORE else [],
         "batch": batch, "heads_at_once": heads_at_once, "max_new_tokens": max_new_tokens, "backend": backend,
-        "model": str(model.config._name_or_path), "weights": fingerprint(model),
+        "skip_bad": skip_bad, "model": str(model.config._name_or_path), "weights": fingerprint(model),
         "versions": {each: importlib.metadata.version(each) for each in OWN_PACKAGES},
         "datasets": {each: digest(found) for each, found in samples.items()},
     }  # fmt: skip

@@ -256,6 +256,7 @@ def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping
     earlier, training = model.__dict__.get(RUNTIME), [each for each in model.modules() if each.training]
     deltas = getattr(base, "rope_deltas", None)
     compiled: dict[Any, Any] = {}
+    encoders: dict[str, Any] = {}
 
     def switch(ratio: float, settings: Mapping[str, Any] | None) -> None:
         restore(model)
@@ -267,6 +268,7 @@ def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping
         if key in compiled:
             runtime.take_compiled(compiled[key])
         compiled[key] = runtime
+        runtime.vision = encoders.setdefault(runtime.config.backend, runtime.vision)
 
     model.eval()
     try:

@@ -162,8 +162,8 @@ def recorded_calls(
     try:
         with torch.enable_grad():
             # The class's own: an optimised model may run its encoder compiled.
-            encode: Any = type(model)._prepare_multimodal_encoder_kwargs_for_generation
-            encoded = encode(model, dict(inputs))["mm_encoder_outputs"]
+            kind: Any = type(model)
+            encoded = kind._prepare_multimodal_encoder_kwargs_for_generation(model, dict(inputs))["mm_encoder_outputs"]
             total = sum(part.sum() for output in encoded.values() if output is not None for part in parts_of(output))
             tensors = [value for result in results.values() for value in result.values()]
             gradients = torch.autograd.grad(total, tensors, allow_unused=True)  # type: ignore[arg-type]

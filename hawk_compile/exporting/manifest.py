@@ -9,7 +9,7 @@ from typing import Any
 from hawk_compile.errors import ManifestError
 
 FILE_NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

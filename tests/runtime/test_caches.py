@@ -52,6 +52,21 @@ def test_static_cache_is_of_the_pruned_length(name: str) -> None:
     assert sizes[0] == sizes[1]
 
 
+def test_a_static_cache_of_one_call_serves_another_after_reset() -> None:
+    model, inputs = fresh("llava"), picture("llava")
+    cache = generate(model, inputs, 2, cache_implementation="static").past_key_values
+    assert cache.layers[0].keys.shape[2] < inputs["input_ids"].shape[1]
+    cache.reset()
+    hawk_compile.optimize(model, ratio=0.2, backend="eager")
+    found = generate(model, inputs, 2, past_key_values=cache)
+    assert found.sequences.equal(generate(model, inputs, 2).sequences)
+
+
+def test_a_static_cache_of_a_given_length_keeps_it() -> None:
+    out = generate(fresh("llava"), picture("llava"), 2, cache_implementation="static", max_cache_len=90)
+    assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {90}
+
+
 def test_generate_compiles_the_step_of_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own `compile_config`, as on CUDA without being asked: one graph, and the logits of the eager step."""
     from torch._dynamo.backends import registry
