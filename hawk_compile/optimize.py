@@ -159,8 +159,11 @@ def prunes(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def original(model: PreTrainedModel, name: str) -> Any:
-    """A method of the model as it was before `optimize`."""
-    originals = model.__dict__[RUNTIME].originals
+    """A method of the model as it is without `optimize`."""
+    runtime = model.__dict__.get(RUNTIME)
+    if runtime is None:
+        return getattr(model, name)
+    originals = runtime.originals
     return originals[name] if name in originals else getattr(type(model), name).__get__(model)
 
 

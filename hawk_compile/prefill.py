@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
@@ -229,8 +229,9 @@ def shrink(cache: Cache | None, removed: int, least: int) -> int:
         return least
     length = max(asked - removed, least)
     for layer in cache.layers:  # type: ignore[union-attr]
-        layer.hawk_asked_length = layer.max_cache_len  # type: ignore[union-attr]
-        layer.max_cache_len = min(layer.max_cache_len, length)  # type: ignore[union-attr]
+        if isinstance(layer, StaticLayer):
+            layer.hawk_asked_length = layer.max_cache_len  # type: ignore[attr-defined]
+            layer.max_cache_len = min(layer.max_cache_len, length)
     del cache.hawk_asked_length  # type: ignore[union-attr]
     return length
 

@@ -256,7 +256,6 @@ def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping
     earlier, training = model.__dict__.get(RUNTIME), [each for each in model.modules() if each.training]
     deltas = getattr(base, "rope_deltas", None)
     compiled: dict[Any, Any] = {}
-    encoders: dict[str, Any] = {}
 
     def switch(ratio: float, settings: Mapping[str, Any] | None) -> None:
         restore(model)
@@ -265,10 +264,9 @@ def left_as_it_was(model: PreTrainedModel) -> "Iterator[Callable[[float, Mapping
         # Ratio and head weights are inputs of the graph, all else may be part of it.
         key = tuple((name, str(value)) for name, value in sorted(settings.items()) if name != "head_weights")
         runtime = optimize(model, ratio=ratio, **settings).__dict__[RUNTIME]
-        if key in compiled:
-            runtime.take_compiled(compiled[key])
+        for each in compiled.values():
+            runtime.take_compiled(each)
         compiled[key] = runtime
-        runtime.vision = encoders.setdefault(runtime.config.backend, runtime.vision)
 
     model.eval()
     try:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from hawk_compile import capture, packed
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
+from hawk_compile.optimize import original
 from hawk_compile.query import is_any
 
 IMAGE_SIZES = "image_sizes"
@@ -161,9 +162,9 @@ def recorded_calls(
         handles.append(child.register_forward_hook(lambda module, args, output, name=name: after(name, output)))
     try:
         with torch.enable_grad():
-            # The class's own: an optimised model may run its encoder compiled.
-            kind: Any = type(model)
-            encoded = kind._prepare_multimodal_encoder_kwargs_for_generation(model, dict(inputs))["mm_encoder_outputs"]
+            # That of an optimised model may run the modules compiled.
+            encode = original(model, "_prepare_multimodal_encoder_kwargs_for_generation")
+            encoded = encode(dict(inputs))["mm_encoder_outputs"]
             total = sum(part.sum() for output in encoded.values() if output is not None for part in parts_of(output))
             tensors = [value for result in results.values() for value in result.values()]
             gradients = torch.autograd.grad(total, tensors, allow_unused=True)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, digest
 from hawk_compile.exporting.quiet import quiet
 from hawk_compile.head_weights import resolve
-from hawk_compile.optimize import RUNTIME, check_model, original
+from hawk_compile.optimize import check_model, original
 from hawk_compile.plan import make_plan
 from hawk_compile.query import special_ids
 
@@ -295,7 +295,7 @@ def prefill_component(
         sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
         shapes["kept_visual_slots"] = ("kept_visual",)
     weights = head_weights.to(ids.device)
-    module = Prefill(model, forward_of(model), special, config.used_query, weights, outputs)
+    module = Prefill(model, original(model, "forward"), special, config.used_query, weights, outputs)
     # Features of later layers are added to at least two tokens: one row would broadcast.
     return Component(PREFILL, module.eval(), sample, shapes, least={"visual": 2} if layered else {})
 
@@ -322,12 +322,7 @@ def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
             _, heads, _, width = made.shape
             sample[name.format(layer)] = made.new_zeros((rows, heads, past, width))
             shapes[name.format(layer)] = ("batch", heads, "past", width)
-    return Component(DECODE, Decode(model, forward_of(model)).eval(), sample, shapes)
-
-
-def forward_of(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's own forward, whether it is optimised or not."""
-    return original(model, "forward") if RUNTIME in model.__dict__ else model.forward
+    return Component(DECODE, Decode(model, original(model, "forward")).eval(), sample, shapes)
 
 
 def twice(values: Tensor, dim: int) -> Tensor:
