@@ -308,7 +308,7 @@ def plan(model: PreTrainedModel, config: HawkConfig, length: int, visual: int) -
     torch._dynamo.mark_static(weights)
     votes = torch.zeros((1, length), dtype=torch.bool, device=META)
     budget = torch.zeros(1, dtype=torch.long, device=META)
-    return votes, budget, weights, slots(length - visual + kept, META), slots(kept, META)
+    return votes, budget, weights, *slots(length - visual + kept, kept, META)
 
 
 def described(site: Site) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class CompiledPrefill:
         device = head_weights.device
         image, floor = (None, None) if plan.quotas is None else (plan.quotas.image, plan.quotas.floor)
         planned = (
-            plan.votes, plan.budget, head_weights, slots(plan.length, device), slots(sum(plan.kept), device),
-            plan.candidates, plan.least, image, floor,
+            plan.votes, plan.budget, head_weights, *slots(plan.length, sum(plan.kept), device), plan.candidates,
+            plan.least, image, floor,
         )  # fmt: skip
         with capture_lock, capture.settings():
             try:

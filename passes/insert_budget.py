@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hawk_compile.kernels.plan.op import SLOT_OFFSET
+from hawk_compile.kernels.plan.op import VISUAL_OFFSET
 from hawk_compile.kernels.select.budgets import guaranteed_first, kept_of_all, longest_row, tokens_for_mass
 from hawk_compile.passes.graph import Builder, Size
 from hawk_compile.passes.site import Site, site_of
@@ -41,8 +41,8 @@ def insert_budget(
         insert_mass_budget(build, site, mass)
     elif site.plan is not None:
         site.budget = site.plan.args[1]  # type: ignore[assignment]
-        site.kept_length = planned_size(build, site.plan.args[3])
-        site.kept_visual = planned_size(build, site.plan.args[4])
+        length, visual = (build.size_of(slots, 0) for slots in site.plan.args[3:5])
+        site.kept_length, site.kept_visual = length, build.size(operator.sub, visual, VISUAL_OFFSET)
     else:
         site.budget = uniform_budget(build, site, removed)
     return gm
@@ -58,10 +58,6 @@ def insert_mass_budget(build: Builder, site: Site, mass: float) -> None:
     site.budget = build.call(tokens_for_mass, site.scores, candidate, mass, least, most, ranks)
     site.kept_length = build.call(longest_row, candidate, site.token_mask, site.budget)
     site.kept_visual = build.call(kept_of_all, site.budget)
-
-
-def planned_size(build: Builder, slots: Any) -> Size:
-    return build.size(operator.sub, build.size_of(slots, 0), SLOT_OFFSET)
 
 
 def uniform_budget(build: Builder, site: Site, removed: Fraction) -> fx.Node:

@@ -24,7 +24,7 @@ from hawk_compile import capture
 from hawk_compile.backend import options_of
 from hawk_compile.config import HawkConfig
 from hawk_compile.exporting.quiet import quiet
-from hawk_compile.kernels.plan.op import SLOT_OFFSET
+from hawk_compile.kernels.plan.op import VISUAL_OFFSET
 from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.query import SpecialIds, counted, is_any, voting_text
 
@@ -177,8 +177,8 @@ class Prefill(nn.Module):
             votes,
             budget,
             self.head_weights,
-            carried(kept_slots),
-            carried(kept_visual),  # type: ignore[arg-type]
+            kept_slots.unsqueeze(1)[:, :0],
+            kept_visual.new_empty((kept_visual.shape[0] + VISUAL_OFFSET, 0)),  # type: ignore[arg-type]
         )
         outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
@@ -219,11 +219,6 @@ def named_features(modality: str, output: ModelOutput) -> dict[str, Any]:
 def whole(features: Tensor, one_tensor: bool) -> Any:
     """Features [V, D] of all images as the model expects those of several: one tensor, or a list."""
     return features.unsqueeze(0) if one_tensor else [features]
-
-
-def carried(slots: Tensor) -> Tensor:
-    """The carrier of a length for `hawk::plan`, from a tensor that long."""
-    return slots.new_empty((slots.shape[0] + SLOT_OFFSET, 0))
 
 
 class Decode(nn.Module):

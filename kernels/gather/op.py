@@ -35,3 +35,8 @@ def gather(values: Tensor, keep: Tensor) -> Tensor:
     if values.is_cuda and values.dtype.itemsize <= 8 and find_spec("triton") is not None:
         return launch_gather(values, keep)
     return reference.gather(values, keep)
+
+
+@gather.register_fake
+def _(values: Tensor, keep: Tensor) -> Tensor:
+    return values.new_empty((*keep.shape, *values.shape[2:]))

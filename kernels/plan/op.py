@@ -11,13 +11,14 @@ The two lengths travel as shapes, since only a shape gives the graph a symbolic 
 import torch
 from torch import Tensor
 
-SLOT_OFFSET = 2
-"""Added to both slot counts: Dynamo specialises sizes 0 and 1, and a row may well keep a single visual token."""
+VISUAL_OFFSET = 2
+"""Added to V': Dynamo specialises sizes 0 and 1, and a row may well keep a single visual token. Not to S', which is 2
+or more with the text that votes: half of a graph's shapes hold it, and a sum in each would make compiling slower."""
 
 
-def slots(count: int, device: torch.device) -> Tensor:
-    """A tensor without elements, [count + SLOT_OFFSET, 0], whose first size carries `count` into a graph."""
-    return torch.empty((count + SLOT_OFFSET, 0), device=device)
+def slots(length: int, visual: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tensors without elements, [S', 0] and [V' + VISUAL_OFFSET, 0], whose first sizes carry S' and V' into a graph."""
+    return torch.empty((length, 0), device=device), torch.empty((visual + VISUAL_OFFSET, 0), device=device)
 
 
 @torch.library.custom_op("hawk::plan", mutates_args=())
@@ -38,8 +39,8 @@ def plan(
         query_mask: [B, S] bool or float: which text tokens vote, or how much.
         budget: [B] int64: the number of visual tokens that each row keeps.
         head_weights: [H] float32: the weight of each query head of the scoring layer.
-        slots: [S' + SLOT_OFFSET, 0]: carries S', the length of every row after pruning.
-        visual_slots: [V' + SLOT_OFFSET, 0]: carries V', the number of visual tokens kept over all rows.
+        slots: [S', 0]: carries S', the length of every row after pruning.
+        visual_slots: [V' + VISUAL_OFFSET, 0]: carries V', the number of visual tokens kept over all rows.
         candidates: [B, S] bool: the visual tokens that may be removed; None: all that the graph merges.
         least: [B] int64: the least that each row keeps, where the graph finds the number itself; `budget` is then the
             most, and S' and V' are found in the graph too.
@@ -70,6 +71,5 @@ def _(
     floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length = query_mask.shape
-    kept = slots.shape[0] - SLOT_OFFSET
-    keep = budget.new_empty((rows, kept), dtype=torch.int64)
-    return keep, keep.new_empty((rows, kept), dtype=torch.bool), head_weights.new_empty((rows, length))
+    keep = budget.new_empty((rows, slots.shape[0]), dtype=torch.int64)
+    return keep, torch.empty_like(keep, dtype=torch.bool), head_weights.new_empty((rows, length))

@@ -89,6 +89,11 @@ def score_folded(
     return reference.score_folded(*arguments)
 
 
+@score_folded.register_fake
+def _(hidden: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
+    return hidden.new_empty(visual_mask.shape, dtype=torch.float32)
+
+
 @torch.library.triton_op("hawk::score_projected", mutates_args={})
 def score_projected(
     query: Tensor,
@@ -117,6 +122,11 @@ def score_projected(
     if query.is_cuda and find_spec("triton") is not None:
         return launch_projected(*arguments)
     return reference.score_projected(*arguments)
+
+
+@score_projected.register_fake
+def _(query: Tensor, key: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
+    return query.new_empty(visual_mask.shape, dtype=torch.float32)
 
 
 @torch.library.triton_op("hawk::score_each", mutates_args={})
@@ -149,6 +159,11 @@ def score_each(
     # An operator's own arithmetic is not autocast's business.
     with torch.autocast(query.device.type, enabled=False):
         return voters.score_each(query, key, visual_mask, votes, head_weights, normalization, specific)
+
+
+@score_each.register_fake
+def _(query: Tensor, key: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
+    return query.new_empty(visual_mask.shape, dtype=torch.float32)
 
 
 # B and S are left unchecked: comparing them would put a guard on a symbolic size.

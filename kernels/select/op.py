@@ -59,3 +59,11 @@ def select(
     if scores.is_cuda and find_spec("triton") is not None:
         return launch_select(scores, visual_mask, token_mask, budget, length)
     return reference.select(scores, visual_mask, token_mask, budget, length)
+
+
+@select.register_fake
+def _(
+    scores: Tensor, visual_mask: Tensor, token_mask: Tensor, budget: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], length)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape, dtype=torch.bool)

@@ -1,5 +1,6 @@
 """`bench` on a profile too small to time: that everything it promises is measured and right, and what it refuses."""
 
+import gc
 import json
 from types import SimpleNamespace
 
@@ -32,13 +33,16 @@ SETTINGS = {"ratios": RATIOS, "text": 12, "batch": 2, "layers": 1, "rounds": 2, 
 
 @pytest.fixture(scope="module")
 def found():
-    """Decode steps run uncompiled here, since compiling them takes longer than all else."""
+    """Decode steps run uncompiled here, since compiling them takes longer than all else; and what other tests hold is
+    not searched at each of many collections."""
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(floors_module, "COPIED", {"cpu": 2**16})
         patch.setattr(floors_module, "SIDE", {"cpu": 64})
         patch.setattr(Subjects, "compiled_step", lambda self, **given: self.unpruned(**given))
         patch.setattr("hawk_compile.runtime.step", lambda runtime, forward, kwargs, *_: forward(**kwargs))
-        return bench("tiny", tokens=(17, 36), **SETTINGS)
+        yield bench("tiny", tokens=(17, 36), **SETTINGS)
+    gc.unfreeze()
 
 
 def test_every_stage_and_column_is_measured(found):

@@ -83,7 +83,7 @@ def plan_of(inputs: tuple[Tensor, ...], kept: int) -> tuple[Tensor, ...]:
     device = torch.device("cpu")
     weights = torch.full((HEADS,), 1 / HEADS)
     torch._dynamo.mark_static(weights)
-    return ~visual, budget, weights, slots(length - per_row + kept, device), slots(rows * kept, device)
+    return ~visual, budget, weights, *slots(length - per_row + kept, rows * kept, device)
 
 
 def captured(function: Callable[..., Any], *args: Any, dynamic: bool = True) -> fx.GraphModule:
