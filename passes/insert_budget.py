@@ -41,7 +41,8 @@ def insert_budget(
         insert_mass_budget(build, site, mass)
     elif site.plan is not None:
         site.budget = site.plan.args[1]  # type: ignore[assignment]
-        length, visual = (build.size_of(slots, 0) for slots in site.plan.args[3:5])
+        slots: Any = site.plan.args[3:5]
+        length, visual = (build.size_of(each, 0) for each in slots)
         site.kept_length, site.kept_visual = length, build.size(operator.sub, visual, VISUAL_OFFSET)
     else:
         site.budget = uniform_budget(build, site, removed)
