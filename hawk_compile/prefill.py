@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile import capture
@@ -202,17 +203,29 @@ def planned_forward(
 def fill_cache(
     model: PreTrainedModel, target: Cache | None, scratch: DynamicCache, past: int, use_cache: bool | None
 ) -> Cache | None:
-    """The caller's cache with the new keys and values, by its own `update`; a new one if the model would make one."""
+    """The caller's cache with the new keys and values; a new one if the model would make one.
+
+    A plain cache takes the scratch cache's tensors as they are, any other copies them by its own `update`.
+    """
     config = model.config.get_text_config()
     if target is None:
         if use_cache is False or (use_cache is None and not getattr(config, "use_cache", True)):
             return None
         target = DynamicCache(config=config)
+    if is_plain(target) and len(target.layers) in (0, len(scratch.layers)):
+        target.layers = scratch.layers
+        return target
     for index, layer in enumerate(scratch.layers):
         keys, values = layer.keys, layer.values  # type: ignore[union-attr]
         assert keys is not None and values is not None
         target.update(keys[:, :, past:], values[:, :, past:], index)
     return target
+
+
+def is_plain(cache: Cache) -> bool:
+    """Whether a cache does no more than hold the keys and values of all tokens, layer by layer."""
+    kinds: set[Any] = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    return kinds == {DynamicLayer} and type(cache).update is Cache.update and not cache.offloading
 
 
 def shrink(cache: Cache | None, removed: int, least: int) -> int:

@@ -80,18 +80,23 @@ def test_a_model_given_encoded_images_and_positions():
     torch.testing.assert_close(through_the_door(model, inputs, dynamic=True), expected, atol=1e-5, rtol=1e-5)
 
 
+def encoded(model, *given):
+    """A prompt of a "llava" with its images encoded, which leaves no encoder to be traced."""
+    return rows.encoded(model, zoo.inputs("llava", model, rows=given))
+
+
 def test_a_batch_with_equal_visual_counts():
     """With 9 tokens behind the image S = V = 32, which Dynamo gives one symbol."""
     model = zoo.build("llava", layers=1)
-    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1),), after=9)])
-    expected = logits_of(optimized("llava"), inputs)
+    inputs = encoded(model, zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1),), after=9))
+    expected = logits_of(optimized("llava"), {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])})
     result = through_the_door(model, inputs, dynamic=True)
     torch.testing.assert_close(result[:, -expected.shape[1] :][1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_with_unequal_visual_counts_are_refused():
     model = zoo.build("llava", layers=1)
-    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1), (1, 1), (1, 1)))])
+    inputs = encoded(model, zoo.Row(images=((1, 1),)), zoo.Row(images=((1, 1), (1, 1), (1, 1))))
     with pytest.raises(RuntimeError, match="different numbers of visual tokens"):
         through_the_door(model, inputs, dynamic=True)
 
@@ -119,7 +124,7 @@ def test_bad_options_are_refused_by_name(options, message):
 
 def test_head_weights_that_do_not_fit_the_model_are_refused():
     model = zoo.build("llava", layers=1)
-    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    inputs = encoded(model, zoo.Row(images=((1, 1),)))
     with pytest.raises(BackendCompilerFailed, match="query heads"):
         through_the_door(model, inputs, dynamic=True, options={"head_weights": [1.0, 2.0, 3.0]})
 

@@ -52,7 +52,8 @@ class Measurement:
 
     Attributes:
         stage: 'vision', 'scoring', 'prefill', 'first' or 'decode'.
-        column: 'eager', 'compiled', 'authors' (eager, pruned as the authors wrote it) or 'hawk' (`optimize`).
+        column: 'eager', 'compiled', 'short' (compiled, of a prompt as short as the pruned one), 'authors' (eager,
+            pruned as the authors wrote it) or 'hawk' (`optimize`).
         ratio: fraction of visual tokens removed; None where nothing is.
         seconds: of each round; of a decode step, for 'decode'.
         first_call: seconds of the very first call, compilation included where there is one.

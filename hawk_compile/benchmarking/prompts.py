@@ -96,6 +96,30 @@ def listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
+def shortened(prompt: Prompt, given: dict[str, Any], kept: int) -> dict[str, Any]:
+    """The arguments of a forward whose rows hold `kept` of their visual tokens and never held more.
+
+    Args:
+        given: those of the whole prompt, encoded.
+    """
+    device = prompt.ids.device
+    start, stop = prompt.visual.start, prompt.visual.stop
+    places = torch.cat([torch.arange(start + kept, device=device), torch.arange(stop, prompt.length, device=device)])
+    first = torch.arange(prompt.rows, device=device)[:, None] * prompt.image.tokens
+    features = (first + torch.arange(kept, device=device)).flatten()
+
+    def cut(whole: Any) -> Any:
+        rows = torch.cat(list(whole))[features]
+        return rows.unsqueeze(0) if isinstance(whole, Tensor) else [rows]
+
+    (modality, output), = given["mm_encoder_outputs"].items()
+    parts = {capture.FEATURES: cut(output[capture.FEATURES])}
+    if output.get(capture.LAYER_FEATURES) is not None:
+        parts[capture.LAYER_FEATURES] = [cut(level) for level in output[capture.LAYER_FEATURES]]
+    per_token = {name: given[name][..., places] for name in capture.PER_TOKEN_INPUTS if given.get(name) is not None}
+    return {**given, **per_token, "mm_encoder_outputs": {modality: type(output)(**parts)}}
+
+
 def encode(model: Any, prompt: Prompt) -> dict[str, Any]:
     """Run the vision encoder: the arguments of a forward that begins at the merge."""
     with deltas_of(model, None):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hawk_compile.benchmarking import scoring
-from hawk_compile.benchmarking.prompts import Prompt, encode
+from hawk_compile.benchmarking.prompts import Prompt, encode, shortened
 from hawk_compile.benchmarking.subjects import Subjects, kept_of
 from hawk_compile.benchmarking.timing import Call
 from hawk_compile.cache import physical_length
@@ -59,12 +59,18 @@ def repeated(function: Callable[[], Any], times: int) -> Callable[[], Callable[[
 
 
 def prefill(subjects: Subjects, prompt: Prompt, given: Encoded, ratios: tuple[float, ...]) -> list[Call]:
-    """The decoder's prefill: encoded image and ids in, last logits and a filled cache out; planning included."""
+    """The decoder's prefill: encoded image and ids in, last logits and a filled cache out; planning included.
+
+    "short" is what "compiled" takes for a prompt that holds only as many tokens as are kept, so what pruning would take
+    if it were free.
+    """
     calls = [
         Call("eager", None, lambda: lambda: subjects.plain(**fresh(given))),
         Call("compiled", None, lambda: lambda: subjects.compiled(given)),
     ]
     for ratio in ratios:
+        short = shortened(prompt, given, kept_of(prompt, ratio))
+        calls.append(Call("short", ratio, lambda short=short: lambda: subjects.compiled(short)))  # type: ignore[misc]
         calls.append(Call("authors", ratio, authors_call(subjects, prompt, given, ratio)))
         calls.append(Call("hawk", ratio, hawk_call(subjects, given, ratio)))
     return calls

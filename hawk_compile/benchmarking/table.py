@@ -13,8 +13,8 @@ from hawk_compile.evaluation.table import check_writable
 
 STAGE_NAMES = {"prefill": "prefill", "first": "first token", "decode": "decode step"}
 HEADINGS = (
-    "V", "stage", "removed", "S -> S'", "pruned / compiled", "FLOP ratio", "causal", "pruned / eager",
-    "pruned / by hand", "eager ms", "compiled ms", "by hand ms", "pruned ms", "floor ms",
+    "V", "stage", "removed", "S -> S'", "pruned / compiled", "short / compiled", "pruned / short", "FLOP ratio",
+    "causal", "pruned / eager", "pruned / by hand", "eager ms", "compiled ms", "by hand ms", "pruned ms", "floor ms",
 )  # fmt: skip
 SCORING_HEADINGS = (
     "V", "removed", "by hand / pruned", "of the unpruned prefill", "of the pruned prefill", "by hand ms", "pruned ms",
@@ -47,12 +47,13 @@ def rows(found: Benchmark) -> list[tuple[str, ...]]:
 
 def row(found: Benchmark, size: Size, stage: str, floor: Floor, pruned: Measurement) -> tuple[str, ...]:
     eager, compiled = (found.of(size.visual_tokens, stage, column) for column in ("eager", "compiled"))
-    authors = found.of(size.visual_tokens, stage, "authors", floor.ratio)
+    short, authors = (found.of(size.visual_tokens, stage, column, floor.ratio) for column in ("short", "authors"))
     work = (floor.flop_ratio, floor.causal_flop_ratio) if stage == "prefill" else (None, None)
     least = floor.seconds(stage, found.rates)
     return (
         f"{floor.ratio:g}", f"{floor.prompt_tokens} -> {floor.kept_tokens}",
-        share(over(pruned, compiled)), *("" if each is None else f"{each:.3f}" for each in work),
+        *(share(over(*each)) for each in ((pruned, compiled), (short, compiled), (pruned, short))),
+        *("" if each is None else f"{each:.3f}" for each in work),
         share(over(pruned, eager)), share(over(pruned, authors)),
         *(milliseconds(each) for each in (eager, compiled, authors, pruned)),
         "" if least is None else f"{1e3 * least:.2f}",
@@ -115,10 +116,11 @@ def tables(found: Benchmark) -> list[tuple[str, tuple[str, ...], list[tuple[str,
     made = [
         (
             'Times; ratios round by round. Median (interquartile range). "pruned" is `optimize`; "compiled" the same '
-            'capture and compiler without pruning; "by hand" the method as its authors wrote it, around the eager '
-            'model. The first token\'s vision encoder is compiled in "compiled" and "pruned". FLOP ratio: attention '
-            "counts S x S; causal: half of that, as its kernels skip the rest. Floor: causal FLOPs over the rate of a "
-            "matrix product (prefill), or bytes over the bandwidth (decode).",
+            'capture and compiler without pruning; "short" that for a prompt that never held more than the kept '
+            'tokens; "by hand" the method as its authors wrote it, around the eager model. The first token\'s vision '
+            'encoder is compiled in "compiled" and "pruned". FLOP ratio: attention counts S x S; causal: half of that, '
+            "as its kernels skip the rest. Floor: causal FLOPs over the rate of a matrix product (prefill), or bytes "
+            "over the bandwidth (decode).",
             HEADINGS, rows(found),
         ),
         (

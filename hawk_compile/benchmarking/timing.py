@@ -14,7 +14,7 @@ class Call:
     """One thing to time.
 
     Attributes:
-        column: what runs: 'eager', 'compiled', 'authors' (eager, pruned) or 'hawk'.
+        column: what runs: 'eager', 'compiled', 'short', 'authors' (eager, pruned) or 'hawk'.
         ratio: fraction of visual tokens removed; None where nothing is.
         prepare: not timed; gives the function that is.
         repeats: how often that function does its work.

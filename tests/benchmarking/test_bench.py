@@ -51,18 +51,19 @@ def test_every_stage_and_column_is_measured(found):
     for visual in (16, 36):
         assert found.of(visual, "vision", "eager") and found.of(visual, "vision", "compiled")
         for stage in ("prefill", "first", "decode"):
-            for column, ratios in (("eager", [None]), ("compiled", [None]), ("authors", RATIOS), ("hawk", RATIOS)):
+            whole, short = (("eager", [None]), ("compiled", [None])), (("short", RATIOS),) * (stage == "prefill")
+            for column, ratios in (*whole, *short, ("authors", RATIOS), ("hawk", RATIOS)):
                 for ratio in ratios:
                     each = found.of(visual, stage, column, ratio)
                     assert each and len(each.seconds) == 2 and min(each.seconds) > 0 and each.first_call > 0
         assert all(found.of(visual, "scoring", name, ratio) for name in ("authors", "hawk") for ratio in RATIOS)
-    assert len(found.measurements) == 2 * (2 + 4 + 3 * 6)
+    assert len(found.measurements) == 2 * (2 + 4 + 3 * 6 + 2)
 
 
 def test_a_cache_holds_what_is_kept(found):
     per_token = 2 * 2 * 64 * 4  # keys and values, two rows, one KV head of 64, fp32
     assert found.of(36, "prefill", "eager").cache_bytes == (36 + 12) * per_token
-    for column in ("authors", "hawk"):
+    for column in ("short", "authors", "hawk"):
         assert found.of(36, "prefill", column, 0.8).cache_bytes == (8 + 12) * per_token
 
 

@@ -10,7 +10,9 @@ import torch
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 import hawk_compile
+from hawk_compile import prefill
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.prefill import scratch_cache
 from tests import zoo
 from tests.runtime.models import (
     MAIN,
@@ -112,6 +114,21 @@ def test_plain_cache_for_sliding_layers() -> None:
     inputs = picture("gemma3")
     out = turn(pruned("gemma3"), inputs, DynamicCache(), 20)
     check_logits(out, conversation("gemma3", inputs), inputs)
+
+
+@pytest.mark.parametrize("given", [None, DynamicCache()])
+def test_a_plain_cache_takes_keys_and_values_without_a_copy(
+    given: DynamicCache | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors that the graph wrote, of which no other cache may know."""
+    made: list[Any] = []
+    monkeypatch.setattr(prefill, "scratch_cache", lambda target: made.append(scratch_cache(target)) or made[-1])
+    with torch.no_grad():
+        found = pruned("llava")(**picture("llava"), past_key_values=given).past_key_values
+    assert given is None or found is given
+    for mine, written in zip(found.layers, made[0].layers, strict=True):
+        assert mine.keys is written.keys and mine.values is written.values
+        assert mine.keys.is_contiguous() and mine.values.is_contiguous()
 
 
 def test_quantized_cache() -> None:
