@@ -70,6 +70,7 @@ PRUNING = (
 
 PASSES = (
     *PRUNING,
+    Step(replace_masked_scatter, "merge by counting rows, not elements", optional=True),
     Step(fold_layers, "let equal layers share one graph", optional=True),
 )
 """What runs in front of a compiler."""

@@ -1,10 +1,11 @@
-"""Write masked_scatter with fixed shapes, for targets without NonZero.
+"""Write masked_scatter with fixed shapes, counting rows instead of elements.
 
     before: out [B, S, D] = masked_scatter(x [B, S, D], mask [B, S, 1], rows [V, D])
     after:  rank [B * S]  = clamp(cumsum(mask) - 1, 0)
             out  [B, S, D] = where(mask, rows[rank], x)
 
-Numerics are unchanged: the n-th place of the mask takes the n-th row.
+Numerics are unchanged: the n-th place of the mask takes the n-th row. masked_scatter itself counts all B * S * D places,
+one after another on a CPU and in int64 on a GPU; and some targets of an export have no NonZero, which it becomes there.
 """
 
 from typing import Any

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.passes.graph import is_call
 from hawk_compile.pipeline import PASSES, PassOptions, disabled_passes, run_passes, source_tag
 from tests.passes import graphs
 
@@ -27,8 +28,14 @@ def test_the_passes_read_as_one_list():
         "insert_selection",
         "gather_by_shape",
         "refresh_values",
+        "replace_masked_scatter",
         "fold_layers",
     ]
+
+
+def test_no_merge_counts_elements():
+    before, after = captured(), run_passes(captured(), [], PassOptions())
+    assert [sum(is_call(node, "masked_scatter") for node in gm.graph.nodes) for gm in (before, after)] == [1, 0]
 
 
 def test_each_pass_says_what_it_did(caplog):
@@ -57,10 +64,10 @@ def test_an_optional_pass_can_be_left_out_and_says_so(monkeypatch, caplog):
 
 def test_fuel_counts_optional_passes(monkeypatch):
     monkeypatch.setenv("HAWK_FUEL", "0")
-    assert disabled_passes() == {"replace_masked_add", "refresh_values", "fold_layers"}
+    assert disabled_passes() == {"replace_masked_add", "refresh_values", "replace_masked_scatter", "fold_layers"}
     monkeypatch.setenv("HAWK_FUEL", "1")
-    assert disabled_passes() == {"refresh_values", "fold_layers"}
-    monkeypatch.setenv("HAWK_FUEL", "3")
+    assert disabled_passes() == {"refresh_values", "replace_masked_scatter", "fold_layers"}
+    monkeypatch.setenv("HAWK_FUEL", "4")
     assert disabled_passes() == set()
 
 
