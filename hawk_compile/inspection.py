@@ -29,7 +29,7 @@ from hawk_compile.kernels.plan.op import slots
 from hawk_compile.optimize import check_model, restore
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Site, site_of
-from hawk_compile.pipeline import run_passes
+from hawk_compile.pipeline import PRUNING, run_passes
 from hawk_compile.prefill import planned_forward
 from hawk_compile.query import SpecialIds, special_ids
 
@@ -234,7 +234,7 @@ def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: i
         found: list[Site] = []
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any], found: list[Site] = found) -> Any:
-            gm = run_passes(gm, example_inputs, options_of(config))
+            gm = run_passes(gm, example_inputs, options_of(config), PRUNING)
             site = site_of(gm)
             assert site is not None
             found.append(site)

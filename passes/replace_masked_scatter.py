@@ -4,8 +4,8 @@
     after:  rank [B * S]  = clamp(cumsum(mask) - 1, 0)
             out  [B, S, D] = where(mask, rows[rank], x)
 
-Numerics are unchanged: the n-th place of the mask takes the n-th row. masked_scatter itself counts all B * S * D places,
-one after another on a CPU and in int64 on a GPU; and some targets of an export have no NonZero, which it becomes there.
+Numerics are unchanged: the n-th place of the mask takes the n-th row. masked_scatter itself counts all B * S * D
+places, one after another on a CPU and in int64 on a GPU; and it becomes NonZero in an export, which some targets lack.
 """
 
 from typing import Any
