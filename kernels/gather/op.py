@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from hawk_compile.kernels.gather import reference
+from hawk_compile.kernels.register import triton_op
 
 if find_spec("triton") is not None:
     from hawk_compile.kernels.gather.triton_kernel import launch_gather
 
 
-@torch.library.triton_op("hawk::gather", mutates_args={})
+@triton_op("hawk::gather")
 def gather(values: Tensor, keep: Tensor) -> Tensor:
     """Take each row's kept positions: out[b, j, ...] = values[b, keep[b, j], ...].
 

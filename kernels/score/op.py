@@ -5,13 +5,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.register import triton_op
 from hawk_compile.kernels.score import reference, voters
 
 if find_spec("triton") is not None:
     from hawk_compile.kernels.score.triton_kernel import launch_folded, launch_projected
 
 
-@torch.library.triton_op("hawk::score_folded", mutates_args={})
+@triton_op("hawk::score_folded")
 def score_folded(
     hidden: Tensor,
     visual_mask: Tensor,
@@ -95,7 +96,7 @@ def _(hidden: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
     return hidden.new_empty(visual_mask.shape, dtype=torch.float32)
 
 
-@torch.library.triton_op("hawk::score_projected", mutates_args={})
+@triton_op("hawk::score_projected")
 def score_projected(
     query: Tensor,
     key: Tensor,
@@ -130,7 +131,7 @@ def _(query: Tensor, key: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
     return query.new_empty(visual_mask.shape, dtype=torch.float32)
 
 
-@torch.library.triton_op("hawk::score_each", mutates_args={})
+@triton_op("hawk::score_each")
 def score_each(
     query: Tensor,
     key: Tensor,

@@ -5,13 +5,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.register import triton_op
 from hawk_compile.kernels.select import reference
 
 if find_spec("triton") is not None:
     from hawk_compile.kernels.select.triton_kernel import launch_select
 
 
-@torch.library.triton_op("hawk::select", mutates_args={})
+@triton_op("hawk::select")
 def select(
     scores: Tensor, visual_mask: Tensor, token_mask: Tensor, budget: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
