@@ -10,9 +10,9 @@ import hawk_compile
 from tests import zoo
 from tests.test_architectures import RATIOS, check, compilations, eager_case, head_weights
 
-KINDS = ("qwen2_5_vl", "qwen3_vl", "gemma3")
-"""Positions of several axes; a norm of queries and keys, and features for later layers; sliding windows, and attention
-both ways. A plain one: tests/passes/test_fold_layers.py."""
+KINDS = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "paligemma")
+"""Positions of several axes; a norm of queries and keys, and features for later layers; plain; sliding windows;
+attention both ways."""
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -24,7 +24,7 @@ from hawk_compile import capture
 from hawk_compile.backend import options_of
 from hawk_compile.config import HawkConfig
 from hawk_compile.exporting.quiet import quiet
-from hawk_compile.kernels.plan.op import VISUAL_OFFSET
+from hawk_compile.kernels.plan.op import slots
 from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.query import SpecialIds, counted, is_any, voting_text
 
@@ -173,13 +173,8 @@ class Prefill(nn.Module):
         votes, _ = voting_text(input_ids, visual, attention_mask != 0, self.ids)
         votes = counted(votes, self.query)
         kept_visual = given.pop("kept_visual_slots", kept_slots)
-        keep, valid, scores = torch.ops.hawk.plan(
-            votes,
-            budget,
-            self.head_weights,
-            kept_slots.unsqueeze(1)[:, :0],
-            kept_visual.new_empty((kept_visual.shape[0] + VISUAL_OFFSET, 0)),  # type: ignore[arg-type]
-        )
+        lengths = slots(kept_slots.shape[0], kept_visual.shape[0], kept_slots.device)
+        keep, valid, scores = torch.ops.hawk.plan(votes, budget, self.head_weights, *lengths)
         outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
         capture.equate_lengths(inputs, votes)
