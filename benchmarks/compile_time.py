@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from hawk_compile.environment import measured_on
+from hawk_compile.tools.environment import measured_on
 
 ONE = "--one"
 
@@ -23,10 +23,10 @@ def first_call(layers: int) -> float:
     import torch
 
     import hawk_compile
-    from hawk_compile.benchmarking import prompts
-    from hawk_compile.benchmarking.images import picture
-    from hawk_compile.benchmarking.models import load
-    from hawk_compile.benchmarking.profiles import qwen2_5_vl_scaled
+    from hawk_compile.tools.benchmarking import prompts
+    from hawk_compile.tools.benchmarking.images import picture
+    from hawk_compile.tools.benchmarking.models import load
+    from hawk_compile.tools.benchmarking.profiles import qwen2_5_vl_scaled
 
     config = qwen2_5_vl_scaled(layers=layers, width=256, vision_layers=1, vision_width=32)
     model = hawk_compile.optimize(load(config, torch.device("cpu"), torch.float32, None, False)[0], ratio=0.8)

@@ -32,14 +32,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import hawk_compile
-from hawk_compile.benchmarking import prompts
-from hawk_compile.benchmarking.images import picture
-from hawk_compile.benchmarking.models import load
-from hawk_compile.benchmarking.profiles import qwen2_5_vl_scaled
-from hawk_compile.demo.scenes import make_scene
 from hawk_compile.exporting import onnx, write
 from hawk_compile.exporting.check import Agreement, compare
 from hawk_compile.exporting.components import Component, held
+from hawk_compile.tools.benchmarking import prompts
+from hawk_compile.tools.benchmarking.images import picture
+from hawk_compile.tools.benchmarking.models import load
+from hawk_compile.tools.benchmarking.profiles import qwen2_5_vl_scaled
+from hawk_compile.tools.demo.scenes import make_scene
 
 SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
 BATCHES = (1, 2, 4)
@@ -57,7 +57,7 @@ RATIOS = (0.5, 0.8, 0.9)
 
 
 def agreement(formats: list[str], questions: int, ratio: float) -> None:
-    folder = str(resources.files("hawk_compile.demo").joinpath("model"))
+    folder = str(resources.files("hawk_compile.tools.demo").joinpath("model"))
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     batches = list(asked(processor, questions))

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 import hawk_compile
-from hawk_compile.benchmarking import prompts, timing
-from hawk_compile.benchmarking.images import picture
-from hawk_compile.benchmarking.models import load
-from hawk_compile.capture import fresh
-from hawk_compile.checkpoints import DTYPES
-from hawk_compile.environment import measured_on
+from hawk_compile.capture.modalities import fresh
+from hawk_compile.tools.benchmarking import prompts, timing
+from hawk_compile.tools.benchmarking.images import picture
+from hawk_compile.tools.benchmarking.models import load
+from hawk_compile.tools.checkpoints import DTYPES
+from hawk_compile.tools.environment import measured_on
 
 RATIOS, PADDING, TEXT, ROUNDS = (0.5, 0.8, 0.9), 8, 64, 9
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import hawk_compile
-from hawk_compile.checkpoints import read_checkpoint
-from hawk_compile.environment import measured_on
-from hawk_compile.evaluation.demo import MODEL
+from hawk_compile.tools.checkpoints import read_checkpoint
+from hawk_compile.tools.environment import measured_on
+from hawk_compile.tools.evaluation.demo import MODEL
 
 RATIOS = (0.5, 0.8, 0.9)
 GROUP = 32

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 import hawk_compile
-from hawk_compile.checkpoints import DTYPES
-from hawk_compile.environment import measured_on
 from hawk_compile.kernels.gather import op as gather_op  # noqa: F401  these register the operators
 from hawk_compile.kernels.score import op as score_op  # noqa: F401
 from hawk_compile.kernels.score.voters import last_voters, score_each, split_heads
 from hawk_compile.kernels.select import op as select_op  # noqa: F401
 from hawk_compile.passes.insert_ranking import READABLE
-from hawk_compile.selectors import SELECTORS
+from hawk_compile.settings.selectors import SELECTORS
+from hawk_compile.tools.checkpoints import DTYPES
+from hawk_compile.tools.environment import measured_on
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, TEXT = 3584, 28, 4, 128, 64
 RATIO = 0.8

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
 
-MODEL = Path(hawk_compile.__file__).parent / "demo" / "model"
+MODEL = Path(hawk_compile.__file__).parent / "tools" / "demo" / "model"
 
 
 def main() -> None:

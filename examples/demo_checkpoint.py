@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hawk_compile.demo.scenes import COLORS, DIGITS, SHAPES
+from hawk_compile.tools.demo.scenes import COLORS, DIGITS, SHAPES
 
 SPECIAL = (
     "<|endoftext|>",

@@ -18,7 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from hawk_compile.demo.scenes import COLORS, DIGITS, SHAPES
+from hawk_compile.tools.demo.scenes import COLORS, DIGITS, SHAPES
 
 QUESTIONS = 8
 """Questions packed behind each picture."""

@@ -1,6 +1,6 @@
-"""Write hawk_compile/demo/digits.safetensors: scikit-learn's handwritten digits and which split each belongs to.
+"""Write hawk_compile/tools/demo/digits.safetensors: scikit-learn's handwritten digits and which split each belongs to.
 
-    python examples/export_demo_digits.py --out hawk_compile/demo/digits.safetensors
+    python examples/export_demo_digits.py --out hawk_compile/tools/demo/digits.safetensors
 
 The file is shipped, so that only this script needs scikit-learn. The digits: E. Alpaydin and C. Kaynak, "Optical
 Recognition of Handwritten Digits", UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0.
@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
-from hawk_compile.demo.scenes import SPLITS
+from hawk_compile.tools.demo.scenes import SPLITS
 
 SIZES = {"test": 400, "calibration": 150, "tune": 150}
 """Digits of each split; the rest is for training."""
@@ -22,7 +22,7 @@ SIZES = {"test": 400, "calibration": 150, "tune": 150}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="hawk_compile/demo/digits.safetensors")
+    parser.add_argument("--out", default="hawk_compile/tools/demo/digits.safetensors")
     digits = load_digits()
     splits = np.full(len(digits.target), SPLITS.index("train"), np.uint8)
     order = np.random.default_rng(0).permutation(len(splits))

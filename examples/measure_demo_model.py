@@ -1,7 +1,7 @@
 """Measure the demo model with and without pruning, and write its head weights and model card.
 
-    python examples/measure_demo_model.py --model hawk_compile/demo/model           # print the table
-    python examples/measure_demo_model.py --model hawk_compile/demo/model --write   # and head_weights.json, README.md
+    python examples/measure_demo_model.py --model hawk_compile/tools/demo/model           # print the table
+    python examples/measure_demo_model.py --model hawk_compile/tools/demo/model --write   # also its files
 
 Plain eager code: HAWK's score by its formula (arXiv 2604.07812), the kept tokens gathered by hand in front of the
 decoder, their positions as they were. It shares nothing with the compiler, so it can serve as a check on it.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hawk_compile.demo.scenes import COLORS, DIGITS, pick_questions, scene_size, token_cover
+from hawk_compile.tools.demo.scenes import COLORS, DIGITS, pick_questions, scene_size, token_cover
 
 RATIOS = (0.6, 0.8, 0.9)
 PER_SCENE = 4
@@ -252,7 +252,7 @@ def show(found: Measurement) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("hawk_compile/demo/model"))
+    parser.add_argument("--model", type=Path, default=Path("hawk_compile/tools/demo/model"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--questions", type=int, default=1200, help="test questions")
     parser.add_argument("--calibration", type=int, default=1200, help="calibration questions")

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
-from hawk_compile.demo.scenes import make_scene
+from hawk_compile.tools.demo.scenes import make_scene
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         folder, picture, question = sys.argv[1], Image.open(sys.argv[2]).convert("RGB"), sys.argv[3]
     else:
         scene = make_scene("test", 0)
-        folder = str(resources.files("hawk_compile.demo").joinpath("model"))
+        folder = str(resources.files("hawk_compile.tools.demo").joinpath("model"))
         picture, question = scene.pil(), scene.questions[0].text
         print(f"The right answer to {question!r} is {scene.questions[0].answer!r}.")
     model: Any = AutoModelForImageTextToText.from_pretrained(folder)

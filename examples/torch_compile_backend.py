@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hawk_compile.demo.scenes import make_scene
+from hawk_compile.tools.demo.scenes import make_scene
 
 
 @torch.no_grad()
 def main() -> None:
-    folder = str(resources.files("hawk_compile.demo").joinpath("model"))
+    folder = str(resources.files("hawk_compile.tools.demo").joinpath("model"))
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     options: dict[str, Any] = {"ratio": 0.8, "backend": "eager"}

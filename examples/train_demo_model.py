@@ -1,6 +1,6 @@
 """Train the demo model from scratch and write it as a checkpoint folder.
 
-    python examples/train_demo_model.py --out hawk_compile/demo/model
+    python examples/train_demo_model.py --out hawk_compile/tools/demo/model
 
 Three stages, in the order in which large vision-language models come about:
 0. language: the text model learns to answer from scenes told in words. Each visual token is the sum of the word
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from hawk_compile.demo.scenes import SIZES, TOKEN, all_questions, lay_out, make_scene, token_cover
+from hawk_compile.tools.demo.scenes import SIZES, TOKEN, all_questions, lay_out, make_scene, token_cover
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def train(options: argparse.Namespace) -> tuple[Qwen2_5_VLForConditionalGenerati
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="hawk_compile/demo/model", help="folder of the finished checkpoint")
+    parser.add_argument("--out", default="hawk_compile/tools/demo/model", help="folder of the finished checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the last training checkpoint")
     parser.add_argument("--checkpoint", help="folder of the training checkpoints (default: OUT.training)")

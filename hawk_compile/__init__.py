@@ -12,18 +12,18 @@
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
 """
 
-from hawk_compile.benchmarking.bench import Benchmark, bench
-from hawk_compile.budgets import Adaptive
-from hawk_compile.calibration.calibrate import Calibration, calibrate
-from hawk_compile.config import HawkConfig
-from hawk_compile.evaluation.evaluate import Evaluation, evaluate
 from hawk_compile.exporting.runner import Runner, load
 from hawk_compile.exporting.write import export
-from hawk_compile.inspection import Inspection
-from hawk_compile.inspection import inspect_model as inspect
-from hawk_compile.optimize import optimize, report, restore
-from hawk_compile.report import Report
-from hawk_compile.selectors import register_selector
+from hawk_compile.runtime.api import optimize, report, restore
+from hawk_compile.runtime.records import Report
+from hawk_compile.settings.budgets import Adaptive
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.selectors import register_selector
+from hawk_compile.tools.benchmarking.bench import Benchmark, bench
+from hawk_compile.tools.calibration.calibrate import Calibration, calibrate
+from hawk_compile.tools.evaluation.evaluate import Evaluation, evaluate
+from hawk_compile.tools.inspection import Inspection
+from hawk_compile.tools.inspection import inspect_model as inspect
 
 __version__ = "0.1.0"
 __all__ = [

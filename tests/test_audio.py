@@ -237,7 +237,7 @@ def test_audio_is_not_exported(tmp_path):
 
 
 def test_the_backend_knows_no_modalities():
-    from hawk_compile.backend import hawk
+    from hawk_compile.compile.backend import hawk
 
     graph = torch.fx.symbolic_trace(torch.nn.Identity())
     with pytest.raises(ConfigError, match="needs the ids of placeholders"):

@@ -50,7 +50,7 @@ def test_every_data_file_is_listed() -> None:
 
 
 def test_the_shipped_model_is_small() -> None:
-    assert (ROOT / "hawk_compile/demo/model/model.safetensors").stat().st_size <= 10e6
+    assert (ROOT / "hawk_compile/tools/demo/model/model.safetensors").stat().st_size <= 10e6
 
 
 def test_the_backend_and_the_command_are_registered() -> None:

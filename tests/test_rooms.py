@@ -68,7 +68,7 @@ def test_a_kernel_imports_torch_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("examples"), ids=ids)
 def test_an_example_uses_the_public_api(path: Path) -> None:
-    public = (f"{PACKAGE}.demo", f"{PACKAGE}.errors")
+    public = (f"{PACKAGE}.tools.demo", f"{PACKAGE}.errors")
     for name in imports(path):
         inner = name.startswith(f"{PACKAGE}.") and not name.startswith(public)
         assert not inner, f"{path.name} imports {name}"

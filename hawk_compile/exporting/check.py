@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile.exporting.runner import Runner
-from hawk_compile.optimize import RUNTIME, optimize, report
-from hawk_compile.selectors import SELECTORS
+from hawk_compile.runtime.api import RUNTIME, optimize, report
+from hawk_compile.settings.selectors import SELECTORS
 
 
 @dataclass

@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from hawk_compile.checkpoints import prompt, read_for_tasks, read_processor
 from hawk_compile.errors import ExportError, InputError
 from hawk_compile.exporting.check import compare
 from hawk_compile.exporting.runner import load
 from hawk_compile.exporting.write import export
+from hawk_compile.tools.checkpoints import prompt, read_for_tasks, read_processor
 
 QUESTION = "What is in this picture?"
 EXPORTED, CHECKED = (320, 448), ((448, 320), (384, 384), (448, 512))

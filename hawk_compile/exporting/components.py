@@ -20,13 +20,13 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile import capture
-from hawk_compile.backend import options_of
-from hawk_compile.config import HawkConfig
+from hawk_compile.capture import modalities as capture
+from hawk_compile.compile.backend import options_of
+from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.exporting.quiet import quiet
 from hawk_compile.kernels.plan.op import slots
-from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
-from hawk_compile.query import SpecialIds, counted, is_any, voting_text
+from hawk_compile.plan.question import SpecialIds, counted, is_any, voting_text
+from hawk_compile.settings.config import HawkConfig
 
 PREFILL, DECODE = "prefill", "decode"
 FEATURES = "{}_features"

@@ -5,7 +5,7 @@ between them (splitting by images, packing of tiles) runs on the host, by the mo
 
 Wrapped, because transformers' exporters or their targets need it:
 
-- Towers over a packed row of patches (`grid_thw`) get their indices precomputed, see `hawk_compile.packed`.
+- Towers over a packed row of patches (`grid_thw`) get their indices precomputed, see `hawk_compile.capture.segments`.
 - Outputs that nobody reads (hidden states of all layers) are left out; which are read is found by autograd.
 """
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile import capture, packed
+from hawk_compile.capture import modalities as capture
+from hawk_compile.capture import segments as packed
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
-from hawk_compile.optimize import original
-from hawk_compile.query import is_any
+from hawk_compile.plan.question import is_any
+from hawk_compile.runtime.api import original
 
 IMAGE_SIZES = "image_sizes"
 SIZES: dict[str, Shape] = {

@@ -21,9 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from hawk_compile import capture, packed
-from hawk_compile.cache import physical_length
-from hawk_compile.config import HawkConfig
+from hawk_compile.capture import modalities as capture
+from hawk_compile.capture import segments as packed
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.components import (
@@ -38,12 +37,14 @@ from hawk_compile.exporting.components import (
 from hawk_compile.exporting.encoder import unnamed
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
 from hawk_compile.exporting.write import HOST_WEIGHTS, target_of
-from hawk_compile.head_weights import HeadWeights
-from hawk_compile.optimize import RUNTIME, overrides_of, report
-from hawk_compile.plan import Plan
-from hawk_compile.query import SpecialIds
-from hawk_compile.report import Report
-from hawk_compile.runtime import Runtime
+from hawk_compile.plan.plan import Plan
+from hawk_compile.plan.question import SpecialIds
+from hawk_compile.runtime.api import RUNTIME, overrides_of, report
+from hawk_compile.runtime.conversation import physical_length
+from hawk_compile.runtime.forward import Runtime
+from hawk_compile.runtime.records import Report
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.head_weights import HeadWeights
 
 Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hawk_compile import capture
-from hawk_compile.config import HawkConfig, make_config
+from hawk_compile.capture import modalities as capture
 from hawk_compile.errors import ConfigError, ExportError, GraphError, HawkError, InputError
 from hawk_compile.exporting.components import (
     DECODE,
@@ -38,10 +37,11 @@ from hawk_compile.exporting.components import (
 from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, digest
 from hawk_compile.exporting.quiet import quiet
-from hawk_compile.head_weights import resolve
-from hawk_compile.optimize import check_model, original
-from hawk_compile.plan import make_plan
-from hawk_compile.query import special_ids
+from hawk_compile.plan.plan import make_plan
+from hawk_compile.plan.question import special_ids
+from hawk_compile.runtime.api import check_model, original
+from hawk_compile.settings.config import HawkConfig, make_config
+from hawk_compile.settings.head_weights import resolve
 
 FORMATS = ("onnx", "aoti", "openvino", "tensorrt", "executorch")
 SETTINGS = (

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hawk_compile.demo.scenes import make_scene
+from hawk_compile.tools.demo.scenes import make_scene
 
-FOLDER = str(resources.files("hawk_compile.demo").joinpath("model"))
+FOLDER = str(resources.files("hawk_compile.tools.demo").joinpath("model"))
 SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
 
 

@@ -24,7 +24,7 @@ import hawk_compile
 from hawk_compile.exporting import aoti, write
 from hawk_compile.exporting.components import KEY, PAST_KEY, PAST_VALUE, VALUE, Component
 from hawk_compile.exporting.manifest import Part
-from hawk_compile.head_weights import resolve
+from hawk_compile.settings.head_weights import resolve
 from tests import zoo
 
 NAMES = {"aoti": "qwen2_5_vl", "openvino": "qwen3_vl"}

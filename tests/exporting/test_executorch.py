@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from hawk_compile.capture.segments import prepared
 from hawk_compile.errors import InputError
 from hawk_compile.exporting import executorch, profile
 from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.write import write_part
-from hawk_compile.packed import prepared
 from tests import zoo
 
 NAME = "qwen2_5_vl"

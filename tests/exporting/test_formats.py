@@ -16,12 +16,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 import hawk_compile
-from hawk_compile.cli import app
-from hawk_compile.demo.scenes import make_scene
 from hawk_compile.exporting.check import compare
 from hawk_compile.exporting.manifest import digest
 from hawk_compile.exporting.quantize import quantize
 from hawk_compile.exporting.weights import locations, share_weights
+from hawk_compile.tools.cli import app
+from hawk_compile.tools.demo.scenes import make_scene
 from tests.exporting import demo
 
 FORMATS = ("onnx",)

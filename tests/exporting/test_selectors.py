@@ -17,7 +17,7 @@ import hawk_compile
 from hawk_compile.errors import ConfigError
 from hawk_compile.exporting import onnx
 from hawk_compile.exporting.components import Component
-from hawk_compile.selectors import SELECTORS
+from hawk_compile.settings.selectors import SELECTORS
 from tests import zoo
 
 WIDTH = 64

@@ -22,13 +22,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
-from hawk_compile.demo.scenes import make_scene
+from hawk_compile.capture.segments import sorted_by_scatter
 from hawk_compile.errors import ConfigError, ExportError, InputError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting import profile, tensorrt, write
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.manifest import Manifest
-from hawk_compile.packed import sorted_by_scatter
+from hawk_compile.tools.demo.scenes import make_scene
 
 DEMO = Path(str(resources.files("hawk_compile"))) / "demo" / "model"
 CAPABILITIES = ("8.6", "8.9", "12.0")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from hawk_compile import capture
+from hawk_compile.capture import modalities as capture
 from hawk_compile.kernels.plan.op import slots
 
 WIDTH, HEADS, HEAD_DIM, VOCABULARY, IMAGE = 16, 2, 8, 32, 31

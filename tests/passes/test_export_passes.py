@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, PassOptions, run_passes
 from hawk_compile.passes.graph import op_name
 from hawk_compile.passes.inline_operators import inline_operators
 from hawk_compile.passes.remove_assertions import remove_assertions
 from hawk_compile.passes.replace_masked_scatter import replace_masked_scatter
-from hawk_compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, PassOptions, run_passes
 from tests.passes import graphs
 
 
@@ -74,7 +74,7 @@ def test_a_portable_prefill_equals_the_compiled_one(selection):
     def backend(graph, example_inputs):
         return run_passes(graph, example_inputs, PassOptions())
 
-    from hawk_compile import capture
+    from hawk_compile.capture import modalities as capture
 
     compiled = torch.compile(graphs.planned(model), backend=backend, dynamic=True, fullgraph=True)
     for rows, length, visual, kept in ((2, 12, 5, 2), (3, 17, 9, 1), (4, 30, 20, 7)):

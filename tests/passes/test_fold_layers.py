@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import hawk_compile
-from hawk_compile.budgets import Adaptive
+from hawk_compile.compile.pipeline import PassOptions, run_passes
 from hawk_compile.passes.fold_layers import fold_layers
 from hawk_compile.passes.graph import is_call
-from hawk_compile.pipeline import PassOptions, run_passes
+from hawk_compile.settings.budgets import Adaptive
 from tests import zoo
 from tests.passes import graphs
 

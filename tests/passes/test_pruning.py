@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import SymInt
 
+from hawk_compile.compile.pipeline import PassOptions, run_passes
 from hawk_compile.errors import GraphError, ShapeError
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.graph import ancestors, expr, is_call, same, value
@@ -19,7 +20,6 @@ from hawk_compile.passes.refresh_values import refresh_values
 from hawk_compile.passes.replace_masked_add import replace_masked_add
 from hawk_compile.passes.site import site_of
 from hawk_compile.passes.split_at_merge import split_at_merge
-from hawk_compile.pipeline import PassOptions, run_passes
 from tests.passes import graphs
 
 PASSES = (
@@ -249,7 +249,7 @@ def pruned(model, rows=1):
     def backend(gm, example_inputs):
         return run_passes(gm, example_inputs, PassOptions())
 
-    from hawk_compile import capture
+    from hawk_compile.capture import modalities as capture
 
     compiled = torch.compile(
         graphs.planned(model), backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True
@@ -363,7 +363,7 @@ def test_refresh_names_the_node_that_still_sees_the_full_length():
 
 
 def test_order_of_tests_matches_the_pipeline():
-    from hawk_compile.pipeline import PASSES as pipeline
+    from hawk_compile.compile.pipeline import PASSES as pipeline
 
     behind = ["replace_masked_scatter", "fold_layers"]
     assert [step.name for step in pipeline] == [*(each.__name__ for each in PASSES), *behind]

@@ -49,7 +49,7 @@ def test_numbers_stay_the_same(function):
         seen.append(names(gm))
         return gm
 
-    from hawk_compile import capture
+    from hawk_compile.capture import modalities as capture
 
     compiled = torch.compile(function, backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True)
     with capture.settings():

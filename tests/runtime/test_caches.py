@@ -10,9 +10,9 @@ import torch
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 import hawk_compile
-from hawk_compile import prefill
 from hawk_compile.errors import UnsupportedCallError
-from hawk_compile.prefill import scratch_cache
+from hawk_compile.runtime import prefill
+from hawk_compile.runtime.prefill import scratch_cache
 from tests import zoo
 from tests.runtime.models import (
     MAIN,

@@ -1,0 +1,94 @@
+"""The torch.compile backend: `torch.compile(model, backend="hawk", options={"ratio": 0.8}, dynamic=True)`.
+
+A graph that merges visual features into token embeddings is rewritten by the passes and handed to the inner compiler
+(`options["backend"]`); every other graph goes to the inner compiler as it is.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from hawk_compile.compile.pipeline import PassOptions, run_passes, source_tag
+from hawk_compile.errors import ConfigError, MergeNotFoundError
+from hawk_compile.passes.locate_prefill import find_merges
+from hawk_compile.settings.config import HawkConfig, make_config
+
+log = logging.getLogger("hawk_compile")
+
+
+def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's, pruning visual tokens where it merges them.
+
+    Args:
+        options: settings of `HawkConfig` by name; `ratio` is the fraction of visual tokens removed. Head weights are
+            taken as given ("auto" means equal weights here: a graph does not know its checkpoint).
+
+    Raises:
+        ConfigError: a setting that does not exist or is out of range.
+        GraphError: the graph merges visual features but cannot be pruned.
+    """
+    from hawk_compile.settings.head_weights import explicit_weights
+
+    if "modalities" in (options or {}):
+        raise ConfigError(
+            'options["modalities"] needs the ids of placeholders, which a graph does not know: leave it out to prune '
+            "all that the graph merges, or use hawk_compile.optimize"
+        )
+    config = make_config(None, dict(options or {}))
+    if config.compile_decode or config.compile_vision:
+        raise ConfigError(
+            "compile_decode and compile_vision are about other graphs than the one that torch.compile gives here: "
+            "leave them out, or use hawk_compile.optimize"
+        )
+    if config.budget is not None or config.per_image:
+        raise ConfigError(
+            "budget, min_per_image and quota need to know the prompt, which a graph alone does not: use "
+            "hawk_compile.optimize"
+        )
+    weights = explicit_weights(config.head_weights)
+    settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
+    return compile_graph(gm, example_inputs, config, settled)
+
+
+def options_of(config: HawkConfig, **more: Any) -> PassOptions:
+    """What the passes are told of the settings beside a plan, which leaves "last" one voter."""
+    method = config.method
+    return PassOptions(
+        normalization=config.used_normalization,
+        query="mean" if config.used_query == "last" else config.used_query,
+        contrast=config.used_contrast,
+        mass=None if config.budget is None else config.budget.mass,
+        ranking=method.ranking,
+        ranking_options=tuple({**method.options, **config.selector_options}.items()),
+        **more,
+    )
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: HawkConfig, options: PassOptions
+) -> Callable[..., Any]:
+    """Rewrite the graph if it holds a prefill, and compile it with the config's inner compiler."""
+    if holds_prefill(gm):
+        gm = run_passes(gm, example_inputs, options)
+    else:
+        log.info("a graph of %d nodes merges no visual features and is compiled as it is", len(gm.graph.nodes))
+    with torch.compiler.config.patch(cache_key_tag=source_tag()):  # type: ignore[attr-defined]
+        return inner_compiler(config.backend)(gm, example_inputs)
+
+
+def holds_prefill(gm: fx.GraphModule) -> bool:
+    try:
+        find_merges(gm.graph)
+    except MergeNotFoundError:
+        return False
+    return True
+
+
+def inner_compiler(name: str) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)

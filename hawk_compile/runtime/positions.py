@@ -1,0 +1,62 @@
+"""Positions that depend on images (mRoPE): what a conversation adds to the positions of its later text.
+
+Such models remember that offset of the last prompt they saw. Here each conversation's offset lies on its own cache.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from hawk_compile.capture.modalities import capture_lock
+from hawk_compile.runtime.conversation import PrunedCache, physical_length
+
+
+def next_positions(cache: PrunedCache, mask: Tensor | None, new_tokens: int) -> Tensor:
+    """[3, B, new]: the positions of text tokens behind this conversation, with its own offset.
+
+    The model would add the offset that it remembers, which may be another conversation's.
+    """
+    deltas = cache.hawk_slots.rope_deltas
+    assert deltas is not None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        text = (mask.long().cumsum(1) - 1)[:, -new_tokens:]
+    else:
+        text = torch.arange(new_tokens, device=deltas.device)[None] + cache.get_seq_length()
+    return (text + deltas).expand(3, -1, -1)
+
+
+@contextmanager
+def deltas_of(model: PreTrainedModel, cache: Any) -> Iterator[None]:
+    """Let the model use this conversation's position offsets while it works out positions itself, and nobody else's.
+
+    A cache that was filled before the model was optimised carries none: then the model's own are left as they are.
+    """
+    base: Any = model.base_model
+    with capture_lock:
+        if hasattr(base, "rope_deltas"):
+            if isinstance(cache, PrunedCache):
+                base.rope_deltas = cache.hawk_slots.rope_deltas
+            elif physical_length(cache) == 0:
+                base.rope_deltas = None
+        yield
+
+
+def deltas_after(
+    model: PreTrainedModel, cache: Cache | None, positions: Tensor | None, mask: Tensor | None, rows: int, length: int
+) -> Tensor | None:
+    """What the model must add to a text position after this prompt, [B, 1]; None if it never adds anything.
+
+    It is read off the prompt's own positions ([3, B, S], or [4, B, S] with a row of text positions ahead): the next
+    token stands one behind the largest. What the model remembers may be of another conversation by now.
+    """
+    if not hasattr(model.base_model, "rope_deltas"):
+        return None
+    if positions is None or positions.ndim != 3:
+        return torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
+    before = 0 if cache is None else int(cache.get_seq_length())
+    real = before + length if mask is None else mask.sum(1)
+    return (positions[-3:].amax((0, 2)) + 1 - real)[:, None].expand(rows, 1)

@@ -1,0 +1,81 @@
+"""What the last prefill of this thread did."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hawk_compile.plan.question import QuerySource
+
+
+@dataclass(frozen=True)
+class Report:
+    """One prefill. Positions count within each padded row.
+
+    Attributes:
+        visual_tokens: [B] int64, visual tokens of each row.
+        kept_visual_tokens: [B] int64, those of them that were kept.
+        keep_indices: per row an int64 tensor, ascending: the positions that were kept, text included.
+        scores: [B, S] float32, the HAWK score of each visual token, 0 elsewhere; None where nothing was scored.
+        reason: why tokens were or were not removed.
+        query_source: per row 'after_image', 'turn' or 'any_text': the text that voted.
+        head_weights: where the head weights came from.
+        prompt_tokens: S, the prompt's full length.
+        kept_tokens: S', the length the decoder ran at.
+    """
+
+    visual_tokens: Tensor
+    kept_visual_tokens: Tensor
+    keep_indices: list[Tensor]
+    scores: Tensor | None
+    reason: str
+    query_source: list[str]
+    head_weights: str
+    prompt_tokens: int
+    kept_tokens: int
+
+
+@dataclass(frozen=True)
+class PrefillRecord:
+    """What a prefill leaves behind; tensors stay on their device until a report is asked for.
+
+    `rule` is what says how much is removed; where nothing was selected (`keep` is None), why. `text_tokens` are those
+    of each row that are neither visual nor padding.
+    """
+
+    visual_tokens: list[int]
+    text_tokens: list[int]
+    keep: Tensor | None
+    valid: Tensor | None
+    scores: Tensor | None
+    rule: str
+    source: Tensor | None
+    head_weights: str
+    prompt_tokens: int
+
+    def report(self) -> Report:
+        import torch
+
+        if self.keep is None or self.valid is None:
+            indices = [torch.arange(self.prompt_tokens) for _ in self.visual_tokens]
+        else:
+            pairs = zip(self.keep.cpu(), self.valid.cpu(), strict=True)
+            indices = [keep[valid] for keep, valid in pairs]
+        total, kept = sum(self.visual_tokens), self.visual_tokens
+        reason = self.rule
+        if self.keep is not None:
+            kept = [len(each) - text for each, text in zip(indices, self.text_tokens, strict=True)]
+            removed = total - sum(kept)
+            reason += f" removes {removed} of" if removed else " leaves all"
+            reason += f" {total} visual tokens"
+        source = [] if self.source is None else [QuerySource(each).name.lower() for each in self.source.tolist()]
+        return Report(
+            visual_tokens=torch.tensor(self.visual_tokens, dtype=torch.int64),
+            kept_visual_tokens=torch.tensor(kept, dtype=torch.int64),
+            keep_indices=indices,
+            scores=None if self.scores is None else self.scores.cpu(),
+            reason=reason,
+            query_source=source,
+            head_weights=self.head_weights,
+            prompt_tokens=self.prompt_tokens,
+            kept_tokens=self.prompt_tokens if self.keep is None else self.keep.shape[1],
+        )

@@ -1,0 +1,76 @@
+"""Calls that a pruned prefill does not support: each is refused before anything has run."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
+
+from hawk_compile.capture import modalities as capture
+from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.conversation import physical_length
+
+
+def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("labels") is not None:
+        raise UnsupportedCallError(
+            "labels were given to a pruned prefill, whose logits no longer line up with them: hawk_compile.restore the "
+            "model to train or to compute a loss"
+        )
+    if model.training:
+        raise UnsupportedCallError(
+            "the model is in training mode, and a pruned prefill has no gradients: call model.eval(), or "
+            "hawk_compile.restore it to train"
+        )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedCallError(
+            "output_attentions=True needs attention matrices, which a pruned prefill does not make: leave it out, or "
+            "hawk_compile.restore the model"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedCallError(f"attention_mask must have shape [B, S] for a pruned prefill, got {given}")
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise UnsupportedCallError(
+            "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
+        )
+    if kwargs.get("inputs_embeds") is not None and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+        raise UnsupportedCallError(
+            f"inputs_embeds were given beside audio, which {type(model).__name__} merges into input_ids only: give "
+            "input_ids [B, S]"
+        )
+    cache = kwargs.get("past_key_values")
+    if physical_length(cache) and kwargs.get("token_type_ids") is not None:
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens cannot attend both ways (token_type_ids were given): "
+            "prefill the whole conversation at once"
+        )
+    if physical_length(cache) and kwargs.get("position_ids") is None and hasattr(model.base_model, "rope_deltas"):
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would "
+            "give them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
+        )
+    if physical_length(cache) and not all(type(layer) is DynamicLayer for layer in cache.layers):  # type: ignore[union-attr]
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})  # type: ignore[union-attr]
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens need a DynamicCache of plain layers, got "
+            f"{', '.join(kinds)}: prefill the whole conversation at once"
+        )
+
+
+def refuse_two_kinds_of_layer_features(outputs: dict[str, ModelOutput]) -> None:
+    if len(outputs) > 1 and any(output.get(capture.LAYER_FEATURES) is not None for output in outputs.values()):
+        raise UnsupportedCallError(
+            f"{' and '.join(outputs)} in one call: this model adds features of both to later layers, which the graph "
+            "cannot tell apart; give them in separate calls"
+        )
+
+
+def refuse_quotas_of_audio(asked: set[str]) -> None:
+    if "audio" in asked:
+        raise UnsupportedCallError(
+            "min_per_image and quota are of images and frames, and audio competes with them for one budget: leave both "
+            'out, or "audio" out of modalities'
+        )

@@ -1,0 +1,236 @@
+"""The settings of an optimised model."""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from hawk_compile.errors import ConfigError
+from hawk_compile.settings.budgets import Adaptive
+from hawk_compile.settings.selectors import SELECTORS, Selector
+
+NORMALIZATIONS = ("l2", "softmax", "minmax")
+BACKENDS = ("inductor", "aot_eager", "eager")
+QUOTAS = ("prompt", "image")
+QUERIES = ("mean", "last", "each", "content")
+MODALITIES = ("image", "video", "audio")
+MAX_DENOMINATOR = 10**6
+"""Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
+
+
+@dataclass(frozen=True, eq=False)
+class HawkConfig:
+    """How visual tokens are scored and how many are removed.
+
+    Attributes:
+        ratio: fraction of visual tokens removed from each row, in [0, 1). A row with V visual tokens keeps
+            max(1, ceil(V * (1 - ratio))) of them.
+        budget: `Adaptive(...)`: each row keeps as few visual tokens as hold a share of its score, at most what `ratio`
+            leaves. None: exactly what `ratio` leaves.
+        min_per_image: visual tokens that every image (or frame of a video) keeps at least, or all it has. A row keeps
+            more than `ratio` leaves if its images need it.
+        quota: "prompt": `ratio` is of all visual tokens of a row, for which its images compete; "image": of every
+            image (or frame of a video) by itself.
+        head_weights: importance of each query head of the scoring layer, [H], >= 0, not all 0 (only proportions
+            matter). "auto": the weights published for the checkpoint, or those that lie beside it, else equal ones.
+            "uniform": equal weights. A path: a JSON or safetensors file. "org/name" or "org/name@revision":
+            head_weights.json of that Hugging Face Hub repository. A tensor or a sequence of numbers.
+        normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
+            default), "softmax" or "minmax". None: as the selector has it, "l2" for "hawk".
+        modalities: whose tokens may be removed: a tuple of "image", "video" and "audio". Those of several compete for
+            one budget; those of others stay whole, and do not vote. "Visual tokens" are those of all asked for.
+        selector: how visual tokens are ranked: "hawk" (by its score), or another name in
+            `hawk_compile.settings.selectors`.
+        selector_options: options of that selector by name.
+        query: how the voting text counts: "mean" (its mean query, as in the paper), "last" (its last token alone),
+            "each" (every token's own normalised scores, alike) or "content" (those by how specific the token's
+            attention is); see `hawk_compile.kernels.score.voters`. None: as the selector has it, "mean" for "hawk".
+        contrast: how much of what does not depend on the question is taken off the scores: each head's normalised
+            scores by the mean query of the visual tokens themselves, times this, in [0, 1]. None: as the selector has
+            it, 0 for "hawk".
+        backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
+        compile_decode: also compile the decode step (one token per row, no pruning in it).
+        compile_vision: also compile the vision encoder, as graphs of its own for images of all sizes.
+        vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
+            model's config, else the text behind the last visual token.
+        end_of_turn_token_id: ids that end the user's turn: text from the last of them on does not vote. None: the
+            generation config's eos_token_id.
+    """
+
+    ratio: float = 0.8
+    budget: Adaptive | None = None
+    min_per_image: int = 0
+    quota: str = "prompt"
+    head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
+    normalization: str | None = None
+    modalities: tuple[str, ...] = ("image", "video")
+    selector: str = "hawk"
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    query: str | None = None
+    contrast: float | None = None
+    backend: str = "inductor"
+    compile_decode: bool = False
+    compile_vision: bool = False
+    vision_end_token_id: int | None = None
+    end_of_turn_token_id: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_budget(self)
+        check_choice("backend", self.backend, BACKENDS)
+        if self.normalization is not None:
+            check_choice("normalization", self.normalization, NORMALIZATIONS)
+        if self.query is not None:
+            check_choice("query", self.query, QUERIES)
+        check_contrast(self.contrast)
+        check_modalities(self.modalities)
+        check_selector(self)
+        check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
+        check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
+        for name in ("compile_decode", "compile_vision"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def method(self) -> Selector:
+        """The selector that `selector` names."""
+        return SELECTORS[self.selector]
+
+    @property
+    def used_query(self) -> str:
+        """`query`, or what the selector has for it."""
+        return self.query or self.method.query
+
+    @property
+    def used_normalization(self) -> str:
+        """`normalization`, or what the selector has for it."""
+        return self.normalization or self.method.normalization
+
+    @property
+    def used_contrast(self) -> float:
+        """`contrast`, or what the selector has for it."""
+        return self.method.contrast if self.contrast is None else float(self.contrast)
+
+    @property
+    def used_head_weights(self) -> Any:
+        """`head_weights`, unless the selector fixes them."""
+        return self.method.head_weights or self.head_weights
+
+    @property
+    def per_image(self) -> bool:
+        """Whether anything is said of single images."""
+        return self.quota == "image" or self.min_per_image > 0
+
+    def floor(self, count: int) -> int:
+        """How many visual tokens an image with `count` of them keeps at least."""
+        return max(self.kept(count) if self.quota == "image" else 0, min(self.min_per_image, count))
+
+    def bounds(self, count: int, floor: int = 0) -> tuple[int, int]:
+        """(least, most) visual tokens that a row with `count` of them keeps, of which its images need `floor`."""
+        least = most = 0 if self.quota == "image" else self.kept(count)
+        if self.budget is not None:
+            least, most = self.budget.bounds(count, most)
+        floor = min(floor, count)
+        return max(least, floor), max(most, floor)
+
+    @functools.cached_property
+    def removed(self) -> Fraction:
+        """`ratio` as the fraction it was meant to be."""
+        return Fraction(self.ratio).limit_denominator(MAX_DENOMINATOR)
+
+    def kept(self, count: int) -> int:
+        """How many of `count` visual tokens a row keeps: max(1, ceil(count * (1 - ratio))), and 0 of 0."""
+        return max(1, math.ceil(count * (1 - self.removed))) if count else 0
+
+
+def check_ratio(ratio: Any) -> None:
+    rule = "ratio is the fraction of visual tokens removed and must be a number in [0, 1)"
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise ConfigError(f"{rule}, got {ratio!r}")
+    if not 0 <= ratio < 1:
+        hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
+        raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+
+
+def check_contrast(given: Any) -> None:
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if given is not None and not (number and 0 <= given <= 1):
+        raise ConfigError(f"contrast must be a number in [0, 1], or None for the selector's own, got {given!r}")
+
+
+def check_budget(config: HawkConfig) -> None:
+    if config.budget is not None and not isinstance(config.budget, Adaptive):
+        raise ConfigError(f"budget must be hawk_compile.Adaptive(...) or None, got {config.budget!r}")
+    check_choice("quota", config.quota, QUOTAS)
+    given = config.min_per_image
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ConfigError(f"min_per_image is a number of visual tokens, an int of at least 0, got {given!r}")
+    if config.budget is not None and config.quota == "image":
+        raise ConfigError(
+            'budget finds one number for all images of a row, and quota="image" sets one for each: give one of them, '
+            "or budget with min_per_image"
+        )
+
+
+def check_modalities(given: Any) -> None:
+    known = isinstance(given, tuple) and all(isinstance(each, str) and each in MODALITIES for each in given)
+    if not known or not given or len(set(given)) < len(given):
+        raise ConfigError(
+            f"modalities must be a tuple of one or more of {', '.join(MODALITIES)}, each once, got {given!r}: for "
+            'audio alone give ("audio",)'
+        )
+
+
+def check_selector(config: HawkConfig) -> None:
+    check_choice("selector", config.selector, tuple(SELECTORS))
+    selector = SELECTORS[config.selector]
+    if not isinstance(config.selector_options, Mapping):
+        raise ConfigError(f"selector_options must map names to values, got {config.selector_options!r}")
+    known = selector.options
+    for name, given in config.selector_options.items():
+        if name not in known:
+            there_are = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f'selector_options names {name!r} for selector "{config.selector}"; {there_are}')
+        if type(given) is not type(known[name]):
+            kind = type(known[name]).__name__
+            raise ConfigError(f'selector_options["{name}"] must be of type {kind}, got {given!r}')
+        low, high = selector.bounds.get(name, (-math.inf, math.inf))
+        if isinstance(given, (int, float)) and not low <= given <= high:
+            raise ConfigError(f'selector_options["{name}"] must be in [{low:g}, {high:g}], got {given!r}')
+    if selector.head_weights == "uniform" and not (
+        isinstance(config.head_weights, str) and config.head_weights in ("auto", "uniform")
+    ):
+        raise ConfigError(
+            f'selector "{config.selector}" weights all heads alike: leave head_weights out, or take selector "hawk"'
+        )
+
+
+def check_ids(name: str, given: Any, several: bool) -> None:
+    each = given if several and isinstance(given, tuple) else () if given is None else (given,)
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in each):
+        kind = "an id (int) or a tuple of ids" if several else "an id (int)"
+        raise ConfigError(
+            f"{name} must be {kind} or None, got {given!r}; tokenizer.convert_tokens_to_ids gives the id of a token"
+        )
+
+
+def check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+
+
+def make_config(config: HawkConfig | None, options: dict[str, Any]) -> HawkConfig:
+    """A config from a ready one or from single settings, refusing both at once and names that do not exist."""
+    if config is not None and not isinstance(config, HawkConfig):
+        raise ConfigError(f"config must be a HawkConfig, got {type(config).__name__}; give single settings by name")
+    if config is not None and options:
+        raise ConfigError(f"give either a config or single settings, got a config and {', '.join(sorted(options))}")
+    names = [field.name for field in fields(HawkConfig)]
+    if unknown := sorted(set(options) - set(names)):
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}")
+    return config if config is not None else HawkConfig(**options)

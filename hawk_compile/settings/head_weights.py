@@ -1,0 +1,181 @@
+"""Where the importance of each query head comes from.
+
+HAWK weights the heads of the scoring layer by an importance measured offline (arXiv 2604.07812). Only proportions
+matter: weights are divided by their sum.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hawk_compile.errors import HeadWeightsError
+
+FILE_NAME = "head_weights.json"
+"""A checkpoint folder may hold its weights under this name; the package holds the published ones under it too."""
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Weights [H] float32 that sum to 1, and where they came from."""
+
+    values: Tensor
+    origin: str
+
+
+def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
+    """The weights for a model.
+
+    Args:
+        given: "auto", "uniform", a path, a Hub id, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
+
+    Raises:
+        HeadWeightsError: a file that holds no weights, a Hub repository without one, or weights of the wrong length,
+            negative, all zero or not finite.
+    """
+    heads = model.config.get_text_config().num_attention_heads
+    if isinstance(given, str) and given in ("auto", "uniform"):
+        found = automatic(model) if given == "auto" else None
+        if found and len(found[0]) == heads:
+            return normalised(*found, heads)
+        unfit = f" ({len(found[0])} weights, {found[1]}, do not fit {heads} heads)" if found else ""
+        return HeadWeights(torch.full((heads,), 1.0 / heads), f"uniform{unfit}")
+    return normalised(*named_or_given(given), heads)
+
+
+def explicit_weights(given: Any) -> Tensor | None:
+    """Weights that need no model to be known; None for "auto" and "uniform"."""
+    if isinstance(given, str) and given in ("auto", "uniform"):
+        return None
+    values, origin = named_or_given(given)
+    return normalised(values, origin, len(values)).values
+
+
+def named_or_given(given: Any) -> tuple[Tensor, str]:
+    """Weights of a file or a Hub repository that is named, or numbers, and where they came from."""
+    if isinstance(given, str) and is_hub_id(given):
+        return read(fetched(given)), f"Hub {given}"
+    if isinstance(given, (str, os.PathLike)):
+        return read(Path(given)), f"file {os.fspath(given)}"
+    return as_tensor(given), "given"
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether a string is `org/name` or `org/name@revision`: nothing that exists here, nor what looks like a path."""
+    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", given) and not given.endswith((".json", ".safetensors"))
+    return bool(looks_so) and not Path(given).exists()
+
+
+def fetched(hub_id: str) -> Path:
+    """The head weights of a Hub repository, in the Hub's cache.
+
+    Raises:
+        HeadWeightsError: what the Hub does not have, or a Hub that cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = hub_id.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, FILE_NAME, revision=revision or None))
+    except Exception as error:  # of the Hub's, of its HTTP library's, of the file system's: they have no other base
+        known = {
+            errors.LocalEntryNotFoundError: "the Hub cannot be reached and the file is not in its cache: connect, or "
+            "give a file",
+            errors.EntryNotFoundError: f"it holds no {FILE_NAME}: give a repository that does, or a file",
+            errors.GatedRepoError: "access to it is granted on request: ask there and log in (hf auth login), or give "
+            "a file",
+            errors.RepositoryNotFoundError: "there is none of this name, or it is private: correct the name, log in "
+            "(hf auth login), or give a file",
+            errors.RevisionNotFoundError: f"it has no revision {revision}: correct it",
+        }
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = next((text for kind, text in known.items() if isinstance(error, kind)), None)
+        why = why or f"fetching it failed ({told}): try again, or give a file"
+        raise HeadWeightsError(
+            f'head_weights names no file here, so it must be a Hugging Face Hub repository with {FILE_NAME}; got '
+            f'"{hub_id}", and {why}'
+        ) from None
+
+
+def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
+    """Weights that lie beside the checkpoint, or that were published for it."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    beside = Path(name) / FILE_NAME
+    if name and beside.is_file():
+        return read(beside), f"beside the checkpoint ({beside})"
+    entry = published().get(name.rstrip("/").rsplit("/", 1)[-1].lower())
+    return (torch.tensor(entry["weights"]), f"published ({entry['source']})") if entry else None
+
+
+@cache
+def published() -> dict[str, Any]:
+    text = resources.files("hawk_compile.settings").joinpath(FILE_NAME).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def read(path: Path) -> Tensor:
+    """Weights from a JSON file (a list, or an object with "weights") or a safetensors file (tensor "weights")."""
+    rule = "head_weights must be a JSON or safetensors file of one number per query head"
+    if not path.is_file():
+        raise HeadWeightsError(f"{rule}; there is no file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise HeadWeightsError(f"{rule}; {path} is not a safetensors file: {error}") from None
+        if "weights" not in tensors:
+            raise HeadWeightsError(f"{rule}; {path} holds no tensor 'weights' but {', '.join(tensors) or 'nothing'}")
+        return as_tensor(tensors["weights"])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HeadWeightsError(f"{rule}; {path} is not JSON: {error}") from None
+    if isinstance(content, dict):
+        if "weights" not in content:
+            raise HeadWeightsError(f'{rule}; the object in {path} has no "weights"')
+        content = content["weights"]
+    return as_tensor(content)
+
+
+def as_tensor(given: Any) -> Tensor:
+    if isinstance(given, Tensor):
+        if given.ndim != 1:
+            raise HeadWeightsError(
+                f"head_weights must have shape [H], one weight for each query head; got shape {tuple(given.shape)}"
+            )
+        return given.detach().to("cpu", torch.float32)
+    numbers = isinstance(given, Sequence) and all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) for each in given
+    )
+    if not numbers or isinstance(given, str):
+        raise HeadWeightsError(
+            f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {type(given).__name__}'
+        )
+    return torch.tensor(list(given), dtype=torch.float32)
+
+
+def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:
+    """Checked and divided by their sum."""
+    rule = f"head_weights must be {heads} finite numbers >= 0, one for each query head, not all 0"
+    if len(values) != heads:
+        raise HeadWeightsError(f"{rule}; got shape {tuple(values.shape)} ({origin})")
+    if not values.isfinite().all():
+        raise HeadWeightsError(f"{rule}; got {values.tolist()} ({origin})")
+    if (values < 0).any():
+        raise HeadWeightsError(f"{rule}; got the negative weight {values.min().item():g} ({origin})")
+    if values.sum() == 0:
+        raise HeadWeightsError(f'{rule}; all are 0 ({origin}); "uniform" weighs all heads equally')
+    return HeadWeights(values / values.sum(), origin)

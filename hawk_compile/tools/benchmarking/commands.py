@@ -1,0 +1,66 @@
+"""What `hawk-compile bench` does, and what it prints."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.tools.benchmarking.bench import Benchmark, bench
+from hawk_compile.tools.benchmarking.table import head, tables
+from hawk_compile.tools.evaluation.commands import names, numbers
+from hawk_compile.tools.evaluation.table import check_writable
+
+
+def bench_checkpoint(
+    console: Console, checkpoint: Path | None, config: str | None, out: Path | None, *, ratios: str, tokens: str,
+    stages: str | None, markdown: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Benchmark a checkpoint folder or a profile, print the tables, and write them if a folder is given.
+
+    Raises:
+        as `bench`; ConfigError too for lists that hold something else than numbers.
+        InputError: both a checkpoint and a profile, or a folder that cannot be written to.
+    """
+    if checkpoint is not None and config is not None:
+        raise InputError(f"give a checkpoint or a config, got both: {checkpoint} and {config}")
+    if checkpoint is not None and not (checkpoint / "config.json").is_file():
+        raise InputError(f"checkpoint must be a folder with a config.json, got {checkpoint}; a profile: --config NAME")
+    if out is not None:
+        check_writable(out)
+    if stages is not None:
+        settings["stages"] = names(stages)
+    with console.status("") as status:
+        found = bench(
+            checkpoint or config or "small", ratios=numbers(ratios), tokens=counts(tokens),
+            command=" ".join(["hawk-compile", *sys.argv[1:]]), told=status.update, **settings,
+        )  # fmt: skip
+    if markdown:
+        console.print(found.markdown(), soft_wrap=True)
+    else:
+        show(console, found)
+    if out is not None:
+        console.print(f"written: {', '.join(map(str, found.write(out)))}")
+
+
+def show(console: Console, found: Benchmark) -> None:
+    for line in head(found):
+        console.print(line)
+    for about, headings, cells in tables(found):
+        shown = Table(box=None, pad_edge=False)
+        for heading in headings:
+            shown.add_column(heading, justify="right", overflow="fold")
+        for each in cells:
+            shown.add_row(*each)
+        console.print()
+        console.print(about)
+        console.print(shown)
+
+
+def counts(given: str) -> list[int]:
+    try:
+        return [int(each) for each in given.split(",")]
+    except ValueError:
+        raise ConfigError(f"tokens must be whole numbers with commas between, like 576,1024, got {given!r}") from None

@@ -1,0 +1,85 @@
+"""Three readings of "leave a head out", each a way to run a model with query heads of the scoring layer ablated.
+
+    score       the head has no weight in the HAWK score, and the model runs pruned by it: what the weights are for
+    attention   text does not see visual tokens through this head, and nothing is pruned: what it fetches from pictures
+    output      the head's whole output is 0, and nothing is pruned: whatever it does, text to text included
+
+The last two are made inside the model's own attention, through transformers' table of attention functions, each row of
+a batch with a head of its own. Head weights are one input [H] of the compiled graph for all rows, so "score" leaves out
+one head in a forward.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hawk_compile.capture.modalities import capture_lock
+
+SCORE, ATTENTION, OUTPUT = "score", "attention", "output"
+ABLATIONS = (SCORE, ATTENTION, OUTPUT)
+FUNCTION = "sdpa"
+LAYER = 0
+"""The layer that HAWK scores by."""
+
+
+@contextlib.contextmanager
+def ablated(model: PreTrainedModel, kind: str, heads: Sequence[int], visual: Tensor) -> Iterator[None]:
+    """Let the unpruned model run with one head ablated in each row.
+
+    Args:
+        kind: 'attention' or 'output'.
+        heads: [B], each row's query head; none: all of them work.
+        visual: [B, S] bool, the prompt's visual tokens; 'attention' hides them from text.
+    """
+    base: Any = model.base_model
+    decoder = {id(module) for module in base.get_decoder().modules()}
+    plain = ALL_ATTENTION_FUNCTIONS[FUNCTION]
+    length = 0  # of the row so far: a cache may hold its end alone
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *a: Any, **k: Any
+    ) -> Any:
+        if not heads or getattr(module, "layer_idx", None) != LAYER or id(module) not in decoder:
+            return plain(module, query, key, value, attention_mask, *a, **k)
+        nonlocal length
+        length += query.shape[2]
+        if kind == ATTENTION:
+            attention_mask = hidden(attention_mask, query, key, heads, visual, length)
+        out, weights = plain(module, query, key, value, attention_mask, *a, **k)  # [B, S, H, d]
+        if kind == OUTPUT:
+            out = out.clone()
+            out[list(range(len(heads))), :, list(heads)] = 0
+        return out, weights
+
+    with capture_lock:
+        ALL_ATTENTION_FUNCTIONS[FUNCTION] = attend
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS[FUNCTION] = plain
+
+
+def hidden(
+    mask: Tensor | None, query: Tensor, key: Tensor, heads: Sequence[int], visual: Tensor, length: int
+) -> Tensor:
+    """[B, H, Sq, Skv] bool: the mask, without visual keys for the text queries of each row's head."""
+    rows, count, new = query.shape[:3]
+    total = key.shape[2]
+    allowed = seen(mask, new, total, query.device).expand(rows, count, new, total).clone()
+    behind = max(0, length - visual.shape[1])  # what has been said since the prompt is text
+    is_visual = torch.nn.functional.pad(visual, (0, behind))[:, length - total : length]
+    text = ~is_visual[:, total - new :]  # the queries stand at the end
+    allowed[list(range(rows)), list(heads)] &= ~(text.unsqueeze(2) & is_visual.unsqueeze(1))
+    return allowed
+
+
+def seen(mask: Tensor | None, new: int, total: int, device: torch.device) -> Tensor:
+    """What a mask of transformers lets be seen, [.., Sq, Skv] bool; None is causal."""
+    if mask is None:
+        return torch.ones((new, total), dtype=torch.bool, device=device).tril(total - new)
+    return mask[..., :total] if mask.dtype == torch.bool else mask[..., :total] == 0

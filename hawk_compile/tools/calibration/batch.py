@@ -1,0 +1,106 @@
+"""One batch of questions, encoded once, and its scores with all heads and without each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hawk_compile.capture import modalities as capture
+from hawk_compile.plan.question import is_any
+from hawk_compile.tools.calibration.ablation import SCORE, ablated
+from hawk_compile.tools.calibration.likelihood import likelihoods
+from hawk_compile.tools.evaluation.evaluate import answers, checked, encoded
+from hawk_compile.tools.evaluation.metrics import Metric
+from hawk_compile.tools.evaluation.samples import Sample
+
+
+@dataclass
+class Batch:
+    """Questions that are scored together.
+
+    Attributes:
+        metric: None is the likelihood.
+        heads_at_once: heads that one forward leaves out, each in rows of its own.
+        switch: what `left_as_it_was` yields.
+        skip_bad: a score that is none becomes NaN.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    samples: list[Sample]
+    ablation: str
+    ratios: Sequence[float]
+    metric: Metric | None
+    max_new_tokens: int
+    backend: str
+    heads_at_once: int
+    switch: Callable[[float, Mapping[str, Any] | None], None]
+    skip_bad: bool
+
+    def __post_init__(self) -> None:
+        self.inputs = encoded(self.model, self.processor, self.samples)
+        self.heads = heads_of(self.model)
+        self.visual = is_any(self.inputs["input_ids"], tuple(capture.placeholder_ids(self.model)))
+
+    def scores(self) -> list[list[float]]:
+        """[1 + H][samples]: with all heads, then without each."""
+        heads, at_once = range(self.heads), self.heads_at_once
+        if self.ablation == SCORE:
+            return [self.pruned(head) for head in (None, *heads)]
+        groups = [[], *(heads[start : start + at_once] for start in range(0, self.heads, at_once))]
+        return [row for group in groups for row in self.unpruned(group)]
+
+    def pruned(self, head: int | None) -> list[float]:
+        """Under pruning by all heads but one, mean over the ratios."""
+        weights = tuple(float(each != head) for each in range(self.heads))
+        found = []
+        for ratio in self.ratios:
+            self.switch(ratio, {"head_weights": weights, "backend": self.backend})
+            found.append(self.measured(self.inputs, self.samples))
+        return np.mean(found, axis=0).tolist()
+
+    def unpruned(self, heads: Sequence[int]) -> list[list[float]]:
+        """[heads][samples], without each; [1][samples] with all of them where none is given."""
+        self.switch(0.0, None)
+        copies = max(1, len(heads))
+        inputs = repeated(self.inputs, copies)
+        visual = self.visual.repeat(copies, 1)
+        with ablated(self.model, self.ablation, [head for head in heads for _ in self.samples], visual):
+            found = self.measured(inputs, self.samples * copies)
+        return np.reshape(found, (copies, -1)).tolist()
+
+    def measured(self, inputs: dict[str, Any], samples: Sequence[Sample]) -> list[float]:
+        if self.metric is None:
+            return likelihoods(self.model, self.processor, inputs, samples)
+        said = answers(self.model, self.processor, inputs, self.max_new_tokens)
+        return [
+            checked(self.metric(each, sample.answers), sample, self.skip_bad)
+            for each, sample in zip(said, samples, strict=True)
+        ]
+
+
+def repeated(inputs: dict[str, Any], copies: int) -> dict[str, Any]:
+    """An encoded batch [B, S] so many times below itself, [copies * B, S]."""
+
+    def more(given: Any, dim: int = 0) -> Any:
+        return torch.cat([given] * copies, dim) if isinstance(given, Tensor) else [*given] * copies
+
+    features = {}
+    for modality, output in inputs["mm_encoder_outputs"].items():
+        if not output:
+            continue
+        parts = {capture.FEATURES: more(output[capture.FEATURES])}
+        if output.get(capture.LAYER_FEATURES) is not None:
+            parts[capture.LAYER_FEATURES] = [more(level) for level in output[capture.LAYER_FEATURES]]
+        features[modality] = type(output)(**parts)
+    rows = {name: more(value, value.ndim - 2) for name, value in inputs.items() if isinstance(value, Tensor)}
+    return {**inputs, **rows, "mm_encoder_outputs": features}
+
+
+def heads_of(model: PreTrainedModel) -> int:
+    """Query heads of a layer."""
+    return int(model.config.get_text_config().num_attention_heads)

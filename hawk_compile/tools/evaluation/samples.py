@@ -1,0 +1,185 @@
+"""Questions about pictures with their answers: from a JSON Lines file, from a list of records, or the demo's own.
+
+A record holds
+
+    image or images   a path (relative to the file) or PIL images; one or several
+    question          text
+    answer or answers one right answer, or several that all count as right
+    kind              optional: what is asked for, by which tables can be split
+
+What is wrong with a record is said with the line it stands on.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hawk_compile.errors import InputError
+
+DEMO = "demo"
+"""Names the demo's own questions; "demo:tune" those of another split."""
+
+FIELDS = ("image", "images", "question", "answer", "answers", "kind")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        images: paths of pictures, or the pictures.
+        answers: all that count as right.
+        kind: what is asked for.
+        origin: where it stands, for messages.
+    """
+
+    images: tuple[Path | Image.Image, ...]
+    question: str
+    answers: tuple[str, ...]
+    kind: str = ""
+    origin: str = ""
+
+    def pictures(self) -> list[Image.Image]:
+        """The pictures in RGB.
+
+        Raises:
+            InputError: one that cannot be read.
+        """
+        return [picture(each, self.origin) for each in self.images]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of the pictures, which are not decoded for it."""
+        found = []
+        for each in self.images:
+            if isinstance(each, Image.Image):
+                found.append(each.size)
+            else:
+                with Image.open(each) as opened:
+                    found.append(opened.size)
+        return found
+
+
+def picture(image: Path | Image.Image, origin: str) -> Image.Image:
+    try:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{origin}: there is no image {image}: correct the path") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # of what is in the file
+        raise InputError(f"{origin}: {image} cannot be read as an image ({error}): replace it") from None
+
+
+def read_samples(
+    data: "str | PathLike[str] | Iterable[Any]",
+    *,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[Sample]:
+    """All questions of a file or a list, each with pictures that can be read.
+
+    Args:
+        data: a JSON Lines file; records or `Sample`s (a Hugging Face dataset is a list of records); or "demo".
+        limit: no more than the first so many; of the demo's questions, so many.
+        skip_bad: go on without what cannot be used, telling `warn`; else the first of it is an error.
+
+    Raises:
+        InputError: a record that cannot be used, with its line; no file; or no sample at all.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit must be a whole number of at least 1, got {limit!r}")
+    if isinstance(data, str) and data.split(":")[0] == DEMO:
+        from hawk_compile.tools.evaluation.demo import demo_samples
+
+        return demo_samples(data, limit)
+    found: list[Sample] = []
+    for read in records(data):
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            sample = read()
+            sample.pictures()
+            found.append(sample)
+        except InputError as error:
+            if not skip_bad:
+                raise InputError(f"{error}; or skip what cannot be used (skip_bad, --skip-bad)") from None
+            warn(f"skipped: {error}")
+    if not found:
+        name = data if isinstance(data, (str, PathLike)) else type(data).__name__
+        raise InputError(f"data must hold at least one sample, got none in {name}: give one record or line a question")
+    return found
+
+
+def records(data: "str | PathLike[str] | Iterable[Any]") -> Iterator[Callable[[], Sample]]:
+    """Each record as a call that reads it, so that one that cannot be read can be left out."""
+    if not isinstance(data, (str, PathLike)):
+        for number, record in enumerate(data):
+            yield lambda record=record, number=number: of_record(record, Path(), f"record {number}")  # type: ignore[misc]
+        return
+    path = Path(data)
+    if not path.is_file():
+        raise InputError(f'data must be a JSON Lines file or "{DEMO}", got {path}, which is no file')
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield lambda line=line, number=number: of_line(line, path, number)  # type: ignore[misc]
+
+
+def of_line(line: bytes, path: Path, number: int) -> Sample:
+    origin = f"{path} line {number}"
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{origin} is no JSON in UTF-8 ({error}): write one object per line") from None
+    return of_record(record, path.parent, origin)
+
+
+def of_record(record: Any, folder: Path, origin: str) -> Sample:
+    """A record as a sample; relative paths start at the folder.
+
+    Raises:
+        InputError: fields that are missing or of a wrong type.
+    """
+    if isinstance(record, Sample):
+        return record
+    if not isinstance(record, Mapping):
+        raise InputError(f"{origin} must be an object with {', '.join(FIELDS)}, got {type(record).__name__}")
+    images = several(record, "image", "images")
+    if not images:
+        raise InputError(f"{origin}: a question needs an image, got none: give `image` or `images`")
+    for each in images:
+        if not isinstance(each, (str, PathLike, Image.Image)):
+            raise InputError(f"{origin}: images must be paths or pictures, got {type(each).__name__}")
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{origin}: question must be text, got {question!r}")
+    answers = several(record, "answer", "answers")
+    if not answers or not all(is_answer(each) for each in answers):
+        raise InputError(f"{origin}: answers must be one text or several, got {answers!r}: give `answer` or `answers`")
+    return Sample(
+        tuple(each if isinstance(each, Image.Image) else folder / each for each in images),
+        question,
+        tuple(str(each) for each in answers),
+        str(record.get("kind") or ""),
+        origin,
+    )
+
+
+def is_answer(given: Any) -> bool:
+    if isinstance(given, str):
+        return bool(given.strip())
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+
+
+def several(record: Mapping[str, Any], one: str, many: str) -> list[Any]:
+    """The values under either name."""
+    found = record.get(one) if record.get(many) is None else record[many]
+    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]

@@ -1,0 +1,61 @@
+"""What pruning kept of a picture, drawn: the kept tokens, the scores, and each head's own."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hawk_compile.errors import InputError
+from hawk_compile.tools.pictures.seen import Seen
+
+DIMMED = 0.25
+COLUMNS = 8
+"""Maps of heads side by side."""
+
+
+def draw(seen: Seen, path: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(seen.heads) / COLUMNS)
+    figure = Figure(figsize=(12, 4.6 + 1.7 * rows), layout="constrained")
+    halves = figure.add_gridspec(2, 1, height_ratios=[4.6, 1.7 * rows])
+    above, below = (figure.add_subfigure(halves[row]) for row in range(2))
+    kept, total = int(seen.kept.sum()), seen.kept.size
+    titles = (
+        f'"{seen.question}"\nunpruned: {seen.unpruned}',
+        f"{kept} of {total} visual tokens kept\npruned: {seen.answer}",
+        f"scores, {seen.selector}\nratio {seen.ratio:g}",
+    )
+    pixels = np.asarray(seen.image.convert("RGB"))
+    panels = above.subplots(1, 3)
+    for axes, title, shown in zip(panels, titles, (pixels, dimmed(pixels, seen.kept), pixels), strict=True):
+        axes.set_title(title, fontsize=11)
+        axes.axis("off")
+        axes.imshow(shown)
+    extent = (0, pixels.shape[1], pixels.shape[0], 0)
+    panels[2].imshow(seen.scores, extent=extent, alpha=0.65, cmap="inferno")
+    maps = list(below.subplots(rows, min(COLUMNS, len(seen.heads)), squeeze=False).flat)
+    for axes in maps:
+        axes.axis("off")
+    for head, (axes, scores, weight) in enumerate(zip(maps, seen.heads, seen.weights, strict=False)):
+        axes.set_title(f"head {head}: {weight:.2f}", fontsize=8)
+        axes.imshow(scores, cmap="inferno")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written ({error}): give another file, ending in .png") from None
+
+
+def dimmed(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The picture [height, width, 3] uint8, dark where tokens were removed."""
+    height, width = pixels.shape[:2]
+    light = Image.fromarray((255 * np.where(kept, 1.0, DIMMED)).astype(np.uint8)).resize(
+        (width, height), Image.Resampling.NEAREST
+    )
+    return (pixels * (np.asarray(light)[..., None] / 255)).astype(np.uint8)

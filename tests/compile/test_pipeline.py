@@ -1,0 +1,106 @@
+"""The order of the passes and the switches around them."""
+
+import logging
+
+import pytest
+import torch
+
+from hawk_compile.compile.pipeline import PASSES, PassOptions, disabled_passes, run_passes, source_tag
+from hawk_compile.errors import ConfigError
+from hawk_compile.passes.graph import is_call
+from tests.passes import graphs
+
+
+def captured():
+    inputs = graphs.prompt()
+    return graphs.captured(graphs.planned(graphs.Decoder()), inputs, graphs.plan_of(inputs, 2))
+
+
+def test_the_passes_read_as_one_list():
+    assert [step.name for step in PASSES] == [
+        "locate_prefill",
+        "replace_masked_add",
+        "split_at_merge",
+        "insert_scoring",
+        "insert_budget",
+        "insert_ranking",
+        "insert_quotas",
+        "insert_selection",
+        "gather_by_shape",
+        "refresh_values",
+        "replace_masked_scatter",
+        "fold_layers",
+    ]
+
+
+def test_no_merge_counts_elements():
+    before, after = captured(), run_passes(captured(), [], PassOptions())
+    assert [sum(is_call(node, "masked_scatter") for node in gm.graph.nodes) for gm in (before, after)] == [1, 0]
+
+
+def test_each_pass_says_what_it_did(caplog):
+    with caplog.at_level(logging.INFO, logger="hawk_compile"):
+        run_passes(captured(), [], PassOptions())
+    lines = [record.message for record in caplog.records]
+    assert [line.split(":")[0] for line in lines] == [f"{i}. {step.name}" for i, step in enumerate(PASSES, start=1)]
+    assert all("nodes" in line and "ms" in line for line in lines)
+
+
+def test_dump_writes_the_graph_before_and_after_each_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAWK_DUMP", str(tmp_path / "dumps"))
+    run_passes(captured(), [], PassOptions())
+    files = {path.name.split("_", 1)[1] for path in (tmp_path / "dumps").iterdir()}
+    assert files == {"0_captured.py", *(f"{i}_{step.name}.py" for i, step in enumerate(PASSES, start=1))}
+    texts = {path.name.split("_", 2)[2]: path.read_text() for path in (tmp_path / "dumps").iterdir()}
+    assert "score_folded" in texts["insert_scoring.py"] and "score_folded" not in texts["captured.py"]
+
+
+def test_an_optional_pass_can_be_left_out_and_says_so(monkeypatch, caplog):
+    monkeypatch.setenv("HAWK_DISABLE", "refresh_values")
+    with caplog.at_level(logging.WARNING, logger="hawk_compile"):
+        run_passes(captured(), [], PassOptions())
+    assert "refresh_values: left out" in caplog.text
+
+
+def test_fuel_counts_optional_passes(monkeypatch):
+    monkeypatch.setenv("HAWK_FUEL", "0")
+    assert disabled_passes() == {"replace_masked_add", "refresh_values", "replace_masked_scatter", "fold_layers"}
+    monkeypatch.setenv("HAWK_FUEL", "1")
+    assert disabled_passes() == {"refresh_values", "replace_masked_scatter", "fold_layers"}
+    monkeypatch.setenv("HAWK_FUEL", "4")
+    assert disabled_passes() == set()
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "message"),
+    [
+        ("HAWK_DISABLE", "insert_scoring", "without which nothing is pruned"),
+        ("HAWK_DISABLE", "no_such_pass", "the passes are"),
+        ("HAWK_FUEL", "many", "whole number"),
+    ],
+)
+def test_a_switch_that_makes_no_sense_is_refused(monkeypatch, switch, value, message):
+    monkeypatch.setenv(switch, value)
+    with pytest.raises(ConfigError, match=message):
+        run_passes(captured(), [], PassOptions())
+
+
+def test_compilers_caches_are_keyed_by_the_sources():
+    """A compiled graph of other sources must never be taken from a cache."""
+    seen = []
+
+    def inner(gm, example_inputs):
+        seen.append(torch.compiler.config.cache_key_tag)
+        return gm
+
+    from hawk_compile.compile import backend
+    from hawk_compile.settings.config import HawkConfig
+
+    original = backend.inner_compiler
+    backend.inner_compiler = lambda name: inner
+    try:
+        backend.compile_graph(captured(), [], HawkConfig(backend="eager"), PassOptions())
+    finally:
+        backend.inner_compiler = original
+    assert seen == [source_tag()] and len(source_tag()) > 8
+    assert torch.compiler.config.cache_key_tag == ""

@@ -1,0 +1,236 @@
+"""Every selector through the whole compiled path, held to its ranking on the merged embeddings made by hand."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hawk_compile
+from hawk_compile.errors import ConfigError, GraphError
+from hawk_compile.settings.selectors import SELECTORS, random, register_selector
+from tests import eager_reference as reference
+from tests import zoo
+from tests.test_architectures import encoded, fresh
+from tests.zoo import common, rows
+
+NAME = "qwen2_5_vl"
+RATIO = 0.6
+RANKED = ("divprune", "idpruner", "cdpruner", "hawk_diverse", "dart", "qapruner", "norm", "random", "stride")
+
+
+def build(**settings: Any) -> Any:
+    return hawk_compile.optimize(zoo.build(NAME, layers=1), ratio=RATIO, backend="eager", **settings)
+
+
+def kept_by(model: Any, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        model(**fresh(inputs))
+    return hawk_compile.report(model)
+
+
+def given_by_hand(
+    inputs: dict[str, Any], query: str = "mean", name: str = NAME, contrast: float = 0.0
+) -> dict[str, Tensor]:
+    """What a ranking may read, from the eager model."""
+    model = zoo.build(name, layers=1)
+    visual = zoo.visual_mask(name, model, inputs)
+    embeddings = reference.merged_inputs(model, fresh(inputs))["inputs_embeds"]
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    votes = torch.tensor(reference.voters(inputs["input_ids"][0].tolist(), visual[0].tolist(), common.VISION_END, ends))
+    if query == "last":
+        votes = votes & (torch.arange(len(votes)) == votes.nonzero().max())
+    with torch.no_grad():
+        q, k = reference.first_layer_query_key(model, embeddings)
+    heads = q.shape[1]
+    score = reference.scores_of_each if query == "each" else reference.scores
+    weights, scores = torch.full((heads,), 1 / heads), torch.zeros(visual.shape)
+    scores[visual] = score(q[0], k[0], visual[0], votes, weights).float()
+    if contrast:
+        scores[visual] -= contrast * reference.scores(q[0], k[0], visual[0], visual[0], weights).float()
+    budget = torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(int(visual.sum()))])
+    return {"scores": scores, "embeddings": embeddings, "visual_mask": visual, "votes": votes[None], "budget": budget}
+
+
+def positions(ranks: Tensor, given: dict[str, Tensor]) -> list[int]:
+    """All text and the visual tokens that rank highest."""
+    visual = given["visual_mask"][0]
+    order = ranks[0].masked_fill(~visual, -torch.inf).argsort(descending=True, stable=True)
+    best = torch.zeros_like(visual)
+    best[order[: int(given["budget"])]] = True
+    return (best | ~visual).nonzero().squeeze(1).tolist()
+
+
+@pytest.mark.parametrize("selector", RANKED)
+def test_what_is_kept_is_what_the_ranking_puts_first(selector: str) -> None:
+    """At several sizes, from one compilation."""
+    model = build(selector=selector)
+    ranking = SELECTORS[selector].ranking
+    assert ranking is not None
+    for size in zoo.sizes(NAME)[1:4]:
+        inputs = encoded(NAME, model, size)
+        given = given_by_hand(inputs, SELECTORS[selector].query)
+        wanted = [name for name in inspect.signature(ranking).parameters if name in given]
+        expected = ranking(**{name: given[name] for name in wanted})
+        found = kept_by(model, inputs)
+        assert found.keep_indices[0].tolist() == positions(expected, given)
+        assert found.kept_visual_tokens.equal(given["budget"])
+    assert model.__dict__["_hawk_runtime"].compilations == 1
+
+
+def test_heads_alike_and_the_last_text_token() -> None:
+    model = build(selector="uniform", query="last")
+    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+    given = given_by_hand(inputs, "last")
+    found = kept_by(model, inputs)
+    assert found.keep_indices[0].tolist() == positions(given["scores"], given)
+    assert found.head_weights == "uniform"
+
+
+def test_fastv_is_softmax_attention_of_the_last_text_token() -> None:
+    model = build(selector="fastv")
+    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+    found = kept_by(model, inputs)
+    by_settings = kept_by(build(selector="hawk", head_weights="uniform", normalization="softmax", query="last"), inputs)
+    assert found.scores.equal(by_settings.scores)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])  # without and with a norm of queries and keys
+def test_what_needs_no_question_is_taken_off(name: str) -> None:
+    model = hawk_compile.optimize(zoo.build(name, layers=1), ratio=RATIO, backend="eager", contrast=0.5)
+    inputs = encoded(name, model, zoo.sizes(name)[2])
+    given = given_by_hand(inputs, name=name, contrast=0.5)
+    found = kept_by(model, inputs)
+    assert (found.scores - given["scores"]).abs().max() < 1e-6
+    assert found.keep_indices[0].tolist() == positions(given["scores"], given)
+    assert (found.scores - given_by_hand(inputs, name=name)["scores"]).abs().max() > 1e-3
+
+
+def test_hawk_contrast_is_its_settings() -> None:
+    model = build(selector="hawk_contrast")
+    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+    found = kept_by(model, inputs)
+    by_settings = kept_by(build(query="each", normalization="softmax", contrast=0.5), inputs)
+    assert found.scores.equal(by_settings.scores)
+    assert not found.scores.equal(kept_by(build(selector="hawk_contrast", contrast=0), inputs).scores)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_every_voter_by_itself(name: str) -> None:
+    model = hawk_compile.optimize(
+        zoo.build(name, layers=1), ratio=RATIO, backend="eager", query="each", normalization="softmax"
+    )
+    for size in zoo.sizes(name)[1:3]:
+        inputs = encoded(name, model, size)
+        given = given_by_hand(inputs, "each", name)
+        found = kept_by(model, inputs)
+        assert (found.scores - given["scores"]).abs().max() < 1e-6
+        assert found.keep_indices[0].tolist() == positions(given["scores"], given)
+    assert model.__dict__["_hawk_runtime"].compilations == 1
+
+
+@pytest.mark.parametrize("selector", ["idpruner", "hawk_diverse", "stride"])
+def test_a_padded_batch_keeps_what_its_rows_keep(selector: str) -> None:
+    model = build(selector=selector)
+    one, other = zoo.sizes(NAME)[1], zoo.sizes(NAME)[4]
+    batch = rows.encoded(model, zoo.inputs(NAME, model, rows=[one, other]))
+    singles = [rows.row(model, batch, row) for row in range(2)]
+    together = kept_by(model, batch)
+    for row, single in enumerate(singles):
+        alone = kept_by(model, single)
+        padding = together.prompt_tokens - alone.prompt_tokens
+        assert together.keep_indices[row].equal(alone.keep_indices[0] + padding)
+
+
+def test_noise_depends_on_seed_and_prompt() -> None:
+    first, second = torch.randn(2, 1, 500, 4, generator=torch.Generator().manual_seed(0))
+    noise = random(first)
+    assert noise.equal(random(first)) and len(noise.unique()) > 490
+    for other in (random(first, seed=1), random(second), random(first.roll(1, dims=1))):
+        assert not noise.equal(other)
+        assert abs(float(torch.corrcoef(torch.cat([noise, other]))[0, 1])) < 0.15
+    assert abs(float(torch.corrcoef(torch.cat([noise, torch.arange(500.0)[None]]))[0, 1])) < 0.15
+
+
+def norm_of_embedding(embeddings: Tensor, *, power: float = 2.0) -> Tensor:
+    return embeddings.float().norm(p=power, dim=2)
+
+
+def test_a_selector_of_ones_own() -> None:
+    register_selector("longest", norm_of_embedding)
+    try:
+        model = build(selector="longest", selector_options={"power": 1.0})
+        inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+        given = given_by_hand(inputs)
+        ranks = norm_of_embedding(given["embeddings"], power=1.0)
+        assert kept_by(model, inputs).keep_indices[0].tolist() == positions(ranks, given)
+        with pytest.raises(ConfigError, match="is that of another selector"):
+            register_selector("longest", lambda scores: scores)
+    finally:
+        del SELECTORS["longest"]
+
+
+def one_number(scores: Tensor) -> Tensor:
+    return scores.sum()
+
+
+def shorter(scores: Tensor) -> Tensor:
+    return scores[:, :-3]
+
+
+def reads_pixels(pixel_values: Tensor) -> Tensor:
+    return pixel_values
+
+
+@pytest.mark.parametrize(("ranking", "message"), [
+    (lambda scores: scores, "must be a function with a name"),
+    (reads_pixels, "ranking reads_pixels reads pixel_values; there are scores, embeddings"),
+])  # fmt: skip
+def test_functions_that_are_no_rankings(ranking: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        register_selector("mine", ranking)
+    assert "mine" not in SELECTORS
+
+
+def test_a_ranking_without_a_value_per_position() -> None:
+    for ranking in (one_number, shorter):
+        register_selector("mine", ranking)
+        try:
+            model = build(selector="mine")
+            with pytest.raises(GraphError, match=f"{ranking.__name__} must return a float tensor .* like `scores`"):
+                kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
+        finally:
+            del SELECTORS["mine"]
+
+
+@pytest.mark.parametrize("name", ["", "all", "unpruned", "a,b"])
+def test_names_that_no_selector_can_have(name: str) -> None:
+    with pytest.raises(ConfigError, match="name must be an identifier other than all and unpruned"):
+        register_selector(name, norm_of_embedding)
+
+
+def test_scores_of_each_voter_are_fp32_under_autocast() -> None:
+    model = build(query="each")
+    with torch.autocast("cpu", torch.bfloat16):
+        report = kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
+    assert report.scores.dtype == torch.float32
+    assert not report.scores.equal(report.scores.bfloat16().float())
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"selector": "best"}, "selector must be one of hawk, uniform, hawk_each"),
+    ({"query": "first"}, "query must be one of"),
+    ({"selector": "dart", "selector_options": {"pivot": 2}}, "names 'pivot' for selector .*; its options are pivots"),
+    ({"selector_options": {"pivots": 2}}, "it has no options"),
+    ({"selector_options": ["pivots"]}, "selector_options must map names to values"),
+    ({"selector": "qapruner", "selector_options": {"bits": 1}}, r"must be in \[2, 16\], got 1"),
+    ({"selector": "dart", "selector_options": {"pivots": 2.5}}, "must be of type int, got 2.5"),
+    ({"selector": "uniform", "head_weights": [1.0] * 4}, "weights all heads alike"),
+])  # fmt: skip
+def test_settings_that_cannot_be_right(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**settings)

@@ -1,0 +1,125 @@
+"""The command line: what it prints, and that what the user got wrong is one line and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config, T5Config
+from typer.testing import CliRunner, Result
+
+from hawk_compile.compile.pipeline import PASSES
+from hawk_compile.tools import environment
+from hawk_compile.tools.cli import app
+from tests import zoo
+
+SMALL = ("--image-tokens", "64", "--tokens", "20", "--layers", "1")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def refused(*arguments: object) -> str:
+    """The one line on stderr of a call that must fail."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.output
+    assert not result.stdout
+    return lines[0]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder with the configs of a tiny model, and no weights."""
+    model = zoo.build("qwen2_5_vl")
+    model.config.save_pretrained(tmp_path)
+    model.generation_config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_env_names_versions_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAWK_FUEL", "1")
+    shown = call("env").stdout
+    for name in ("hawk_compile", "python", *environment.PACKAGES, "gpu", "c++ compiler"):
+        assert name in shown
+    assert "hawk backend    registered" in shown
+    assert "HAWK_FUEL=1" in shown
+
+
+def test_a_figure_names_where_it_was_measured() -> None:
+    shown = environment.measured_on("cpu")
+    assert shown.startswith(environment.machine("cpu")) and "threads; torch " in shown
+    assert environment.version("transformers") in shown and environment.machine("cuda") == environment.gpus()
+
+
+def test_passes_lists_the_pipeline_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HAWK_DISABLE", raising=False)
+    shown = call("passes").stdout
+    places = [shown.index(step.name) for step in PASSES]
+    assert places == sorted(places)
+    assert shown.count("optional") >= sum(step.optional for step in PASSES)
+    assert all(switch in shown for switch in environment.SWITCHES)
+
+
+def test_passes_shows_what_a_switch_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAWK_DISABLE", "refresh_values")
+    line = next(line for line in call("passes").stdout.splitlines() if "refresh_values" in line)
+    assert line.rstrip().endswith("left out now")
+    monkeypatch.setenv("HAWK_DISABLE", "no_such_pass")
+    assert "no_such_pass" in refused("passes")
+
+
+def test_inspect_a_folder(checkpoint: Path) -> None:
+    result = call("inspect", checkpoint, *SMALL, "--ratio", "0.75")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "4 heads, 2 KV heads of 16",
+        "folded",
+        "input_layernorm",
+        "64 -> 16",
+        "84 -> 36",
+        "[1, S, 64]",
+        "GFLOP",
+    ):
+        assert part in result.stdout
+
+
+def test_inspect_what_cannot_be_pruned(checkpoint: Path, tmp_path: Path) -> None:
+    assert "there is no file" in refused("inspect", tmp_path / "nowhere")
+    assert "ratio" in refused("inspect", checkpoint, "--ratio", "80")
+    assert "image_tokens" in refused("inspect", checkpoint, "--image-tokens", "1")
+    (tmp_path / "broken.json").write_text("{")
+    assert "no model config" in refused("inspect", tmp_path / "broken.json")
+    for config in (Qwen3Config(), T5Config()):
+        config.save_pretrained(tmp_path / config.model_type)
+        assert config.model_type in refused("inspect", tmp_path / config.model_type / "config.json")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--ratio", "1"),
+        ("--backend", "nvcc"),
+        ("--questions", "4"),
+        ("--seed", "-1"),
+        ("--out", "no/such/folder/x.png"),
+    ],
+)
+def test_demo_refuses_before_it_loads_anything(arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hawk_compile.tools.demo.run.load", lambda: pytest.fail("loaded"))
+    assert arguments[0].strip("-") in refused("demo", *arguments)
+
+
+def test_demo_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hawk_compile.tools.demo.run.compiler", lambda: "none: ...")
+    assert "aot_eager" in refused("demo")
+
+
+def test_demo_runs(tmp_path: Path) -> None:
+    result = call("demo", "--backend", "eager", "--questions", "8", "--out", tmp_path / "kept.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    assert "agree on 8 of 8 answers" in " ".join(result.stdout.split())
+    assert [line.split()[0] for line in result.stdout.splitlines() if line.startswith(("random", "oracle"))]
