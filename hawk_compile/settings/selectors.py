@@ -11,7 +11,7 @@ the lower position, and what stands elsewhere does not matter. It reads what its
 
 Parameters with a default are options: numbers, text or flags that a user may set, part of the compiled graph. A ranking
 runs inside that graph, so it is traced: tensor code without shapes that depend on data. Sources and definitions of the
-methods: README, "Selectors".
+methods: docs/selectors.md.
 """
 
 import inspect
