@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hawk_compile.exporting.runner import Runner
-from hawk_compile.runtime.api import RUNTIME, optimize, report
+from hawk_compile.runtime.api import optimize, report
+from hawk_compile.runtime.overrides import RUNTIME
 from hawk_compile.settings.selectors import SELECTORS
 
 

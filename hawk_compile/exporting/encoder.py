@@ -24,7 +24,7 @@ from hawk_compile.capture import segments as packed
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
 from hawk_compile.plan.question import is_any
-from hawk_compile.runtime.api import original
+from hawk_compile.runtime.overrides import original
 
 IMAGE_SIZES = "image_sizes"
 SIZES: dict[str, Shape] = {

@@ -39,9 +39,10 @@ from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
 from hawk_compile.exporting.write import HOST_WEIGHTS, target_of
 from hawk_compile.plan.plan import Plan
 from hawk_compile.plan.question import SpecialIds
-from hawk_compile.runtime.api import RUNTIME, overrides_of, report
+from hawk_compile.runtime.api import report
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.forward import Runtime
+from hawk_compile.runtime.overrides import RUNTIME, overrides_of
 from hawk_compile.runtime.records import Report
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights

@@ -39,7 +39,8 @@ from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, digest
 from hawk_compile.exporting.quiet import quiet
 from hawk_compile.plan.plan import make_plan
 from hawk_compile.plan.question import special_ids
-from hawk_compile.runtime.api import check_model, original
+from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.overrides import original
 from hawk_compile.settings.config import HawkConfig, make_config
 from hawk_compile.settings.head_weights import resolve
 

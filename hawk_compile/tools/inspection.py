@@ -29,7 +29,8 @@ from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Site, site_of
 from hawk_compile.plan.question import SpecialIds, special_ids
-from hawk_compile.runtime.api import check_model, restore
+from hawk_compile.runtime.api import restore
+from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.prefill import planned_forward
 from hawk_compile.settings.config import MODALITIES, HawkConfig
 

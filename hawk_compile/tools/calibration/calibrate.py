@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.runtime.api import check_model
+from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.calibration.ablation import ABLATIONS, LAYER, SCORE
 from hawk_compile.tools.calibration.batch import Batch, heads_of

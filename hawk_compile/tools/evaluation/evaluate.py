@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from hawk_compile.capture import modalities as capture
 from hawk_compile.capture.modalities import fresh
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.runtime.api import RUNTIME, check_model, optimize, report, restore
+from hawk_compile.runtime.api import optimize, report, restore
+from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.overrides import RUNTIME
 from hawk_compile.settings.config import make_config
 from hawk_compile.settings.selectors import SELECTORS
 from hawk_compile.tools.benchmarking.timing import synchronize

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture import modalities as capture
 from hawk_compile.errors import InputError
-from hawk_compile.runtime.api import check_model, report
+from hawk_compile.runtime.api import report
+from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import make_config
 from hawk_compile.settings.head_weights import resolve
 from hawk_compile.tools.checkpoints import fit, prompt

@@ -1,0 +1,56 @@
+"""What cannot be pruned is refused at `optimize`, before anything is changed."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hawk_compile.capture import modalities as capture
+from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.settings.config import MODALITIES, HawkConfig
+
+
+def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities) -> None:
+    """Refuse, before anything is changed, what cannot be pruned."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model must be a transformers.PreTrainedModel, got {name}: give the model that "
+            "AutoModelForImageTextToText.from_pretrained returns; of a wrapper, the model inside it"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder, whose decoder reads images through cross-attention: only decoders that "
+            "hold visual tokens in their prompt can be pruned"
+        )
+    check_modalities(model, modalities)
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
+        )
+    sees = capture.takes(model, "image") or capture.takes(model, "video")
+    if sees and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
+            "its vision encoder; a model class from transformers 5.23 or newer is needed"
+        )
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation != "sdpa":
+        raise UnsupportedModelError(
+            f'{name} uses attn_implementation="{implementation}", and only "sdpa" can be located in a graph: call '
+            'model.set_attn_implementation("sdpa") first'
+        )
+
+
+def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
+    name, taken = type(model).__name__, tuple(each for each in MODALITIES if capture.takes(model, each))
+    if set(taken) & set(asked):
+        return
+    if taken:
+        raise UnsupportedModelError(
+            f"modalities={asked} asks for tokens that {name} does not have: it takes {' and '.join(taken)}, so give "
+            f"modalities={taken}"
+        )
+    parts = [part for part, module in model.named_children() if isinstance(module, PreTrainedModel)
+             and any(capture.takes(module, each) for each in MODALITIES)]
+    remedy = f"; its part model.{parts[0]} has: give that" if parts else ""
+    raise UnsupportedModelError(f"{name} takes no images, videos or audio, so it has no visual tokens to prune{remedy}")
