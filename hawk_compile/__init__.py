@@ -10,8 +10,22 @@
     hawk_compile.bench("small").write("bench/")       # what pruning saves on this machine
     hawk_compile.export(model, inputs, "out/", format="onnx", ratio=0.8)
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
+
+What this package refuses, it refuses with a `hawk_compile.HawkError`.
 """
 
+from hawk_compile.errors import (
+    CaptureError,
+    ConfigError,
+    ExportError,
+    GraphError,
+    HawkError,
+    HeadWeightsError,
+    InputError,
+    ManifestError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
 from hawk_compile.exporting.runner import Runner, load
 from hawk_compile.exporting.write import export
 from hawk_compile.runtime.api import optimize, report, restore
@@ -30,11 +44,21 @@ __all__ = [
     "Adaptive",
     "Benchmark",
     "Calibration",
+    "CaptureError",
+    "ConfigError",
     "Evaluation",
+    "ExportError",
+    "GraphError",
     "HawkConfig",
+    "HawkError",
+    "HeadWeightsError",
+    "InputError",
     "Inspection",
+    "ManifestError",
     "Report",
     "Runner",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
     "bench",
     "calibrate",
     "evaluate",

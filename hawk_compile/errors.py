@@ -1,10 +1,11 @@
-"""Every error this package raises on purpose. Each message names the argument, the rule, the value and the remedy."""
+"""Every error this package raises on purpose, one tree under `HawkError`.
 
+Each message names the argument, the rule, the value and the remedy. What operators raise is defined in
+`hawk_compile.kernels.errors`, what passes raise in `hawk_compile.passes.errors`; this module has all of them.
+"""
+
+from hawk_compile.kernels.errors import HawkError, MarkerError, OperandError
 from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
-
-
-class HawkError(Exception):
-    """Base of the errors that concern a call of this package."""
 
 
 class ConfigError(HawkError, ValueError):
@@ -27,6 +28,10 @@ class InputError(HawkError, ValueError):
     """The inputs of a call contradict each other."""
 
 
+class CaptureError(GraphError):
+    """The model's forward cannot be captured as one graph. The message names the module and line of the model."""
+
+
 class ExportError(HawkError, RuntimeError):
     """A model that cannot be exported, or a package that exporting needs and that is not installed."""
 
@@ -37,6 +42,7 @@ class ManifestError(HawkError, ValueError):
 
 __all__ = [
     "AttentionNotFoundError",
+    "CaptureError",
     "ConfigError",
     "ExportError",
     "GraphError",
@@ -44,7 +50,9 @@ __all__ = [
     "HeadWeightsError",
     "InputError",
     "ManifestError",
+    "MarkerError",
     "MergeNotFoundError",
+    "OperandError",
     "ShapeError",
     "UnsupportedCallError",
     "UnsupportedModelError",

@@ -1,7 +1,9 @@
 """What a pass raises when it refuses a graph. Each message names what was looked for, what was found and a remedy."""
 
+from hawk_compile.kernels.errors import HawkError
 
-class GraphError(RuntimeError):
+
+class GraphError(HawkError, RuntimeError):
     """The graph cannot be pruned; it is left as it was."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture import modalities as capture
-from hawk_compile.errors import ConfigError, ExportError, GraphError, HawkError, InputError
+from hawk_compile.errors import ConfigError, ExportError, HawkError, InputError
 from hawk_compile.exporting.components import (
     DECODE,
     FEATURES,
@@ -353,7 +353,7 @@ def write_part(target: Any, component: Component, folder: Path, options: Any) ->
     try:
         with quiet():
             files, details = target.write(component, folder, options)
-    except (HawkError, GraphError, OSError):
+    except (HawkError, OSError):
         raise
     except Exception as error:
         raise ExportError(

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture import modalities as capture
 from hawk_compile.capture.modalities import capture_lock, tokens_of
 from hawk_compile.compile.backend import compile_graph, options_of
-from hawk_compile.errors import GraphError, HawkError, InputError, UnsupportedCallError
+from hawk_compile.errors import HawkError, InputError, UnsupportedCallError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.errors import AttentionNotFoundError
 from hawk_compile.passes.insert_scoring import Ranks
@@ -65,7 +65,7 @@ class CompiledPrefill:
             try:
                 return self.function(forward, inputs, past_mask, tuple(planned))
             except BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, (GraphError, HawkError)):
+                if isinstance(error.inner_exception, HawkError):
                     raise error.inner_exception from None
                 raise
             except Unsupported as error:

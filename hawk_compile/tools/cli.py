@@ -37,11 +37,11 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from hawk_compile.errors import GraphError, HawkError
+        from hawk_compile.errors import HawkError
 
         try:
             command(*args, **kwargs)
-        except (HawkError, GraphError) as error:
+        except HawkError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
 

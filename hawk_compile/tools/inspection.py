@@ -24,7 +24,7 @@ from hawk_compile.capture import modalities as capture
 from hawk_compile.capture.modalities import capture_lock
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import PRUNING, run_passes
-from hawk_compile.errors import AttentionNotFoundError, GraphError, HawkError, InputError, UnsupportedModelError
+from hawk_compile.errors import AttentionNotFoundError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Site, site_of
@@ -249,7 +249,7 @@ def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: i
             except BackendCompilerFailed as error:
                 if found:
                     return found[0]
-                if isinstance(error.inner_exception, (GraphError, HawkError)):
+                if isinstance(error.inner_exception, HawkError):
                     raise error.inner_exception from None
                 raise
             except TorchDynamoException as error:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.errors import OperandError
 from hawk_compile.kernels.gather import reference
 from hawk_compile.kernels.register import triton_op
 
@@ -24,12 +25,12 @@ def gather(values: Tensor, keep: Tensor) -> Tensor:
         [B, S', ...] contiguous, of values' dtype.
 
     Raises:
-        ValueError: a rank or dtype that cannot be right.
+        OperandError: a rank or dtype that cannot be right.
     """
     if values.dim() < 2:
-        raise ValueError(f"values must be [B, S, ...]; got {tuple(values.shape)}. Add the missing batch dimension.")
+        raise OperandError(f"values must be [B, S, ...]; got {tuple(values.shape)}. Add the missing batch dimension.")
     if keep.dim() != 2 or keep.dtype != torch.int64:
-        raise ValueError(
+        raise OperandError(
             f"keep must be [B, S'] int64; got {tuple(keep.shape)} {keep.dtype}. Pass hawk::select's `keep`."
         )
     # The kernel copies elements of 1, 2, 4 or 8 bytes; the only larger dtype is complex128.

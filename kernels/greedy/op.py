@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.errors import OperandError
 from hawk_compile.kernels.greedy import reference
 
 if find_spec("triton") is not None:
@@ -31,25 +32,29 @@ def greedy_order(
         [B, S] float32: highest at the token taken first, 0 where none was taken.
 
     Raises:
-        ValueError: a rank, dtype, rule or weight that cannot be right.
+        OperandError: a rank, dtype, rule or weight that cannot be right.
     """
     if features.dim() != 3:
-        raise ValueError(f"features must be [B, S, D]; got {tuple(features.shape)}. Pass the merged embeddings.")
+        raise OperandError(f"features must be [B, S, D]; got {tuple(features.shape)}. Pass the merged embeddings.")
     if visual_mask.shape != features.shape[:2] or visual_mask.dtype != torch.bool:
-        raise ValueError(
+        raise OperandError(
             f"visual_mask must be [B, S] bool as features {tuple(features.shape)}; got {tuple(visual_mask.shape)} "
             f"{visual_mask.dtype}. Pass `mask != 0`."
         )
     if importance.shape != visual_mask.shape:
-        raise ValueError(f"importance must be [B, S] like visual_mask {tuple(visual_mask.shape)}; got "
-                         f"{tuple(importance.shape)}. Give one value per position.")
+        raise OperandError(
+            f"importance must be [B, S] like visual_mask {tuple(visual_mask.shape)}; got {tuple(importance.shape)}. "
+            "Give one value per position."
+        )
     if budget.dim() != 1 or budget.dtype != torch.int64:
-        raise ValueError(f"budget must be [B] int64, one number per row; got {tuple(budget.shape)} {budget.dtype}. "
-                         "Convert it with .long().")
+        raise OperandError(
+            f"budget must be [B] int64, one number per row; got {tuple(budget.shape)} {budget.dtype}. "
+            "Convert it with .long()."
+        )
     if rule not in reference.RULES:
-        raise ValueError(f"rule must be one of {', '.join(reference.RULES)}; got {rule!r}.")
+        raise OperandError(f"rule must be one of {', '.join(reference.RULES)}; got {rule!r}.")
     if not 0 <= weight <= 1:
-        raise ValueError(f"weight is the share of importance in [0, 1]; got {weight!r}.")
+        raise OperandError(f"weight is the share of importance in [0, 1]; got {weight!r}.")
     # Autocast would compare features in half precision.
     with torch.autocast(features.device.type, enabled=False):
         if features.is_cuda and find_spec("triton") is not None:

@@ -11,6 +11,8 @@ The two lengths travel as shapes, since only a shape gives the graph a symbolic 
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.errors import MarkerError
+
 VISUAL_OFFSET = 2
 """Added to V': Dynamo specialises sizes 0 and 1, and a row may well keep a single visual token. Not to S', which is 2
 or more with the text that votes: half of a graph's shapes hold it, and a sum in each would make compiling slower."""
@@ -50,9 +52,9 @@ def plan(
         keep [B, S'] int64 (positions), valid [B, S'] bool (False = padding), scores [B, S] float32.
 
     Raises:
-        RuntimeError: always, when it is run: a graph that still holds it was never rewritten.
+        MarkerError: always, when it is run: a graph that still holds it was never rewritten.
     """
-    raise RuntimeError(
+    raise MarkerError(
         "hawk::plan was run, but it only marks a graph for the passes: compile the function that calls it with the "
         "'hawk' backend, which replaces it"
     )

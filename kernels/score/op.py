@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.errors import OperandError
 from hawk_compile.kernels.register import triton_op
 from hawk_compile.kernels.score import reference, voters
 
@@ -42,7 +43,7 @@ def score_folded(
         [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
 
     Raises:
-        ValueError: a rank, dtype or weight shape that cannot be right, or an unknown normalization.
+        OperandError: a rank, dtype or weight shape that cannot be right, or an unknown normalization.
     """
     _check_common(visual_mask, query_mask, head_weights, normalization)
     _check_rank("hidden", hidden, "[B, S, D]")
@@ -52,25 +53,25 @@ def score_folded(
     heads = head_weights.shape[0]
     rows = q_weight.shape[0]
     if rows % heads:
-        raise ValueError(
+        raise OperandError(
             f"q_weight must have H * d rows with H = {heads}, the length of head_weights; got {tuple(q_weight.shape)}. "
             "Pass one head weight per query head."
         )
     head_dim = rows // heads
     if k_weight.shape[0] % head_dim:
-        raise ValueError(
+        raise OperandError(
             f"k_weight must have Hkv * d rows with d = {head_dim}, which is q_weight's {rows} rows over {heads} head "
             f"weights; got {tuple(k_weight.shape)}. Check the number of head weights."
         )
     _check_groups(heads, k_weight.shape[0] // head_dim)
     if not q_weight.shape[1] == k_weight.shape[1] == hidden.shape[2]:
-        raise ValueError(
+        raise OperandError(
             f"q_weight and k_weight must read vectors of hidden's last dimension, {hidden.shape[2]}; got "
             f"{tuple(q_weight.shape)} and {tuple(k_weight.shape)}. Pass the projections that read `hidden`."
         )
     for name, bias, weight in (("q_bias", q_bias, q_weight), ("k_bias", k_bias, k_weight)):
         if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-            raise ValueError(
+            raise OperandError(
                 f"{name} must be [{weight.shape[0]}], one value per row of {name[0]}_weight; got {tuple(bias.shape)}. "
                 "Pass None for a projection without a bias."
             )
@@ -116,7 +117,7 @@ def score_projected(
         [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
 
     Raises:
-        ValueError: a rank, dtype or head count that cannot be right, or an unknown normalization.
+        OperandError: a rank, dtype or head count that cannot be right, or an unknown normalization.
     """
     _check_common(visual_mask, query_mask, head_weights, normalization)
     _check_query_and_key(query, key, head_weights, "[B, H, S, d]")
@@ -154,7 +155,7 @@ def score_each(
         [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
 
     Raises:
-        ValueError: a rank, dtype or head count that cannot be right, or an unknown normalization.
+        OperandError: a rank, dtype or head count that cannot be right, or an unknown normalization.
     """
     _check_common(visual_mask, votes, head_weights, normalization)
     _check_query_and_key(query, key, head_weights, "[B, H, T, d]")
@@ -172,17 +173,19 @@ def _(query: Tensor, key: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
 def _check_common(visual_mask: Tensor, query_mask: Tensor, head_weights: Tensor, normalization: str) -> None:
     if normalization not in reference.NORMALIZATIONS:
         known = ", ".join(reference.NORMALIZATIONS)
-        raise ValueError(f"normalization must be one of {known}; got {normalization!r}.")
+        raise OperandError(f"normalization must be one of {known}; got {normalization!r}.")
     _check_rank("visual_mask", visual_mask, "[B, S]")
     if visual_mask.dtype != torch.bool:
-        raise ValueError(f"visual_mask must be bool, True at visual tokens; got {visual_mask.dtype}. Pass `mask != 0`.")
+        raise OperandError(
+            f"visual_mask must be bool, True at visual tokens; got {visual_mask.dtype}. Pass `mask != 0`."
+        )
     _check_rank("query_mask", query_mask, "[B, S]")
     if query_mask.dtype != torch.bool:
         _check_float("query_mask", query_mask)
     _check_rank("head_weights", head_weights, "[H]")
     _check_float("head_weights", head_weights)
     if head_weights.shape[0] == 0:
-        raise ValueError("head_weights must be [H] with H > 0; got [0]. Pass one weight per query head.")
+        raise OperandError("head_weights must be [H] with H > 0; got [0]. Pass one weight per query head.")
 
 
 def _check_query_and_key(query: Tensor, key: Tensor, head_weights: Tensor, query_shape: str) -> None:
@@ -190,13 +193,13 @@ def _check_query_and_key(query: Tensor, key: Tensor, head_weights: Tensor, query
         _check_rank(name, value, shape)
         _check_float(name, value)
     if query.shape[1] != head_weights.shape[0]:
-        raise ValueError(
+        raise OperandError(
             f"head_weights must be [H] with H = {query.shape[1]}, query's second dimension; got "
             f"{tuple(head_weights.shape)}. Pass one head weight per query head."
         )
     _check_groups(query.shape[1], key.shape[1])
     if query.shape[3] != key.shape[3]:
-        raise ValueError(
+        raise OperandError(
             f"key must have query's last dimension, {query.shape[3]}; got {key.shape[3]}. "
             "Pass query and key of one attention, both before RoPE."
         )
@@ -204,17 +207,17 @@ def _check_query_and_key(query: Tensor, key: Tensor, head_weights: Tensor, query
 
 def _check_rank(name: str, value: Tensor, shape: str) -> None:
     if value.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name} must be {shape}; got {value.dim()} dimensions: {tuple(value.shape)}. Reshape it.")
+        raise OperandError(f"{name} must be {shape}; got {value.dim()} dimensions: {tuple(value.shape)}. Reshape it.")
 
 
 def _check_float(name: str, value: Tensor) -> None:
     if not value.dtype.is_floating_point:
-        raise ValueError(f"{name} must have a floating-point dtype; got {value.dtype}. Convert it with .float().")
+        raise OperandError(f"{name} must have a floating-point dtype; got {value.dtype}. Convert it with .float().")
 
 
 def _check_groups(heads: int, kv_heads: int) -> None:
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
+        raise OperandError(
             f"the number of query heads must be a multiple of the number of KV heads; got {heads} and {kv_heads}. "
             "Check head_weights: its length is the number of query heads."
         )

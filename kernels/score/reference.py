@@ -18,6 +18,8 @@ All arithmetic is fp32, whatever the dtype of the inputs.
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.errors import OperandError
+
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 
 # A smaller norm (l2) or range (minmax) is taken as this much: a head without any signal adds 0, not 0/0. The value is
@@ -104,7 +106,7 @@ def combine_heads(
         high = torch.where(visual, raw, -largest).amax(-1, keepdim=True)
         shares = (raw - low) / (high - low).clamp_min(FLOOR)
     else:
-        raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}; got {normalization!r}")
+        raise OperandError(f"normalization must be one of {', '.join(NORMALIZATIONS)}; got {normalization!r}")
     scores = (shares * head_weights.float().unsqueeze(-1)).sum(1)  # [B, S]
     counted = visual_mask & (query_mask.float().sum(-1, keepdim=True) > 0)
     return torch.where(counted, scores, 0.0)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.errors import OperandError
 from hawk_compile.kernels.register import triton_op
 from hawk_compile.kernels.select import reference
 
@@ -35,25 +36,27 @@ def select(
         keep: [B, length] int64, ascending behind the filling. valid: [B, length] bool, False at padding and filling.
 
     Raises:
-        ValueError: a rank or dtype that cannot be right, or a length outside 0..S where both are plain numbers.
+        OperandError: a rank or dtype that cannot be right, or a length outside 0..S where both are plain numbers.
     """
     for name, value in (("scores", scores), ("visual_mask", visual_mask), ("token_mask", token_mask)):
         if value.dim() != 2:
-            raise ValueError(f"{name} must be [B, S]; got {value.dim()} dimensions: {tuple(value.shape)}. Reshape it.")
+            raise OperandError(
+                f"{name} must be [B, S]; got {value.dim()} dimensions: {tuple(value.shape)}. Reshape it."
+            )
     for name, value in (("visual_mask", visual_mask), ("token_mask", token_mask)):
         if value.dtype != torch.bool:
-            raise ValueError(f"{name} must be bool; got {value.dtype}. Pass `mask != 0`.")
+            raise OperandError(f"{name} must be bool; got {value.dtype}. Pass `mask != 0`.")
     if not scores.dtype.is_floating_point:
-        raise ValueError(f"scores must have a floating-point dtype; got {scores.dtype}. Convert it with .float().")
+        raise OperandError(f"scores must have a floating-point dtype; got {scores.dtype}. Convert it with .float().")
     if budget.dim() != 1 or budget.dtype != torch.int64:
-        raise ValueError(
+        raise OperandError(
             f"budget must be [B] int64, one number of visual tokens per row; got {tuple(budget.shape)} {budget.dtype}. "
             "Convert it with .long(), or expand a single number to the rows."
         )
     # Only plain numbers are compared: on a symbolic size the comparison would become a guard.
     size = scores.shape[1]
     if isinstance(length, int) and isinstance(size, int) and not 0 <= length <= size:
-        raise ValueError(
+        raise OperandError(
             f"length must be between 0 and S = {size}, the row's positions; got {length}. "
             "Pass the largest number of positions that a row keeps."
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import hawk_compile
+from hawk_compile.errors import InputError
 from hawk_compile.tools.demo.scenes import Question, Scene, token_cover
 
 
@@ -154,13 +155,13 @@ def another_question(prompts: list[Prompt], scores: list[Tensor]) -> Score:
     """The scores of the next question about the same scene: how much of a score the question makes.
 
     Raises:
-        ValueError: a scene has one question only.
+        InputError: a scene has one question only.
     """
     borrowed: dict[int, Tensor] = {}
     for scene in {id(prompt.scene): prompt.scene for prompt in prompts}.values():
         places = [place for place, prompt in enumerate(prompts) if prompt.scene is scene]
         if len(places) == 1:
-            raise ValueError(f"scene {scene.index} has one question, and no other to borrow scores from")
+            raise InputError(f"scene {scene.index} has one question, and no other to borrow scores from")
         for place, other in zip(places, places[1:] + places[:1], strict=True):
             borrowed[id(prompts[place])] = scores[other]
     return lambda prompt: borrowed[id(prompt)]

@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
+from hawk_compile.errors import InputError
+
 SPLITS = ("train", "calibration", "tune", "test")
 """Their places are the codes stored with the digits and the first word of each scene's seed."""
 
@@ -200,12 +202,12 @@ def lay_out(
     Args and errors are `make_scene`'s; `few` takes 2 or 3 digits and as many shapes instead of 5 to 8 of each.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+        raise InputError(f"split must be one of {SPLITS}, got {split!r}")
     if index < 0:
-        raise ValueError(f"index must be 0 or more, got {index}")
+        raise InputError(f"index must be 0 or more, got {index}")
     height, width = size or scene_size(split, index)
     if height % TOKEN or width % TOKEN or min(height, width) < 336:
-        raise ValueError(f"size must be (height, width), multiples of {TOKEN} and at least 336, got {(height, width)}")
+        raise InputError(f"size must be (height, width), multiples of {TOKEN} and at least 336, got {(height, width)}")
     rng = np.random.default_rng([SPLITS.index(split), index])
     colors = list(COLORS)
     n_digits, n_shapes = (int(n) for n in (rng.integers(2, 4, 2) if few else rng.integers(5, 9, 2)))
@@ -247,7 +249,7 @@ def make_scene(split: str, index: int, size: tuple[int, int] | None = None, few:
         turn. few: 2 or 3 digits and as many shapes instead of 5 to 8 of each.
 
     Raises:
-        ValueError: an unknown split, a negative index, or a size that breaks the rule.
+        InputError: an unknown split, a negative index, or a size that breaks the rule.
     """
     (height, width), objects = lay_out(split, index, size, few)
     rng = np.random.default_rng([SPLITS.index(split), index, 1])
@@ -272,7 +274,7 @@ def pick_questions(split: str, count: int, per_scene: int = 4, start: int = 0) -
     Which ones is chosen at random, and the same each time. A scene's questions stand side by side.
     """
     if not 1 <= per_scene <= 10:
-        raise ValueError(f"per_scene must be 1 to 10 (every scene has 10 objects to ask about), got {per_scene}")
+        raise InputError(f"per_scene must be 1 to 10 (every scene has 10 objects to ask about), got {per_scene}")
     pairs: list[tuple[Scene, Question]] = []
     index = start
     while len(pairs) < count:
