@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import hawk_compile
-from hawk_compile.capture.modalities import fresh
+from hawk_compile.capture.features import fresh
 from hawk_compile.tools.benchmarking import prompts, timing
 from hawk_compile.tools.benchmarking.images import picture
 from hawk_compile.tools.benchmarking.models import load

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported, UserError
 from transformers import PreTrainedModel
 
-from hawk_compile.capture import modalities as capture
 from hawk_compile.capture import segments as packed
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
+from hawk_compile.capture.patches import install_recorders
 from hawk_compile.errors import UnsupportedModelError
 
 
@@ -36,7 +37,7 @@ class CompiledVision:
         base: Any = model.base_model
         decoder = base.get_decoder()
         children = {name: child for name, child in base.named_children() if child is not decoder}
-        with capture.capture_lock:
+        with capture_lock:
             before = {name: child.__dict__.get("forward") for name, child in children.items()}
             try:
                 for name, child in children.items():
@@ -59,7 +60,7 @@ class CompiledVision:
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
         fixed = {key: value for key, value in given.items() if key not in tensors}
         try:
-            with capture.capture_lock, capture.settings():
+            with capture_lock, capture_settings():
                 if packed.GRID not in tensors:
                     return self.graph(name, child)(forward, fixed, tensors)
                 ready = packed.prepared(child, tensors)
@@ -72,8 +73,8 @@ class CompiledVision:
 
     def graph(self, name: str, child: nn.Module) -> Callable[..., Any]:
         if name not in self.compiled:
-            capture.install_recorders(child)
-            self.compiled[name] = capture.compile_alone(packed.run, backend=self.backend, fullgraph=True)
+            install_recorders(child)
+            self.compiled[name] = compile_alone(packed.run, backend=self.backend, fullgraph=True)
         return self.compiled[name]
 
     def check(self, name: str, found: Any, forward: Callable[..., Any], given: dict[str, Any]) -> None:

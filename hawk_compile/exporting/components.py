@@ -20,7 +20,9 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.dynamo import equate_lengths
+from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.exporting.quiet import quiet
@@ -29,8 +31,8 @@ from hawk_compile.plan.question import SpecialIds, counted, is_any, voting_text
 from hawk_compile.settings.config import HawkConfig
 
 PREFILL, DECODE = "prefill", "decode"
-FEATURES = "{}_features"
-LAYER_FEATURES = "{}_layer_features_{}"
+FEATURES_INPUT = "{}_features"
+LAYER_FEATURES_INPUT = "{}_layer_features_{}"
 KEY, VALUE = "key_{}", "value_{}"
 PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
 
@@ -156,13 +158,13 @@ class Prefill(nn.Module):
         self.run = forward
         self.ids, self.query = ids, query
         self.register_buffer("head_weights", head_weights)
-        self.placeholders = tuple(capture.placeholder_ids(model))
+        self.placeholders = tuple(placeholder_ids(model))
         self.kinds = {modality: type(output) for modality, output in outputs.items()}
         self.one_tensor = {
-            modality: isinstance(output[capture.FEATURES], Tensor) for modality, output in outputs.items()
+            modality: isinstance(output[FEATURES], Tensor) for modality, output in outputs.items()
         }
         self.levels = {
-            modality: [isinstance(level, Tensor) for level in output.get(capture.LAYER_FEATURES) or ()]
+            modality: [isinstance(level, Tensor) for level in output.get(LAYER_FEATURES) or ()]
             for modality, output in outputs.items()
         }
 
@@ -177,7 +179,7 @@ class Prefill(nn.Module):
         keep, valid, scores = torch.ops.hawk.plan(votes, budget, self.head_weights, *lengths)
         outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
-        capture.equate_lengths(inputs, votes)
+        equate_lengths(inputs, votes)
         torch._check(budget.shape[0] == votes.shape[0])
         cache = DynamicCache()
         result = self.run(
@@ -192,13 +194,14 @@ class Prefill(nn.Module):
 
     def encoded(self, modality: str, given: dict[str, Tensor]) -> ModelOutput:
         """The encoder's output in the structure that the model expects, from features [V, D]."""
-        features = given.pop(FEATURES.format(modality))
-        parts: dict[str, Any] = {capture.FEATURES: whole(features, self.one_tensor[modality])}
+        features = given.pop(FEATURES_INPUT.format(modality))
+        parts: dict[str, Any] = {FEATURES: whole(features, self.one_tensor[modality])}
         if self.levels[modality]:
-            levels = [given.pop(LAYER_FEATURES.format(modality, level)) for level in range(len(self.levels[modality]))]
+            names = [LAYER_FEATURES_INPUT.format(modality, level) for level in range(len(self.levels[modality]))]
+            levels = [given.pop(name) for name in names]
             for level in levels:
                 torch._check(level.shape[0] == features.shape[0])
-            parts[capture.LAYER_FEATURES] = [
+            parts[LAYER_FEATURES] = [
                 whole(level, one) for level, one in zip(levels, self.levels[modality], strict=True)
             ]
         return self.kinds[modality](**parts)
@@ -206,9 +209,9 @@ class Prefill(nn.Module):
 
 def named_features(modality: str, output: ModelOutput) -> dict[str, Any]:
     """One modality's features, and those for later layers, by the names that they have as inputs of the prefill."""
-    levels = output.get(capture.LAYER_FEATURES) or []
-    named = {LAYER_FEATURES.format(modality, level): features for level, features in enumerate(levels)}
-    return {FEATURES.format(modality): output[capture.FEATURES], **named}
+    levels = output.get(LAYER_FEATURES) or []
+    named = {LAYER_FEATURES_INPUT.format(modality, level): features for level, features in enumerate(levels)}
+    return {FEATURES_INPUT.format(modality): output[FEATURES], **named}
 
 
 def whole(features: Tensor, one_tensor: bool) -> Any:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
 from hawk_compile.capture import segments as packed
+from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
 from hawk_compile.plan.question import is_any
@@ -85,7 +86,7 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
     """
     calls = recorded_calls(model, inputs)
     components = []
-    placeholders = capture.placeholder_ids(model)
+    placeholders = placeholder_ids(model)
     visual = 2 * int(is_any(inputs["input_ids"], tuple(placeholders)).sum())  # the sample is the inputs twice
     for name, (arguments, outputs) in calls.items():
         child = model.base_model.get_submodule(name)
@@ -180,5 +181,5 @@ def recorded_calls(
 
 
 def parts_of(output: ModelOutput) -> list[Tensor]:
-    held = [output[capture.FEATURES], *(output.get(capture.LAYER_FEATURES) or [])]
+    held = [output[FEATURES], *(output.get(LAYER_FEATURES) or [])]
     return [part for parts in held for part in ([parts] if isinstance(parts, Tensor) else parts)]

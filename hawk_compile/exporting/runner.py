@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
 from hawk_compile.capture import segments as packed
+from hawk_compile.capture.features import EXTRA_ROWS
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.components import (
@@ -227,8 +227,8 @@ class ExportedPrefill:
 
 def joined(features: Any) -> Tensor:
     """[V, D] without the extra rows that a captured graph needs."""
-    rows = features[0]  # of one tensor [1, V, D] or of a list [[V, D]], as capture.join_features makes them
-    return rows[: rows.shape[0] - capture.EXTRA_ROWS]
+    rows = features[0]  # of one tensor [1, V, D] or of a list [[V, D]], as join_features makes them
+    return rows[: rows.shape[0] - EXTRA_ROWS]
 
 
 def counted(positions: Tensor | None, spec: TensorSpec) -> Tensor:

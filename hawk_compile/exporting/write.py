@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.dynamo import capture_lock
+from hawk_compile.capture.encode import run_encoders
+from hawk_compile.capture.modalities import AUDIO, modalities_of, placeholder_ids, raw_modalities, takes
 from hawk_compile.errors import ConfigError, ExportError, HawkError, InputError
 from hawk_compile.exporting.components import (
     DECODE,
-    FEATURES,
+    FEATURES_INPUT,
     KEY,
     PAST_KEY,
     PAST_VALUE,
@@ -109,7 +111,7 @@ def export(
     check_modality(model, inputs)
     check_model(model)
     check_dtype(model, target, format)
-    with capture.capture_lock, written_whole(Path(path), overwrite) as folder:
+    with capture_lock, written_whole(Path(path), overwrite) as folder:
         parts: dict[str, Part] = {}
         encoders: list[str] = []
         weights = resolve(config.used_head_weights, model)
@@ -142,7 +144,7 @@ def export(
             files={file.name: digest(file) for file in sorted(folder.iterdir()) if file.name not in written},
             ids={
                 "vision_end": list(ids.vision_end), "end_of_turn": list(ids.end_of_turn), "special": list(ids.special),
-                "placeholders": capture.placeholder_ids(model),
+                "placeholders": placeholder_ids(model),
             },
             versions={name: importlib.metadata.version(name) for name in (*OWN_PACKAGES, *target.PACKAGES)},
         )  # fmt: skip
@@ -152,9 +154,9 @@ def export(
 
 def check_modality(model: Any, inputs: dict[str, Any]) -> None:
     """Refuse audio, before the model is refused for taking nothing else."""
-    hears = isinstance(model, PreTrainedModel) and capture.takes(model, capture.AUDIO)
-    sees = hears and (capture.takes(model, "image") or capture.takes(model, "video"))
-    if capture.AUDIO in capture.modalities_of(inputs) or (hears and not sees):
+    hears = isinstance(model, PreTrainedModel) and takes(model, AUDIO)
+    sees = hears and (takes(model, "image") or takes(model, "video"))
+    if AUDIO in modalities_of(inputs) or (hears and not sees):
         raise ExportError(
             f"{type(model).__name__} with audio cannot be exported: no format writes an audio encoder yet; export from "
             "inputs with images alone, or run the model with hawk_compile.optimize"
@@ -242,7 +244,7 @@ def components(
     """
     if inputs.get("input_ids") is None:
         raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
-    if not capture.raw_modalities(inputs):
+    if not raw_modalities(inputs):
         raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -264,7 +266,7 @@ def prefill_component(
     base: Any = model.base_model
     remembered = getattr(base, "rope_deltas", None)
     with torch.no_grad():
-        encoded = capture.encode(model, dict(inputs))
+        encoded = run_encoders(model, dict(inputs))
     if hasattr(base, "rope_deltas"):
         base.rope_deltas = remembered  # the model is left as it was
     outputs = {name: output for name, output in encoded["mm_encoder_outputs"].items() if output is not None}
@@ -286,8 +288,8 @@ def prefill_component(
         for name, features in named.items():
             sample[name] = twice(rows_of(features), 0)
             shapes[name] = ("visual", sample[name].shape[1])
-    visual = torch.isin(sample["input_ids"], torch.tensor(capture.placeholder_ids(model), device=ids.device))
-    count = sum(sample[FEATURES.format(modality)].shape[0] for modality in outputs)
+    visual = torch.isin(sample["input_ids"], torch.tensor(placeholder_ids(model), device=ids.device))
+    count = sum(sample[FEATURES_INPUT.format(modality)].shape[0] for modality in outputs)
     special = special_ids(model, config)
     plan = make_plan(sample["input_ids"], visual, sample["attention_mask"], count, special, config)
     sample["budget"], shapes["budget"] = plan.budget, ("batch",)

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.modalities import takes
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.settings.config import MODALITIES, HawkConfig
 
@@ -27,7 +27,7 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
         raise UnsupportedModelError(
             f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
         )
-    sees = capture.takes(model, "image") or capture.takes(model, "video")
+    sees = takes(model, "image") or takes(model, "video")
     if sees and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
@@ -42,7 +42,7 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
 
 
 def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
-    name, taken = type(model).__name__, tuple(each for each in MODALITIES if capture.takes(model, each))
+    name, taken = type(model).__name__, tuple(each for each in MODALITIES if takes(model, each))
     if set(taken) & set(asked):
         return
     if taken:
@@ -51,6 +51,6 @@ def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
             f"modalities={taken}"
         )
     parts = [part for part, module in model.named_children() if isinstance(module, PreTrainedModel)
-             and any(capture.takes(module, each) for each in MODALITIES)]
+             and any(takes(module, each) for each in MODALITIES)]
     remedy = f"; its part model.{parts[0]} has: give that" if parts else ""
     raise UnsupportedModelError(f"{name} takes no images, videos or audio, so it has no visual tokens to prune{remedy}")

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
-from hawk_compile.capture.modalities import capture_lock, tokens_of
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
+from hawk_compile.capture.encode import positions_of
+from hawk_compile.capture.modalities import modalities_of, tokens_of
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.question import SpecialIds
@@ -96,7 +97,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         GraphError: the model's graph cannot be pruned.
     """
     options = kwargs.pop(DECODE_OPTIONS, None)
-    if capture.modalities_of(kwargs) & set(runtime.config.modalities):
+    if modalities_of(kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     cache = kwargs.get("past_key_values")
     if physical_length(cache) == 0:
@@ -120,9 +121,9 @@ def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs:
     note_unpruned(model, runtime, kwargs)
     if not hasattr(model.base_model, "rope_deltas"):
         return step(runtime, forward, kwargs)
-    if kwargs.get("position_ids") is None and capture.modalities_of(kwargs):
+    if kwargs.get("position_ids") is None and modalities_of(kwargs):
         with deltas_of(model, None):
-            kwargs = {**kwargs, "position_ids": capture.positions_of(model.base_model, kwargs)}
+            kwargs = {**kwargs, "position_ids": positions_of(model.base_model, kwargs)}
     tokens, positions = tokens_of(kwargs), kwargs.get("position_ids")
     if positions is None:
         with deltas_of(model, None):
@@ -151,8 +152,8 @@ def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any], options: di
         return forward(**kwargs)
     compiled = runtime.compiled_decode.get(str(options))
     if compiled is None:
-        compiled = runtime.compiled_decode[str(options)] = capture.compile_alone(forward, **options)
-    with capture_lock, capture.settings():
+        compiled = runtime.compiled_decode[str(options)] = compile_alone(forward, **options)
+    with capture_lock, capture_settings():
         return compiled(**kwargs)
 
 
@@ -160,7 +161,7 @@ def note_unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, An
     """Say in the report why a prefill was not pruned."""
     tokens = tokens_of(kwargs)
     rows, length = tokens.shape[:2]
-    if found := sorted(capture.modalities_of(kwargs)):
+    if found := sorted(modalities_of(kwargs)):
         reason = f"the prompt has {' and '.join(found)} only, which is not among modalities={runtime.config.modalities}"
     elif kwargs.get("input_ids") is None:
         reason = "inputs_embeds without visual features: if images are merged into them, they cannot be told from text"

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.modalities import modalities_of
+from hawk_compile.capture.patches import body_overrides
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import PrunedCache, physical_length, physical_mask
 from hawk_compile.runtime.forward import DECODE_OPTIONS, run
@@ -34,13 +35,13 @@ def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
         "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
         "_prepare_multimodal_encoder_kwargs_for_generation": (model, types.MethodType(encode_images, model)),
     }
-    found |= {name: (model.base_model, method) for name, method in capture.body_overrides(model).items()}
+    found |= {name: (model.base_model, method) for name, method in body_overrides(model).items()}
     return found
 
 
 def prunes(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether a prompt of generate holds what the settings ask to prune."""
-    return bool(capture.modalities_of(kwargs) & set(model.__dict__[RUNTIME].config.modalities))
+    return bool(modalities_of(kwargs) & set(model.__dict__[RUNTIME].config.modalities))
 
 
 def original(model: PreTrainedModel, name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from hawk_compile.capture.modalities import capture_lock
+from hawk_compile.capture.dynamo import capture_lock
 from hawk_compile.runtime.conversation import PrunedCache, physical_length
 
 

@@ -10,8 +10,18 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
-from hawk_compile.capture.modalities import capture_lock, tokens_of
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone, equate_lengths
+from hawk_compile.capture.encode import run_encoders
+from hawk_compile.capture.features import arguments_of, cut_extra_rows, feature_count, image_sizes, join_features
+from hawk_compile.capture.modalities import (
+    known_ids,
+    modalities_of,
+    placeholder_ids,
+    placeholders_by_modality,
+    raw_modalities,
+    tokens_of,
+)
+from hawk_compile.capture.patches import install_recorders
 from hawk_compile.compile.backend import compile_graph, options_of
 from hawk_compile.errors import HawkError, InputError, UnsupportedCallError
 from hawk_compile.kernels.plan.op import slots
@@ -40,7 +50,7 @@ class CompiledPrefill:
         self.config = config
         self.options = options_of(config, ranks=ranks)
         self.compilations = 0
-        self.function = capture.compile_alone(planned_forward, backend=self.compile, fullgraph=True)
+        self.function = compile_alone(planned_forward, backend=self.compile, fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
@@ -61,7 +71,7 @@ class CompiledPrefill:
             plan.votes, plan.budget, head_weights, *slots(plan.length, sum(plan.kept), device), plan.candidates,
             plan.least, image, floor,
         )  # fmt: skip
-        with capture_lock, capture.settings():
+        with capture_lock, capture_settings():
             try:
                 return self.function(forward, inputs, past_mask, tuple(planned))
             except BackendCompilerFailed as error:
@@ -81,15 +91,15 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
     grad = torch.is_grad_enabled() and asked
     frames = kwargs.get("video_grid_thw")
     with torch.no_grad():
-        if capture.raw_modalities(kwargs):
+        if raw_modalities(kwargs):
             with deltas_of(model, kwargs.get("past_key_values")):
-                kwargs = capture.encode(model, kwargs)
+                kwargs = run_encoders(model, kwargs)
         if kwargs.get("output_hidden_states"):
-            capture.install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
+            install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
         kwargs = {name: given for name, given in kwargs.items() if name != "mm_token_type_ids"}
         # Frames are counted on the host, so only where something is said of them.
-        sizes = capture.image_sizes(kwargs["mm_encoder_outputs"], frames) if runtime.config.per_image else {}
-        outputs = capture.join_features(kwargs.pop("mm_encoder_outputs"))
+        sizes = image_sizes(kwargs["mm_encoder_outputs"], frames) if runtime.config.per_image else {}
+        outputs = join_features(kwargs.pop("mm_encoder_outputs"))
         refuse_two_kinds_of_layer_features(outputs)
         tokens = tokens_of(kwargs)
         rows, length = tokens.shape[:2]
@@ -137,20 +147,20 @@ def plan_of(
         mask: [B, S], nonzero for real tokens; None if all are.
     """
     config, tokens = runtime.config, tokens_of(kwargs)
-    placeholders = capture.placeholder_ids(model)
+    placeholders = placeholder_ids(model)
     ids = kwargs.get("input_ids")
     if ids is None:
-        ids = capture.known_ids(model, tokens, [*runtime.ids.special, *placeholders])
-    present = capture.modalities_of({**kwargs, "mm_encoder_outputs": outputs})
+        ids = known_ids(model, tokens, [*runtime.ids.special, *placeholders])
+    present = modalities_of({**kwargs, "mm_encoder_outputs": outputs})
     left = sorted(present - set(config.modalities))
-    candidates = is_any(ids, tuple(capture.placeholder_ids(model, config.modalities))) if left else None
+    candidates = is_any(ids, tuple(placeholder_ids(model, config.modalities))) if left else None
     images = None
     if config.per_image:
         refuse_quotas_of_audio(present & set(config.modalities))
         asked_for = {each: sizes[each] for each in sizes if each in config.modalities}
-        images = quotas(ids, capture.placeholders(model), asked_for, config)
+        images = quotas(ids, placeholders_by_modality(model), asked_for, config)
     plan = make_plan(
-        ids, is_any(ids, tuple(placeholders)), mask, capture.feature_count(model, kwargs, outputs), runtime.ids, config,
+        ids, is_any(ids, tuple(placeholders)), mask, feature_count(model, kwargs, outputs), runtime.ids, config,
         kwargs.pop(PROMPT_LENGTH, None), images, candidates,
     )  # fmt: skip
     return plan, left
@@ -191,10 +201,10 @@ def planned_forward(
 ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
     """What Dynamo captures: the model's own forward with the plan beside it."""
     keep, valid, scores = torch.ops.hawk.plan(*planned)
-    outputs = capture.cut_extra_rows(inputs["mm_encoder_outputs"])
+    outputs = cut_extra_rows(inputs["mm_encoder_outputs"])
     inputs = {name: given for name, given in inputs.items() if name != "mm_encoder_outputs"}
-    inputs |= capture.arguments_of(outputs)
-    capture.equate_lengths(inputs, planned[0])
+    inputs |= arguments_of(outputs)
+    equate_lengths(inputs, planned[0])
     if past_mask is not None:
         inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
     return forward(**inputs, return_dict=True), keep, valid, scores

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 
@@ -61,7 +61,7 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 
 
 def refuse_two_kinds_of_layer_features(outputs: dict[str, ModelOutput]) -> None:
-    if len(outputs) > 1 and any(output.get(capture.LAYER_FEATURES) is not None for output in outputs.values()):
+    if len(outputs) > 1 and any(output.get(LAYER_FEATURES) is not None for output in outputs.values()):
         raise UnsupportedCallError(
             f"{' and '.join(outputs)} in one call: this model adds features of both to later layers, which the graph "
             "cannot tell apart; give them in separate calls"

@@ -20,8 +20,10 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig,
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import modalities as capture
-from hawk_compile.capture.modalities import capture_lock
+from hawk_compile.capture.dynamo import capture_lock, capture_settings
+from hawk_compile.capture.features import EXTRA_ROWS, FEATURES, LAYER_FEATURES
+from hawk_compile.capture.modalities import AUDIO, encodes_audio_itself, takes
+from hawk_compile.capture.patches import body_overrides
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import PRUNING, run_passes
 from hawk_compile.errors import AttentionNotFoundError, HawkError, InputError, UnsupportedModelError
@@ -139,8 +141,8 @@ def inspect_model(
             raise InputError(f"{name} must be at least {minimum}, got {given}")
     model = on_meta(source)
     check_model(model, MODALITIES)
-    modality = next(each for each in MODALITIES if capture.takes(model, each))
-    if modality == capture.AUDIO and capture.encodes_audio_itself(model):
+    modality = next(each for each in MODALITIES if takes(model, each))
+    if modality == AUDIO and encodes_audio_itself(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} encodes audio in the middle of its forward, so no prefill can be captured without "
             'audio frames: hawk_compile.optimize(model, modalities=("audio",)) prunes it, and HAWK_DUMP shows its graph'
@@ -229,7 +231,7 @@ def keep_layers(model: PreTrainedModel, wanted: int, total: int) -> int:
 
 def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: int, modality: str) -> Site:
     """Capture one prompt's prefill and run the passes on it."""
-    model.base_model.__dict__.update(capture.body_overrides(model))
+    model.base_model.__dict__.update(body_overrides(model))
     refusals: list[Exception] = []
     for outputs in encoder_outputs(model, visual):
         found: list[Site] = []
@@ -243,7 +245,7 @@ def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: i
 
         inputs = prompt(model, length) | {"mm_encoder_outputs": {modality: outputs}}
         compiled = torch.compile(planned_forward, backend=backend, dynamic=True, fullgraph=True)
-        with capture_lock, capture.settings(), torch.no_grad():
+        with capture_lock, capture_settings(), torch.no_grad():
             try:
                 compiled(model.forward, inputs, None, plan(model, config, length, visual))
             except BackendCompilerFailed as error:
@@ -271,7 +273,7 @@ def encoder_outputs(model: PreTrainedModel, visual: int) -> list[ModelOutput]:
     levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     def features() -> Tensor:
-        return torch.empty((visual + capture.EXTRA_ROWS, weight.shape[1]), dtype=weight.dtype, device=META)
+        return torch.empty((visual + EXTRA_ROWS, weight.shape[1]), dtype=weight.dtype, device=META)
 
     kind: type[ModelOutput] = BaseModelOutputWithPooling
     more: dict[str, Any] = {}
@@ -279,9 +281,9 @@ def encoder_outputs(model: PreTrainedModel, visual: int) -> list[ModelOutput]:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
         kind = BaseModelOutputWithDeepstackFeatures
-        more = {capture.LAYER_FEATURES: [[features()] for _ in range(levels)]}
+        more = {LAYER_FEATURES: [[features()] for _ in range(levels)]}
     structures = ([features()], features().unsqueeze(0))
-    return [kind(**{capture.FEATURES: structure}, **more) for structure in structures]
+    return [kind(**{FEATURES: structure}, **more) for structure in structures]
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:

@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import hawk_compile
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.encode import run_encoders
+from hawk_compile.capture.features import FEATURES, LAYER_FEATURES, join_features
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.encoder import encoder_components
 from tests import zoo
@@ -23,9 +24,9 @@ MODULES = {"qwen2_5_vl": 1, "qwen3_vl": 1, "llava_onevision": 2}
 
 def features(model: Any, size: Any, name: str) -> list[Tensor]:
     with torch.no_grad():
-        outputs = capture.encode(model, dict(zoo.inputs(name, model, rows=[size])))["mm_encoder_outputs"]
-    joined = capture.join_features(outputs)["image"]
-    return tree_leaves([joined[capture.FEATURES], joined.get(capture.LAYER_FEATURES) or []])
+        outputs = run_encoders(model, dict(zoo.inputs(name, model, rows=[size])))["mm_encoder_outputs"]
+    joined = join_features(outputs)["image"]
+    return tree_leaves([joined[FEATURES], joined.get(LAYER_FEATURES) or []])
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.dynamo import capture_settings
 from hawk_compile.kernels.plan.op import slots
 
 WIDTH, HEADS, HEAD_DIM, VOCABULARY, IMAGE = 16, 2, 8, 32, 31
@@ -95,7 +95,7 @@ def captured(function: Callable[..., Any], *args: Any, dynamic: bool = True) -> 
         return gm
 
     compiled = torch.compile(function, backend=keep_graph, dynamic=dynamic, fullgraph=True, isolate_recompiles=True)
-    with torch.no_grad(), capture.settings():
+    with torch.no_grad(), capture_settings():
         try:
             compiled(*args)
         except RuntimeError as error:

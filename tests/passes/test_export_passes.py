@@ -74,13 +74,13 @@ def test_a_portable_prefill_equals_the_compiled_one(selection):
     def backend(graph, example_inputs):
         return run_passes(graph, example_inputs, PassOptions())
 
-    from hawk_compile.capture import modalities as capture
+    from hawk_compile.capture.dynamo import capture_settings
 
     compiled = torch.compile(graphs.planned(model), backend=backend, dynamic=True, fullgraph=True)
     for rows, length, visual, kept in ((2, 12, 5, 2), (3, 17, 9, 1), (4, 30, 20, 7)):
         inputs = graphs.prompt(rows, length, visual)
         plan = graphs.plan_of(inputs, kept)
-        with torch.no_grad(), capture.settings():
+        with torch.no_grad(), capture_settings():
             expected = compiled(inputs, plan)
             found = gm(inputs, plan)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

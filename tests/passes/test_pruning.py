@@ -249,14 +249,14 @@ def pruned(model, rows=1):
     def backend(gm, example_inputs):
         return run_passes(gm, example_inputs, PassOptions())
 
-    from hawk_compile.capture import modalities as capture
+    from hawk_compile.capture.dynamo import capture_settings
 
     compiled = torch.compile(
         graphs.planned(model), backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True
     )
 
     def call(inputs, kept):
-        with torch.no_grad(), capture.settings():
+        with torch.no_grad(), capture_settings():
             return compiled(inputs, graphs.plan_of(inputs, kept))
 
     return call

@@ -49,10 +49,10 @@ def test_numbers_stay_the_same(function):
         seen.append(names(gm))
         return gm
 
-    from hawk_compile.capture import modalities as capture
+    from hawk_compile.capture.dynamo import capture_settings
 
     compiled = torch.compile(function, backend=backend, dynamic=True, fullgraph=True, isolate_recompiles=True)
-    with capture.settings():
+    with capture_settings():
         for seed, length in ((1, 7), (2, 12), (3, 30)):
             given = inputs(seed, length=length)
             assert torch.equal(compiled(*given), function(*given))

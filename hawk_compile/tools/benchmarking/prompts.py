@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.encode import run_encoders
+from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.positions import deltas_of
 from hawk_compile.tools.benchmarking.images import Picture, pixels
@@ -113,15 +115,15 @@ def shortened(prompt: Prompt, given: dict[str, Any], kept: int) -> dict[str, Any
         return rows.unsqueeze(0) if isinstance(whole, Tensor) else [rows]
 
     (modality, output), = given["mm_encoder_outputs"].items()
-    parts = {capture.FEATURES: cut(output[capture.FEATURES])}
-    if output.get(capture.LAYER_FEATURES) is not None:
-        parts[capture.LAYER_FEATURES] = [cut(level) for level in output[capture.LAYER_FEATURES]]
-    per_token = {name: given[name][..., places] for name in capture.PER_TOKEN_INPUTS if given.get(name) is not None}
+    parts = {FEATURES: cut(output[FEATURES])}
+    if output.get(LAYER_FEATURES) is not None:
+        parts[LAYER_FEATURES] = [cut(level) for level in output[LAYER_FEATURES]]
+    per_token = {name: given[name][..., places] for name in PER_TOKEN_INPUTS if given.get(name) is not None}
     return {**given, **per_token, "mm_encoder_outputs": {modality: type(output)(**parts)}}
 
 
 def encode(model: Any, prompt: Prompt) -> dict[str, Any]:
     """Run the vision encoder: the arguments of a forward that begins at the merge."""
     with deltas_of(model, None):
-        given = capture.encode(model, dict(prompt.whole))
+        given = run_encoders(model, dict(prompt.whole))
     return {name: value for name, value in given.items() if name != "mm_token_type_ids"}

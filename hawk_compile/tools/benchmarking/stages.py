@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hawk_compile.capture.modalities import fresh
+from hawk_compile.capture.features import fresh
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.tools.benchmarking import scoring
 from hawk_compile.tools.benchmarking.prompts import Prompt, encode, shortened

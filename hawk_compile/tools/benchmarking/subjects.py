@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hawk_compile.capture import modalities as capture
-from hawk_compile.capture.modalities import fresh
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone, equate_lengths
+from hawk_compile.capture.features import cut_extra_rows, fresh, join_features
+from hawk_compile.capture.patches import body_overrides
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.errors import HawkError
 from hawk_compile.runtime.api import optimize, report
@@ -32,11 +33,11 @@ class Subjects:
         self.model = model
         self.backend = backend
         self.layer = scoring.first_layer(self.plain)
-        self.unpruned.base_model.__dict__.update(capture.body_overrides(self.unpruned))
-        self.graph = capture.compile_alone(unplanned_forward, backend=backend, fullgraph=True)
-        self.decode_graph = capture.compile_alone(self.unpruned.forward, backend=backend)
+        self.unpruned.base_model.__dict__.update(body_overrides(self.unpruned))
+        self.graph = compile_alone(unplanned_forward, backend=backend, fullgraph=True)
+        self.decode_graph = compile_alone(self.unpruned.forward, backend=backend)
         self.vision = CompiledVision(backend)
-        self.hawk_graph = capture.compile_alone(scoring.hawk, backend=backend)
+        self.hawk_graph = compile_alone(scoring.hawk, backend=backend)
 
     @property
     def compilations(self) -> int:
@@ -53,8 +54,8 @@ class Subjects:
     def compiled(self, given: dict[str, Any]) -> Any:
         """The unpruned prefill of encoded images: captured and compiled as the pruned one is, but for the passes."""
         inputs = {name: value for name, value in given.items() if value is not None}
-        inputs |= {"mm_encoder_outputs": capture.join_features(inputs["mm_encoder_outputs"]), "use_cache": True}
-        with capture.capture_lock, capture.settings():
+        inputs |= {"mm_encoder_outputs": join_features(inputs["mm_encoder_outputs"]), "use_cache": True}
+        with capture_lock, capture_settings():
             return self.graph(self.unpruned.forward, inputs | {"past_key_values": DynamicCache()})
 
     def compiled_vision(self, prompt: Prompt) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Subjects:
         return self.compiled(self.compiled_vision(prompt))
 
     def compiled_step(self, **given: Any) -> Any:
-        with capture.capture_lock, capture.settings():
+        with capture_lock, capture_settings():
             return self.decode_graph(**given)
 
     def authors(self, prompt: Prompt, given: dict[str, Any], kept: int) -> Any:
@@ -76,7 +77,7 @@ class Subjects:
             return self.plain(**fresh(given))
 
     def compiled_hawk(self, hidden: Tensor, chosen: scoring.Selection) -> Any:
-        with capture.capture_lock, capture.settings():
+        with capture_lock, capture_settings():
             return self.hawk_graph(
                 self.layer, hidden, chosen.visual, chosen.votes, chosen.weights, chosen.budget, chosen.length
             )
@@ -111,8 +112,8 @@ class Subjects:
 
 def unplanned_forward(forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     """What Dynamo captures of the unpruned prefill: what it captures of the pruned one, without a plan."""
-    inputs = {**inputs, "mm_encoder_outputs": capture.cut_extra_rows(inputs["mm_encoder_outputs"])}
-    capture.equate_lengths(inputs, inputs["input_ids"])
+    inputs = {**inputs, "mm_encoder_outputs": cut_extra_rows(inputs["mm_encoder_outputs"])}
+    equate_lengths(inputs, inputs["input_ids"])
     return forward(**inputs, return_dict=True)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hawk_compile.capture.modalities import capture_lock
+from hawk_compile.capture.dynamo import capture_lock
 
 SCORE, ATTENTION, OUTPUT = "score", "attention", "output"
 ABLATIONS = (SCORE, ATTENTION, OUTPUT)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.plan.question import is_any
 from hawk_compile.tools.calibration.ablation import SCORE, ablated
 from hawk_compile.tools.calibration.likelihood import likelihoods
@@ -44,7 +45,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.inputs = encoded(self.model, self.processor, self.samples)
         self.heads = heads_of(self.model)
-        self.visual = is_any(self.inputs["input_ids"], tuple(capture.placeholder_ids(self.model)))
+        self.visual = is_any(self.inputs["input_ids"], tuple(placeholder_ids(self.model)))
 
     def scores(self) -> list[list[float]]:
         """[1 + H][samples]: with all heads, then without each."""
@@ -93,9 +94,9 @@ def repeated(inputs: dict[str, Any], copies: int) -> dict[str, Any]:
     for modality, output in inputs["mm_encoder_outputs"].items():
         if not output:
             continue
-        parts = {capture.FEATURES: more(output[capture.FEATURES])}
-        if output.get(capture.LAYER_FEATURES) is not None:
-            parts[capture.LAYER_FEATURES] = [more(level) for level in output[capture.LAYER_FEATURES]]
+        parts = {FEATURES: more(output[FEATURES])}
+        if output.get(LAYER_FEATURES) is not None:
+            parts[LAYER_FEATURES] = [more(level) for level in output[LAYER_FEATURES]]
         features[modality] = type(output)(**parts)
     rows = {name: more(value, value.ndim - 2) for name, value in inputs.items() if isinstance(value, Tensor)}
     return {**inputs, **rows, "mm_encoder_outputs": features}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_compile.capture.modalities import fresh
+from hawk_compile.capture.features import fresh
 from hawk_compile.errors import InputError
 from hawk_compile.tools.checkpoints import rendered
 from hawk_compile.tools.evaluation.samples import Sample

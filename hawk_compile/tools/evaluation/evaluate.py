@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hawk_compile.capture import modalities as capture
-from hawk_compile.capture.modalities import fresh
+from hawk_compile.capture.encode import run_encoders
+from hawk_compile.capture.features import fresh
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.runtime.checks import check_model
@@ -303,7 +303,7 @@ def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, 
     made = prompts(processor, [each.pictures() for each in samples], [each.question for each in samples])
     inputs = fit(model, made)
     with_positions = {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}
-    result = capture.encode(model, with_positions)
+    result = run_encoders(model, with_positions)
     result.pop("mm_token_type_ids", None)
     return result
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.checks import check_model
@@ -65,7 +65,7 @@ def look(
     check_model(model)
     at_least_1("max_new_tokens", max_new_tokens)
     inputs = fit(model, prompt(processor, [image], question))
-    visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(capture.placeholder_ids(model)))
+    visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(placeholder_ids(model)))
     shape = grid(inputs, int(visual.sum()))
     made = make_config(None, {"ratio": ratio, **settings})
     weights = resolve(made.used_head_weights, model).values

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import hawk_compile
-from hawk_compile.capture.modalities import fresh
+from hawk_compile.capture.features import fresh
 from hawk_compile.errors import ConfigError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.tools.benchmarking import floors as floors_module
 from hawk_compile.tools.benchmarking import prompts, scoring

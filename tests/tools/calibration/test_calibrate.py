@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import hawk_compile
-from hawk_compile.capture import modalities as capture
+from hawk_compile.capture.encode import run_encoders
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.tools.calibration.ablation import ablated
 from hawk_compile.tools.calibration.batch import repeated
@@ -79,7 +79,7 @@ def test_repeated_rows_have_their_own_pictures(name):
     several = next(row for row in zoo.sizes(name) if len(row.images) == 2)
     inputs = zoo.inputs(name, model, rows=[zoo.sizes(name)[0], several])
     with torch.no_grad():
-        inputs = capture.encode(model, inputs)
+        inputs = run_encoders(model, inputs)
         found = model(**repeated(inputs, 3)).logits
         torch.testing.assert_close(found, model(**fresh(inputs)).logits.repeat(3, 1, 1))
 

@@ -1,0 +1,57 @@
+"""How Dynamo captures a prefill as one graph with a symbolic prompt length and a symbolic number of visual tokens.
+
+Its defaults break at values read from tensors and give equal sizes one symbol: `capture_settings` changes them while a
+graph is captured, and only then.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as fx_config
+
+from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
+
+RECOMPILE_LIMIT = 64
+"""Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""
+
+capture_lock = threading.RLock()
+"""Held while a prefill runs: capturing changes Dynamo's settings, which all threads share."""
+
+
+@contextlib.contextmanager
+def capture_settings() -> Iterator[None]:
+    """Dynamo's settings while a prefill is compiled. Not thread-safe: hold a lock."""
+    with (
+        torch._dynamo.config.patch(
+            capture_scalar_outputs=True,
+            capture_dynamic_output_shape_ops=True,
+            specialize_float=True,
+            recompile_limit=RECOMPILE_LIMIT,
+            accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
+        ),
+        fx_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+    ):
+        yield
+
+
+def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """torch.compile with graphs that count towards no other model's limit. Its annotations do not know the argument."""
+    return torch.compile(function, **{"dynamic": True, "isolate_recompiles": True, **settings})
+
+
+def equate_lengths(inputs: dict[str, Any], votes: Tensor) -> None:
+    """Tell the capture which inputs run along the prompt, so that their lengths are one symbol S, and their rows one B.
+
+    Only such inputs have the names below; by them a mask is known to be as long as the prompt; no operator says so.
+    """
+    for name in PER_TOKEN_INPUTS:
+        given = inputs.get(name)
+        if isinstance(given, Tensor):
+            rows, length = (given.shape[0], given.shape[1]) if name == "inputs_embeds" else given.shape[-2:]
+            torch._check(length == votes.shape[1])
+            if rows != 1:
+                torch._check(rows == votes.shape[0])

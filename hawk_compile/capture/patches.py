@@ -1,0 +1,61 @@
+"""What is put on a model so that its forward can be captured as one graph.
+
+The model's own check of feature count against placeholder count formats the number of features into its message, and
+fixes that number in the graph: the check is made on the host, and inside the graph it is asked about empty tensors.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from hawk_compile.capture.modalities import AUDIO, known_ids, placeholder_ids
+
+
+def get_placeholder_mask(
+    self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any
+) -> Any:
+    """Stands in for the method of this name while a graph is captured: the same masks, a check that always holds."""
+    original: Any = type(self).get_placeholder_mask  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        return original(self, input_ids, inputs_embeds, *args, **features)
+    waiting = placeholder_ids(self)
+    if input_ids is None:
+        input_ids = known_ids(self, inputs_embeds, waiting)
+    if waiting and waiting == placeholder_ids(self, [AUDIO]):
+        # Models that only hear return one mask, expanded to the embeddings, which a check of no features would lose.
+        return (input_ids == waiting[0]).unsqueeze(-1)
+    nothing = inputs_embeds.new_empty(0, 1)
+    args = tuple(None if each is None else nothing for each in args)
+    features = {name: None if each is None else nothing for name, each in features.items()}
+    return original(self, input_ids, inputs_embeds[..., :0], *args, **features)
+
+
+def get_audio_features(self: nn.Module, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the method of this name while a graph is captured: there the input is encoded already, [V, D]."""
+    original: Any = type(self).get_audio_features  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():
+        return original(self, input_features, *args, **kwargs)
+    return BaseModelOutputWithPooling(pooler_output=input_features, last_hidden_state=input_features)
+
+
+def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
+    """The methods to put on the model's body, of those that it has."""
+    base = model.base_model
+    return {
+        method.__name__: types.MethodType(method, base)
+        for method in (get_placeholder_mask, get_audio_features)
+        if hasattr(type(base), method.__name__)
+    }
+
+
+def install_recorders(module: nn.Module) -> None:
+    """Put on the hooks that record hidden states: a model does so at its first such call, under a lock, which no graph
+    can take."""
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            maybe_install_capturing_hooks(part)
