@@ -14,30 +14,36 @@
 What this package refuses, it refuses with a `hawk_compile.HawkError`.
 """
 
-from hawk_compile.errors import (
-    CaptureError,
-    ConfigError,
-    ExportError,
-    GraphError,
-    HawkError,
-    HeadWeightsError,
-    InputError,
-    ManifestError,
-    UnsupportedCallError,
-    UnsupportedModelError,
-)
-from hawk_compile.exporting.runner import Runner, load
-from hawk_compile.exporting.write import export
-from hawk_compile.runtime.api import optimize, report, restore
-from hawk_compile.runtime.records import Report
-from hawk_compile.settings.budgets import Adaptive
-from hawk_compile.settings.config import HawkConfig
-from hawk_compile.settings.selectors import register_selector
-from hawk_compile.tools.benchmarking.bench import Benchmark, bench
-from hawk_compile.tools.calibration.calibrate import Calibration, calibrate
-from hawk_compile.tools.evaluation.evaluate import Evaluation, evaluate
-from hawk_compile.tools.inspection import Inspection
-from hawk_compile.tools.inspection import inspect_model as inspect
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hawk_compile import errors
+    from hawk_compile.errors import (
+        CaptureError,
+        ConfigError,
+        ExportError,
+        GraphError,
+        HawkError,
+        HeadWeightsError,
+        InputError,
+        ManifestError,
+        UnsupportedCallError,
+        UnsupportedModelError,
+    )
+    from hawk_compile.exporting.runner import Runner, load
+    from hawk_compile.exporting.write import export
+    from hawk_compile.runtime.api import optimize, report, restore
+    from hawk_compile.runtime.records import Report
+    from hawk_compile.settings.budgets import Adaptive
+    from hawk_compile.settings.config import HawkConfig
+    from hawk_compile.settings.selectors import register_selector
+    from hawk_compile.tools.benchmarking.bench import Benchmark, bench
+    from hawk_compile.tools.calibration.calibrate import calibrate
+    from hawk_compile.tools.calibration.result import Calibration
+    from hawk_compile.tools.evaluation.evaluate import Evaluation, evaluate
+    from hawk_compile.tools.inspection import Inspection
+    from hawk_compile.tools.inspection import inspect_model as inspect
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,6 +67,7 @@ __all__ = [
     "UnsupportedModelError",
     "bench",
     "calibrate",
+    "errors",
     "evaluate",
     "export",
     "inspect",
@@ -70,3 +77,51 @@ __all__ = [
     "report",
     "restore",
 ]
+
+SUBMODULES = ("errors",)
+HOMES = {
+    "Adaptive": "settings.budgets",
+    "Benchmark": "tools.benchmarking.bench",
+    "Calibration": "tools.calibration.result",
+    "CaptureError": "errors",
+    "ConfigError": "errors",
+    "Evaluation": "tools.evaluation.evaluate",
+    "ExportError": "errors",
+    "GraphError": "errors",
+    "HawkConfig": "settings.config",
+    "HawkError": "errors",
+    "HeadWeightsError": "errors",
+    "InputError": "errors",
+    "Inspection": "tools.inspection",
+    "ManifestError": "errors",
+    "Report": "runtime.records",
+    "Runner": "exporting.runner",
+    "UnsupportedCallError": "errors",
+    "UnsupportedModelError": "errors",
+    "bench": "tools.benchmarking.bench",
+    "calibrate": "tools.calibration.calibrate",
+    "evaluate": "tools.evaluation.evaluate",
+    "export": "exporting.write",
+    "inspect": "tools.inspection:inspect_model",
+    "load": "exporting.runner",
+    "optimize": "runtime.api",
+    "register_selector": "settings.selectors",
+    "report": "runtime.api",
+    "restore": "runtime.api",
+}
+"""The module of each public name, and its name there where that is another: imported when it is first used, since torch
+and transformers take seconds."""
+
+if not TYPE_CHECKING:  # a type checker would believe in any name
+
+    def __getattr__(name: str) -> Any:
+        if name in SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, inner_name = HOMES[name].partition(":")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), inner_name or name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -133,7 +133,7 @@ def calibrate(
 ) -> None:
     """Measure how important each query head is; head_weights= takes the file. A run that was cut off goes on.
 
-    Several processes share the work: torchrun --nproc_per_node 2 -m hawk_compile.tools.cli calibrate ...
+    Several processes share the work: torchrun --nproc_per_node 2 -m hawk_compile calibrate ...
     """
     from hawk_compile.tools.calibration.commands import calibrate_checkpoint
 
