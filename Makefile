@@ -1,21 +1,29 @@
 # make demo    install into .venv and show pruning on the shipped model
-# make test    install into .venv and run what CI checks: ruff, mypy, pytest
+# make test    install into .venv and run ruff, mypy and the tests that are not slow
+# make test-slow   the slow tests; make test-all   everything
 # make check   ruff and mypy alone
 # make bench   install into .venv and time pruning against the same model unpruned
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-slow test-all check bench clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
 
-test: export OMP_NUM_THREADS ?= 1
+test test-slow test-all: export OMP_NUM_THREADS ?= 1
 test: check
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
+
+test-all: check
+	$(PYTEST)
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check

@@ -10,12 +10,12 @@ import hawk_compile
 from tests import zoo
 from tests.test_architectures import RATIOS, check, compilations, eager_case, head_weights
 
-KINDS = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "paligemma")
-"""Positions of several axes; a norm of queries and keys, and features for later layers; plain; sliding windows;
-attention both ways."""
+SLOW = ("qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma")
+"""Positions of several axes; a norm of queries and keys, and features for later layers; sliding windows; attention both
+ways."""
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_inductor_equals_the_hand_gathered_eager_model(name):
     """1e-5 is fp32 rounding over the layers in another order of summation. One layer, since compiling takes its time;
     layers that add features or switch attention get two."""
@@ -27,6 +27,7 @@ def test_inductor_equals_the_hand_gathered_eager_model(name):
     assert compilations(model) == 1
 
 
+@pytest.mark.slow
 def test_a_selector_keeps_what_it_keeps_without_inductor():
     name = "qwen2_5_vl"
     model = zoo.build(name, layers=1)

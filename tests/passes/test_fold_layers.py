@@ -88,6 +88,19 @@ def test_what_cannot_be_called_stays(between):
     assert calls_of(folded(Decoder(between))) == []
 
 
+@pytest.mark.parametrize("widths", [(16,) * LAYERS, (16, 32) * 2])
+def test_what_is_computed_stays(widths, monkeypatch):
+    """Bit for bit, with layers of one kind and of two."""
+    decoder, results = Decoder(gelu, widths), []
+    for left_out in ("", "fold_layers"):
+        monkeypatch.setenv("HAWK_DISABLE", left_out)
+        settings = {"options": {"ratio": 0.6, "backend": "eager"}, "dynamic": True, "isolate_recompiles": True}
+        with torch.no_grad():
+            results.append(torch.compile(decoder, backend="hawk", **settings)(*graphs.prompt())[0])
+    assert results[0].shape[1] < graphs.prompt()[0].shape[1]
+    assert torch.equal(*results)
+
+
 def test_with_gradients_all_weights_get_theirs():
     """Also where equal layers differ in what is trained, which calls of one graph would share."""
     decoder = Decoder(gelu).requires_grad_(False)
@@ -104,6 +117,7 @@ def results(model, name, rows):
     return [out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])  # layers that add features; two kinds of attention
 def test_nothing_changes(name, monkeypatch):
     """Bit for bit, in a padded batch."""
@@ -124,6 +138,7 @@ def test_layers_of_a_length_that_the_graph_finds_stay(caplog):
     assert before == after
 
 
+@pytest.mark.slow
 def test_through_inductor():
     model = hawk_compile.optimize(zoo.build("llava", layers=4), ratio=0.6)
     eager = hawk_compile.optimize(zoo.build("llava", layers=4), ratio=0.6, backend="eager")

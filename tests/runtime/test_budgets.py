@@ -96,6 +96,7 @@ def test_no_row_leaves_its_bounds(bounds: dict[str, Any], expected: int) -> None
     assert "budget=Adaptive(mass=" in report.reason
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     name = "qwen3_vl"
     model = hawk_compile.optimize(zoo.build(name, layers=1), ratio=0.0, budget=Adaptive(MASS), min_per_image=2, **EACH)
