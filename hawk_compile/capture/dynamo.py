@@ -11,9 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental import _config as fx_config
 
 from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
+
+CAPTURE_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit)
+"""What Dynamo raises when it cannot capture a function as one graph."""
+
+CompilerFailed = BackendCompilerFailed
+"""What Dynamo raises when what it hands a graph to raises; `inner_exception` is that."""
 
 RECOMPILE_LIMIT = 64
 """Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""

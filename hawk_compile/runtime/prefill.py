@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone, equate_lengths
+from hawk_compile.capture.diagnosis import diagnosed
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
 from hawk_compile.capture.encode import run_encoders
-from hawk_compile.capture.features import arguments_of, cut_extra_rows, feature_count, image_sizes, join_features
+from hawk_compile.capture.features import feature_count, image_sizes, join_features
 from hawk_compile.capture.modalities import (
     known_ids,
     modalities_of,
@@ -22,10 +22,10 @@ from hawk_compile.capture.modalities import (
     tokens_of,
 )
 from hawk_compile.capture.patches import install_recorders
+from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.compile.backend import compile_graph, options_of
-from hawk_compile.errors import HawkError, InputError, UnsupportedCallError
+from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.kernels.plan.op import slots
-from hawk_compile.passes.errors import AttentionNotFoundError
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.plan import Plan, make_plan
 from hawk_compile.plan.question import is_any
@@ -72,16 +72,7 @@ class CompiledPrefill:
             plan.least, image, floor,
         )  # fmt: skip
         with capture_lock, capture_settings():
-            try:
-                return self.function(forward, inputs, past_mask, tuple(planned))
-            except BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, HawkError):
-                    raise error.inner_exception from None
-                raise
-            except Unsupported as error:
-                raise AttentionNotFoundError(
-                    f"the model's forward cannot be captured as one graph between merge and decoder: {error}"
-                ) from error
+            return self.function(forward, inputs, past_mask, tuple(planned))
 
 
 def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -120,7 +111,8 @@ def run_prefill(model: PreTrainedModel, runtime: "Runtime", forward: Callable[..
         inputs |= {"mm_encoder_outputs": outputs, "attention_mask": mask, "past_key_values": scratch, "use_cache": True}
         inputs = dict(sorted(inputs.items()))  # the graph is guarded by their order
         weights = runtime.weights(tokens.device)
-        result, keep, valid, scores = runtime.prefill.run(forward, inputs, past_mask, plan, weights)
+        with diagnosed(model):
+            result, keep, valid, scores = runtime.prefill.run(forward, inputs, past_mask, plan, weights)
         runtime.static_length = shrink(target, length - keep.shape[1], runtime.static_length)
         target = fill_cache(model, target, scratch, past, use_cache)
         if target is not None:
@@ -194,20 +186,6 @@ def scratch_cache(target: Cache | None) -> DynamicCache:
         for index, layer in enumerate(target.layers):  # type: ignore[union-attr]
             scratch.update(layer.keys, layer.values, index)
     return scratch
-
-
-def planned_forward(
-    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Any, ...]
-) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
-    """What Dynamo captures: the model's own forward with the plan beside it."""
-    keep, valid, scores = torch.ops.hawk.plan(*planned)
-    outputs = cut_extra_rows(inputs["mm_encoder_outputs"])
-    inputs = {name: given for name, given in inputs.items() if name != "mm_encoder_outputs"}
-    inputs |= arguments_of(outputs)
-    equate_lengths(inputs, planned[0])
-    if past_mask is not None:
-        inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
-    return forward(**inputs, return_dict=True), keep, valid, scores
 
 
 def fill_cache(

@@ -14,26 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.dynamo import capture_lock, capture_settings
+from hawk_compile.capture.diagnosis import user_stack
 from hawk_compile.capture.features import EXTRA_ROWS, FEATURES, LAYER_FEATURES
 from hawk_compile.capture.modalities import AUDIO, encodes_audio_itself, takes
-from hawk_compile.capture.patches import body_overrides
+from hawk_compile.capture.prefill import CapturedPrefill, capture_prefill
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import PRUNING, run_passes
-from hawk_compile.errors import AttentionNotFoundError, HawkError, InputError, UnsupportedModelError
+from hawk_compile.errors import CaptureError, InputError, UnsupportedModelError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Site, site_of
 from hawk_compile.plan.question import SpecialIds, special_ids
 from hawk_compile.runtime.api import restore
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.prefill import planned_forward
 from hawk_compile.settings.config import MODALITIES, HawkConfig
 
 META = torch.device("meta")
@@ -132,6 +130,7 @@ def inspect_model(
         ConfigError: a ratio out of range.
         InputError: a path or a number that cannot be used.
         UnsupportedModelError: a model that cannot be pruned.
+        CaptureError: a model whose forward cannot be captured.
         GraphError: a model whose graph cannot be pruned.
     """
     config = HawkConfig(ratio=ratio, backend="eager")
@@ -231,39 +230,33 @@ def keep_layers(model: PreTrainedModel, wanted: int, total: int) -> int:
 
 def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: int, modality: str) -> Site:
     """Capture one prompt's prefill and run the passes on it."""
-    model.base_model.__dict__.update(body_overrides(model))
-    refusals: list[Exception] = []
+    prefill = captured(model, config, length, visual, modality)
+    site = site_of(run_passes(prefill.gm, prefill.example_inputs, options_of(config), PRUNING))
+    assert site is not None
+    return site
+
+
+def captured(
+    model: PreTrainedModel, config: HawkConfig, length: int, visual: int, modality: str
+) -> CapturedPrefill:
+    """One prompt's prefill, its features in the structure that the model expects.
+
+    Raises:
+        CaptureError: it cannot be captured in any; of the structures, the one that came furthest is told of.
+    """
+    refusals: list[CaptureError] = []
     for outputs in encoder_outputs(model, visual):
-        found: list[Site] = []
-
-        def backend(gm: fx.GraphModule, example_inputs: list[Any], found: list[Site] = found) -> Any:
-            gm = run_passes(gm, example_inputs, options_of(config), PRUNING)
-            site = site_of(gm)
-            assert site is not None
-            found.append(site)
-            raise PassesDone
-
         inputs = prompt(model, length) | {"mm_encoder_outputs": {modality: outputs}}
-        compiled = torch.compile(planned_forward, backend=backend, dynamic=True, fullgraph=True)
-        with capture_lock, capture_settings(), torch.no_grad():
-            try:
-                compiled(model.forward, inputs, None, plan(model, config, length, visual))
-            except BackendCompilerFailed as error:
-                if found:
-                    return found[0]
-                if isinstance(error.inner_exception, HawkError):
-                    raise error.inner_exception from None
-                raise
-            except TorchDynamoException as error:
-                refusals.append(error)
-    reasons = "; ".join(str(error).strip().splitlines()[0][:200] for error in refusals)
-    raise AttentionNotFoundError(
-        f"the forward of {type(model).__name__} cannot be captured as one graph between merge and decoder: {reasons}"
-    ) from refusals[0]
+        try:
+            return capture_prefill(model, inputs, None, plan(model, config, length, visual))
+        except CaptureError as error:
+            refusals.append(error)
+    raise max(refusals, key=depth)
 
 
-class PassesDone(Exception):
-    """Ends a compilation after the passes."""
+def depth(error: CaptureError) -> int:
+    """How deep in the model's calls a capture ended."""
+    return len(user_stack(error.__cause__)) if error.__cause__ else 0
 
 
 def encoder_outputs(model: PreTrainedModel, visual: int) -> list[ModelOutput]:

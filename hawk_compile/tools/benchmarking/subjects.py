@@ -1,16 +1,17 @@
 """What is timed against each other: one set of weights under the eager model, the compiled one and the pruned ones."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone, equate_lengths
-from hawk_compile.capture.features import cut_extra_rows, fresh, join_features
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
+from hawk_compile.capture.features import fresh, join_features
 from hawk_compile.capture.patches import body_overrides
+from hawk_compile.capture.prefill import unplanned_forward
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.errors import HawkError
 from hawk_compile.runtime.api import optimize, report
@@ -56,7 +57,8 @@ class Subjects:
         inputs = {name: value for name, value in given.items() if value is not None}
         inputs |= {"mm_encoder_outputs": join_features(inputs["mm_encoder_outputs"]), "use_cache": True}
         with capture_lock, capture_settings():
-            return self.graph(self.unpruned.forward, inputs | {"past_key_values": DynamicCache()})
+            inputs |= {"past_key_values": DynamicCache()}
+            return self.graph(self.unpruned.forward, inputs, None, inputs["input_ids"])
 
     def compiled_vision(self, prompt: Prompt) -> dict[str, Any]:
         with self.vision.encoding(self.unpruned):
@@ -108,13 +110,6 @@ class Subjects:
         positions = torch.stack(list(keep)).to(logits.device)
         with scoring.pruned_by_hand(self.plain, lambda _: positions, prompt):
             return distance(logits, self.plain(**fresh(given)).logits)
-
-
-def unplanned_forward(forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """What Dynamo captures of the unpruned prefill: what it captures of the pruned one, without a plan."""
-    inputs = {**inputs, "mm_encoder_outputs": cut_extra_rows(inputs["mm_encoder_outputs"])}
-    equate_lengths(inputs, inputs["input_ids"])
-    return forward(**inputs, return_dict=True)
 
 
 def kept_of(prompt: Prompt, ratio: float) -> int:

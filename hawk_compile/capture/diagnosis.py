@@ -1,0 +1,105 @@
+"""What Dynamo cannot capture, said in terms of the model: which line of which module, why, and what to do about it."""
+
+import contextlib
+import inspect
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hawk_compile.capture.dynamo import CAPTURE_FAILURES, CompilerFailed
+from hawk_compile.errors import CaptureError, HawkError
+
+NOT_THE_MODEL = (Path(torch.__file__).parent, Path(__file__).parents[1])
+"""Folders whose lines are no lines of a model: torch and this package."""
+LONGEST_REASON = 300
+"""Characters; Dynamo's own messages run to a hundred lines."""
+RESTORE = "call hawk_compile.restore(model) to run it unpruned, and see whether it runs then"
+
+
+@contextlib.contextmanager
+def diagnosed(model: nn.Module, what: str = "", remedy: str = RESTORE) -> Iterator[None]:
+    """Let what Dynamo raises inside be a CaptureError, and what a pass raises inside Dynamo be that error itself.
+
+    Args:
+        model: whose forward is captured; its modules are named by their path in it.
+        what: cannot be captured, in words: the sentence's subject. Left out, the model's forward.
+        remedy: what to do where the model's code cannot be changed.
+
+    Raises:
+        CaptureError: the forward cannot be captured as one graph.
+        HawkError: what a pass raised.
+    """
+    try:
+        yield
+    except CompilerFailed as error:
+        if isinstance(error.inner_exception, HawkError):
+            raise error.inner_exception from None
+        raise
+    except CAPTURE_FAILURES as error:
+        raise capture_error(error, model, what or f"the forward of {type(model).__name__}", remedy) from error
+
+
+def capture_error(error: BaseException, model: nn.Module, what: str, remedy: str) -> CaptureError:
+    """The error in words: what, where in the model, why, and the remedy."""
+    stack = user_stack(error)
+    place = line_of(stack)
+    change = "change that line, or " if place else ""
+    module = module_of(model, stack)
+    within = f" of {module}" if module else ""
+    at = f" at {place}{within}" if place else ""
+    return CaptureError(f"{what} cannot be captured as one graph{at} ({reason_of(error)}): {change}{remedy}")
+
+
+def user_stack(error: BaseException) -> list[traceback.FrameSummary]:
+    """The model's frames, outermost first: those that Dynamo was tracing, or that ran while torch.export traced."""
+    traced = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
+    return [frame for frame in traced if not any(Path(frame.filename).is_relative_to(room) for room in NOT_THE_MODEL)]
+
+
+def line_of(stack: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line, empty if there is none."""
+    if not stack:
+        return ""
+    frame = stack[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: `{(frame.line or '').strip()}`"
+
+
+def module_of(model: nn.Module, stack: Sequence[traceback.FrameSummary]) -> str:
+    """The module whose method holds the innermost line, or the innermost of the lines that called it; '' if none does.
+
+    Modules of one class share their lines, so the first of them is named.
+    """
+    modules = list(model.named_modules())
+    for frame in reversed(stack):
+        holders = [(path, module) for path, module in modules if holds(module, frame)]
+        if holders:
+            path, module = holders[0]
+            more = f" (the first of {len(holders)})" if len(holders) > 1 else ""
+            return f"{type(module).__name__} {path or 'itself'}{more}"
+    return ""
+
+
+def holds(module: nn.Module, frame: traceback.FrameSummary) -> bool:
+    """Whether a line is one of a module's methods', those put on the module itself among them."""
+    methods = [getattr(type(module), frame.name, None), *filter(inspect.ismethod, vars(module).values())]
+    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods if callable(method)]
+    return any(code is not None and code.co_filename == frame.filename and covers(code, frame) for code in codes)
+
+
+def covers(code: types.CodeType, frame: traceback.FrameSummary) -> bool:
+    lines = [line for _, _, line in code.co_lines() if line is not None]
+    return min(lines) <= (frame.lineno or 0) <= max(lines)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why, in one line: the message's first line, its explanation, and the exception where the model raised one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    parts = lines[:1]
+    parts += [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    raised = [line.partition("raised exception ")[2] for line in lines if "context: raised exception " in line]
+    reason = " ".join(part.rstrip(".") + "." for part in (raised or parts[:2]))
+    return reason[:LONGEST_REASON].rstrip(". ") or type(error).__name__

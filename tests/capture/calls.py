@@ -1,0 +1,38 @@
+"""The arguments with which a prefill is captured, as the runtime makes them of a model's inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hawk_compile
+
+Call = tuple[dict[str, Any], torch.Tensor | None, tuple[Any, ...]]
+
+
+class Recorded(Exception):
+    """Ends a prefill where its graph would run."""
+
+
+def call_of(model: Any, inputs: dict[str, Any], **settings: Any) -> Call:
+    """(inputs, past mask, plan) of a model's prefill; nothing is captured. The model is left as it was.
+
+    Args:
+        settings: of `HawkConfig`.
+    """
+    calls: list[Call] = []
+
+    def record(forward: Any, *call: Any) -> Any:
+        calls.append(call)  # type: ignore[arg-type]
+        raise Recorded
+
+    hawk_compile.optimize(model, **{"backend": "eager", **settings})
+    model.__dict__["_hawk_runtime"].prefill.function = record
+    try:
+        with pytest.raises(Recorded):
+            model(**inputs)
+    finally:
+        hawk_compile.restore(model)
+    return calls[0]
