@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import hawk_compile
+from hawk_compile import selectors
 from hawk_compile.tools.checkpoints import read_checkpoint
 from hawk_compile.tools.environment import measured_on
 from hawk_compile.tools.evaluation.demo import MODEL
@@ -29,8 +30,8 @@ GROUP = 32
 METHODS: dict[str, dict[str, Any]] = {
     "hawk": {},
     "uniform": {"selector": "uniform"},
-    "qapruner, bits 8": {"selector": "qapruner", "selector_options": {"bits": 8}},
-    "qapruner, bits 4": {"selector": "qapruner", "selector_options": {"bits": 4}},
+    "qapruner, bits 8": {"selector": selectors.QAPruner(bits=8)},
+    "qapruner, bits 4": {"selector": selectors.QAPruner(bits=4)},
 }
 
 

@@ -27,13 +27,12 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=800)
     parser.add_argument("--split", default="tune", choices=["calibration", "tune", "test"])
     given = parser.parse_args()
-    hawk_compile.register_selector("likeness", likeness)
     found = hawk_compile.evaluate(
         AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32"),
         AutoProcessor.from_pretrained(MODEL),
         f"demo:{given.split}",
         ratios=(0.8, 0.9),
-        selectors=("hawk", "hawk_diverse", "cdpruner", "likeness"),
+        selectors=("hawk", "hawk_diverse", "cdpruner", likeness),
         baseline="cdpruner",
         limit=given.questions,
         batch=50,

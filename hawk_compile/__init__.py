@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hawk_compile import errors
+    from hawk_compile import errors, selectors
     from hawk_compile.errors import (
         CaptureError,
         ConfigError,
@@ -76,9 +76,10 @@ __all__ = [
     "register_selector",
     "report",
     "restore",
+    "selectors",
 ]
 
-SUBMODULES = ("errors",)
+SUBMODULES = ("errors", "selectors")
 HOMES = {
     "Adaptive": "settings.budgets",
     "Benchmark": "tools.benchmarking.bench",

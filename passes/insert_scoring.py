@@ -9,8 +9,8 @@
 
 Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
 that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. Where every voting token is scored by
-itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. With a contrast, the scores by the
-visual tokens' own mean query times this are taken off. The rest of the graph is unchanged.
+itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is
+unchanged.
 
 In a tensor-parallel model each rank has some of the heads: it scores by these, and the sum over the ranks, the same on
 all of them, is the score.
@@ -48,7 +48,6 @@ def insert_scoring(
     normalization: str = "l2",
     head_weights: Tensor | None = None,
     query: str = "mean",
-    contrast: float = 0.0,
     ranks: Ranks | None = None,
 ) -> fx.GraphModule:
     """Insert the scores; `site.scores` names them.
@@ -58,8 +57,6 @@ def insert_scoring(
         head_weights: [H] float32, for graphs whose caller put no `hawk::plan` beside the model. None: equal weights.
         query: 'mean': the mean query of all that vote; 'last': without a plan, the last token's; 'each' or 'content':
             see `hawk_compile.kernels.score.voters`.
-        contrast: how much of what the visual tokens see in each other, without any question, is taken off:
-            score[v] = sum_h w[h] (normalize_v(raw by the voters) - contrast * normalize_v(raw by the visual tokens)).
         ranks: of a tensor-parallel model.
 
     Raises:
@@ -89,9 +86,6 @@ def insert_scoring(
         site.scores = insert_each(build, site, copies, weights, normalization, query == "content")
     else:
         site.scores = insert_mean(build, site, copies, votes, weights, normalization)
-    if contrast:
-        unasked = insert_mean(build, site, copies, site.visual_mask, weights, normalization)
-        site.scores = build.call(torch.sub, site.scores, build.call(torch.mul, unasked, contrast))
     if ranks is not None and shared:
         site.scores = build.call(all_reduce, site.scores, "sum", ranks.group)
     return gm

@@ -60,10 +60,9 @@ def options_of(config: HawkConfig, **more: Any) -> PassOptions:
     return PassOptions(
         normalization=config.used_normalization,
         query="mean" if config.used_query == "last" else config.used_query,
-        contrast=config.used_contrast,
         mass=None if config.budget is None else config.budget.mass,
         ranking=method.ranking,
-        ranking_options=tuple({**method.options, **config.selector_options}.items()),
+        ranking_options=tuple(method.options.items()),
         **more,
     )
 

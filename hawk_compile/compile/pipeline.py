@@ -59,7 +59,7 @@ PRUNING = (
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
-    Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query", "contrast", "ranks")),
+    Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query", "ranks")),
     Step(insert_budget, "count how many visual tokens every row keeps", ("removed", "mass")),
     Step(insert_ranking, "let a selector rank the visual tokens", ("ranking", "ranking_options")),
     Step(insert_quotas, "let every image keep its floor of visual tokens"),
@@ -94,7 +94,6 @@ class PassOptions:
 
     normalization: str = "l2"
     query: str = "mean"
-    contrast: float = 0.0
     ranks: Ranks | None = None
     head_weights: Tensor | None = None
     removed: Fraction = Fraction(0)

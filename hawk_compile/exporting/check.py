@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hawk_compile.exporting.runner import Runner
 from hawk_compile.runtime.api import optimize, report
 from hawk_compile.runtime.overrides import RUNTIME
-from hawk_compile.settings.selectors import SELECTORS
+from hawk_compile.settings.selectors import SELECTORS, selector_named
 
 
 @dataclass
@@ -50,10 +50,8 @@ def compare(
         ratio=manifest.ratio if ratio is None else ratio,
         head_weights="auto" if SELECTORS[manifest.selector].head_weights else tuple(manifest.head_weights),
         normalization=manifest.normalization,
-        selector=manifest.selector,
-        selector_options=manifest.selector_options,
+        selector=selector_named(manifest.selector, manifest.selector_options),
         query=manifest.query,
-        contrast=manifest.contrast,
         backend="eager",
     )
     settings: dict[str, Any] = {

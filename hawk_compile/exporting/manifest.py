@@ -9,7 +9,7 @@ from typing import Any
 from hawk_compile.errors import ManifestError
 
 FILE_NAME = "manifest.json"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Manifest:
     Attributes:
         format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         ratio: fraction of visual tokens removed unless a request says otherwise.
-        selector, selector_options, query, normalization, contrast, head_weights, head_weights_origin: how visual tokens
+        selector, selector_options, query, normalization, head_weights, head_weights_origin: how visual tokens
             are scored and chosen.
         dtype: of weights and activations.
         model: class of the exported model.
@@ -63,7 +63,6 @@ class Manifest:
     selector_options: dict[str, Any]
     query: str
     normalization: str
-    contrast: float
     head_weights: list[float]
     head_weights_origin: str
     dtype: str

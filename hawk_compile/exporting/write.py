@@ -48,7 +48,7 @@ from hawk_compile.settings.head_weights import resolve
 
 FORMATS = ("onnx", "aoti", "openvino", "tensorrt", "executorch")
 SETTINGS = (
-    "head_weights", "normalization", "selector", "selector_options", "query", "contrast",
+    "head_weights", "normalization", "selector", "selector_options", "query",
     "vision_end_token_id", "end_of_turn_token_id",
 )  # fmt: skip
 """Settings of `optimize` that every format takes, beside `ratio`."""
@@ -83,7 +83,7 @@ def export(
         overwrite: replace the folder if it is an export.
         processor: saved beside the model, if given.
         progress: told in a line what has been done.
-        **settings: `head_weights`, `normalization`, `selector`, `selector_options`, `query`, `contrast`,
+        **settings: `head_weights`, `normalization`, `selector`, `selector_options`, `query`,
             `vision_end_token_id`, `end_of_turn_token_id`, as for `optimize`;
             for ONNX also `quantization` ("int8"); for TensorRT and ExecuTorch also `sizes`, see
             `hawk_compile.exporting.profile`; for TensorRT also `compute_capabilities`.
@@ -129,11 +129,10 @@ def export(
         manifest = Manifest(
             format=format,
             ratio=config.ratio,
-            selector=config.selector,
-            selector_options=dict(config.selector_options),
+            selector=config.method.name,
+            selector_options=dict(config.method.options),
             query=config.used_query,
             normalization=config.used_normalization,
-            contrast=config.used_contrast,
             head_weights=weights.values.tolist(),
             head_weights_origin=weights.origin,
             dtype=str(model.dtype).removeprefix("torch."),

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.settings.budgets import Adaptive
-from hawk_compile.settings.selectors import SELECTORS, Selector
+from hawk_compile.settings.selectors import (
+    RankingFunction,
+    Selector,
+    selector_of,
+    warn_of_old_spelling,
+    with_options,
+)
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -44,15 +50,12 @@ class HawkConfig:
             default), "softmax" or "minmax". None: as the selector has it, "l2" for "hawk".
         modalities: whose tokens may be removed: a tuple of "image", "video" and "audio". Those of several compete for
             one budget; those of others stay whole, and do not vote. "Visual tokens" are those of all asked for.
-        selector: how visual tokens are ranked: "hawk" (by its score), or another name in
-            `hawk_compile.settings.selectors`.
-        selector_options: options of that selector by name.
+        selector: how visual tokens are ranked: "hawk" (by its score) or another name, a selector with options such as
+            `hawk_compile.selectors.IDPruner(importance=0.3)`, or a ranking function of one's own.
+        selector_options: deprecated: options of a selector that `selector` names.
         query: how the voting text counts: "mean" (its mean query, as in the paper), "last" (its last token alone),
             "each" (every token's own normalised scores, alike) or "content" (those by how specific the token's
             attention is); see `hawk_compile.kernels.score.voters`. None: as the selector has it, "mean" for "hawk".
-        contrast: how much of what does not depend on the question is taken off the scores: each head's normalised
-            scores by the mean query of the visual tokens themselves, times this, in [0, 1]. None: as the selector has
-            it, 0 for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         compile_vision: also compile the vision encoder, as graphs of its own for images of all sizes.
@@ -69,10 +72,9 @@ class HawkConfig:
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
     normalization: str | None = None
     modalities: tuple[str, ...] = ("image", "video")
-    selector: str = "hawk"
+    selector: str | Selector | RankingFunction = "hawk"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     query: str | None = None
-    contrast: float | None = None
     backend: str = "inductor"
     compile_decode: bool = False
     compile_vision: bool = False
@@ -87,7 +89,6 @@ class HawkConfig:
             check_choice("normalization", self.normalization, NORMALIZATIONS)
         if self.query is not None:
             check_choice("query", self.query, QUERIES)
-        check_contrast(self.contrast)
         check_modalities(self.modalities)
         check_selector(self)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
@@ -96,10 +97,10 @@ class HawkConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
-    @property
+    @functools.cached_property
     def method(self) -> Selector:
-        """The selector that `selector` names."""
-        return SELECTORS[self.selector]
+        """The selector that `selector` means."""
+        return selector_of(self.selector)
 
     @property
     def used_query(self) -> str:
@@ -110,11 +111,6 @@ class HawkConfig:
     def used_normalization(self) -> str:
         """`normalization`, or what the selector has for it."""
         return self.normalization or self.method.normalization
-
-    @property
-    def used_contrast(self) -> float:
-        """`contrast`, or what the selector has for it."""
-        return self.method.contrast if self.contrast is None else float(self.contrast)
 
     @property
     def used_head_weights(self) -> Any:
@@ -157,12 +153,6 @@ def check_ratio(ratio: Any) -> None:
         raise ConfigError(f"{rule}, got {ratio!r}{hint}")
 
 
-def check_contrast(given: Any) -> None:
-    number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if given is not None and not (number and 0 <= given <= 1):
-        raise ConfigError(f"contrast must be a number in [0, 1], or None for the selector's own, got {given!r}")
-
-
 def check_budget(config: HawkConfig) -> None:
     if config.budget is not None and not isinstance(config.budget, Adaptive):
         raise ConfigError(f"budget must be hawk_compile.Adaptive(...) or None, got {config.budget!r}")
@@ -187,26 +177,20 @@ def check_modalities(given: Any) -> None:
 
 
 def check_selector(config: HawkConfig) -> None:
-    check_choice("selector", config.selector, tuple(SELECTORS))
-    selector = SELECTORS[config.selector]
-    if not isinstance(config.selector_options, Mapping):
-        raise ConfigError(f"selector_options must map names to values, got {config.selector_options!r}")
-    known = selector.options
-    for name, given in config.selector_options.items():
-        if name not in known:
-            there_are = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise ConfigError(f'selector_options names {name!r} for selector "{config.selector}"; {there_are}')
-        if type(given) is not type(known[name]):
-            kind = type(known[name]).__name__
-            raise ConfigError(f'selector_options["{name}"] must be of type {kind}, got {given!r}')
-        low, high = selector.bounds.get(name, (-math.inf, math.inf))
-        if isinstance(given, (int, float)) and not low <= given <= high:
-            raise ConfigError(f'selector_options["{name}"] must be in [{low:g}, {high:g}], got {given!r}')
-    if selector.head_weights == "uniform" and not (
+    method = config.method
+    if config.selector_options or not isinstance(config.selector_options, Mapping):
+        method = with_options(method, config.selector_options)
+        warn_of_old_spelling(
+            f"selector_options is deprecated: give selector=selectors.{method!r}, after `from hawk_compile import "
+            "selectors`"
+        )
+        for name, value in (("selector", method), ("selector_options", {}), ("method", method)):
+            object.__setattr__(config, name, value)
+    if method.head_weights == "uniform" and not (
         isinstance(config.head_weights, str) and config.head_weights in ("auto", "uniform")
     ):
         raise ConfigError(
-            f'selector "{config.selector}" weights all heads alike: leave head_weights out, or take selector "hawk"'
+            f'selector "{method.name}" weights all heads alike: leave head_weights out, or take selector "hawk"'
         )
 
 

@@ -1,210 +1,365 @@
-"""Selectors by name: how the visual tokens of a prompt are ranked; every row keeps its best.
+"""Selectors: how the visual tokens of a prompt are scored and ranked. A class for each method, its options as fields.
 
-A ranking is a function of tensors, [B, S] float: the visual tokens with the highest values are kept, ties in favour of
-the lower position, and what stands elsewhere does not matter. It reads what its parameters name:
-
-    scores       [B, S] float32: the HAWK score of every visual token, 0 elsewhere
-    embeddings   [B, S, D]: the prompt at the decoder's input, visual features among the token embeddings
-    visual_mask  [B, S] bool: real visual tokens
-    votes        [B, S] bool: the text that votes
-    budget       [B] int64: visual tokens that each row keeps
-
-Parameters with a default are options: numbers, text or flags that a user may set, part of the compiled graph. A ranking
-runs inside that graph, so it is traced: tensor code without shapes that depend on data. Sources and definitions of the
-methods: docs/selectors.md.
+    optimize(model, selector=IDPruner(importance=0.3))
+    optimize(model, selector="idpruner")                        the same method, its options as they are by default
+    optimize(model, selector=my_ranking)                        a function of one's own, see `rankings.py`
+    optimize(model, selector=Ranking(my_ranking, {"power": 2.0}, portable=False))
 """
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import hawk_compile.kernels.greedy.op  # noqa: F401  registers the operator
 from hawk_compile.errors import ConfigError
-from hawk_compile.kernels.greedy.reference import unit_range
 from hawk_compile.passes.insert_ranking import READABLE
+from hawk_compile.settings import rankings
 
-Ranking = Callable[..., Tensor]
+RankingFunction = Callable[..., Tensor]
+BOUNDS = "bounds"
+RESERVED = ("all", "unpruned")
+"""What `evaluate` calls all selectors, and none."""
 
 
-@dataclass(frozen=True)
 class Selector:
     """How visual tokens are ranked.
 
     Attributes:
-        ranking: see above; None: by the HAWK score itself.
-        query, normalization, contrast: of the HAWK score, if the settings do not say.
+        name: what `selector=` and tables call it.
+        options: the ranking's options by name: numbers, text or flags, which JSON can hold.
+        ranking: see `rankings.py`; None: by the HAWK score itself.
+        query, normalization: of the HAWK score, if the settings do not say.
         head_weights: "uniform" where the method knows no head weights; None: as the settings say.
-        portable: whether the ranking can be exported: it consists of PyTorch's own operators.
-        bounds: least and largest values of options that have any.
+        portable: whether the ranking can be exported: it consists of operators that other runtimes know.
+
+    Raises:
+        ConfigError: an option of another type, or out of its range.
     """
 
-    ranking: Ranking | None = None
+    name: str
+    options: Mapping[str, Any]
+    ranking: RankingFunction | None = None
     query: str = "mean"
     normalization: str = "l2"
-    contrast: float = 0.0
     head_weights: str | None = None
     portable: bool = True
-    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own = fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
+        for each in own:
+            low, high = each.metadata.get(BOUNDS, (-math.inf, math.inf))
+            value = checked_option(self.name, each.name, getattr(self, each.name), type(each.default))
+            if not isinstance(value, str) and not low <= value <= high:
+                raise ConfigError(
+                    f'{each.name} of selector "{self.name}" must be in [{low:g}, {high:g}], got {value!r}'
+                )
+            object.__setattr__(self, each.name, value)
+        object.__setattr__(self, "options", {each.name: getattr(self, each.name) for each in own})
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The ranking's options with their defaults."""
-        parameters = inspect.signature(self.ranking).parameters if self.ranking is not None else {}
-        return {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    def defaults(self) -> dict[str, Any]:
+        """The options as they are where nothing is said."""
+        return {each.name: each.default for each in fields(self)}  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        changed = [f"{name}={value}" for name, value in self.options.items() if value != self.defaults[name]]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
-def divprune(embeddings: Tensor, visual_mask: Tensor, budget: Tensor) -> Tensor:
-    importance = torch.zeros_like(visual_mask, dtype=torch.float32)
-    return torch.ops.hawk.greedy_order(embeddings, importance, visual_mask, budget, "max_min", 0.0)
+def bounded(default: Any, low: float, high: float) -> Any:
+    """An option with its least and its largest value."""
+    return field(default=default, metadata={BOUNDS: (low, high)})
 
 
-def idpruner(
-    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, budget: Tensor, *, importance: float = 0.5
-) -> Tensor:
-    return torch.ops.hawk.greedy_order(embeddings, scores, visual_mask, budget, "mmr", importance)
+def checked_option(selector: str, name: str, value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f'{name} of selector "{selector}" must be of type {kind.__name__}, got {value!r}')
+    return value
 
 
-def cdpruner(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor) -> Tensor:
-    """Relevance is the likeness to the text; the paper takes it from CLIP's text encoder."""
-    return torch.ops.hawk.greedy_order(embeddings, likeness_to_text(embeddings, votes), visual_mask, budget, "dpp", 0.0)
+def check_names(argument: str, options: Any, known: Mapping[str, Any], selector: str) -> None:
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{argument} must map names to values, got {options!r}")
+    for name in options:
+        if name not in known:
+            there_are = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f'{argument} names {name!r} for selector "{selector}"; {there_are}')
 
 
-def likeness_to_text(embeddings: Tensor, votes: Tensor) -> Tensor:
-    """[B, S]: the cosine of every token to the voting text's mean embedding."""
-    text = (embeddings.float() * votes.unsqueeze(2)).sum(1, keepdim=True)
-    return torch.nn.functional.cosine_similarity(embeddings.float(), text, dim=2)
+@dataclass(frozen=True)
+class Hawk(Selector):
+    """The HAWK score: the mean query of the question."""
+
+    name = "hawk"
 
 
-def hawk_diverse(
-    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor, *, likeness: float = 0.5
-) -> Tensor:
-    """The weighted geometric mean of the HAWK score and the likeness to the text, both in [0, 1], as relevance against
-    what is kept already."""
-    score, like = (unit_range(each, visual_mask) for each in (scores, likeness_to_text(embeddings, votes)))
-    relevance = score ** (1 - likeness) * like**likeness
-    return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
+@dataclass(frozen=True)
+class Uniform(Selector):
+    """The HAWK score with all heads alike."""
+
+    name = "uniform"
+    head_weights = "uniform"
 
 
-def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
-    """Pivots are the visual and the voting text tokens of the largest L1 norm; what resembles them least is kept."""
-    size = embeddings.float().abs().sum(2)
-    unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-    found = []
-    for mask in (visual_mask, votes):
-        left = size.masked_fill(~mask, -1.0)
-        for _ in range(pivots):  # no sort, which not every runtime has, nor for prompts of any length
-            found.append(left.max(1, keepdim=True))
-            left = left.scatter(1, found[-1].indices, -1.0)
-    largest, chosen = torch.cat([each.values for each in found], 1), torch.cat([each.indices for each in found], 1)
-    similar = unit @ unit.gather(1, chosen.unsqueeze(2).expand(-1, -1, unit.shape[2])).transpose(1, 2)
-    similar = similar.masked_fill((largest < 0).unsqueeze(1), -1.0)  # fewer tokens than pivots
-    itself = torch.zeros_like(size).scatter(1, chosen[:, :pivots], 1.0)
-    return 2 * itself - similar.amax(2)
+@dataclass(frozen=True)
+class HawkEach(Selector):
+    """The attention of each of the question's tokens by itself."""
+
+    name = "hawk_each"
+    query, normalization = "each", "softmax"
 
 
-def qapruner(
-    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, *, bits: int = 4, group: int = 32,
-    error_weight: float = 0.25, outlier_weight: float = 0.25,
-) -> Tensor:  # fmt: skip
-    """The HAWK score, raised where quantisation in groups of channels changes a token much, and for outliers."""
-    values = embeddings.float()
-    grouped = values.unflatten(2, (-1, group))
-    largest = grouped.abs().amax(3, keepdim=True).clamp_min(1e-12)
-    levels = 2 ** (bits - 1) - 1
-    rounded = (grouped / largest * levels).round() / levels * largest
-    error = (grouped - rounded).flatten(2).norm(dim=2) / values.norm(dim=2).clamp_min(1e-12)
-    outlier = values.abs().amax(2) / values.abs().mean(2).clamp_min(1e-12)
-    relevance, error, outlier = (unit_range(each, visual_mask) for each in (scores, error, outlier))
-    return relevance + error_weight * error + outlier_weight * outlier
+@dataclass(frozen=True)
+class HawkContent(Selector):
+    """The same, tokens weighted by how specific their attention is."""
+
+    name = "hawk_content"
+    query, normalization = "content", "softmax"
 
 
-def norm(embeddings: Tensor) -> Tensor:
-    """How long a token's embedding is: a control that looks at no question and at no other token."""
-    return embeddings.float().norm(dim=2)
+@dataclass(frozen=True)
+class FastV(Selector):
+    """The attention of the last text token, heads alike (FastV, at layer 0)."""
+
+    name = "fastv"
+    query, normalization, head_weights = "last", "softmax", "uniform"
 
 
-def random(embeddings: Tensor, *, seed: int = 0) -> Tensor:
-    """Noise that is the same for the same prompt and seed: a hash of each token's position and first channel."""
-    length = embeddings.shape[1]
-    bits = embeddings[..., 0].float().view(torch.int32).long()
-    mixed = bits * 2654435761 + (torch.arange(length, device=embeddings.device) + seed * 1_000_003 + 1) * 40503
-    mixed = (mixed ^ mixed << 13) & 0xFFFFFFFFFFFF
-    mixed = (mixed ^ mixed >> 7) & 0xFFFFFFFFFFFF
-    mixed = (mixed ^ mixed << 17) & 0xFFFFFFFFFFFF
-    return (mixed & 0xFFFFFF).float()
+@dataclass(frozen=True)
+class DivPrune(Selector):
+    """Greedily, the token farthest from all that are kept."""
+
+    name, ranking, portable = "divprune", staticmethod(rankings.divprune), False
 
 
-def stride(visual_mask: Tensor, budget: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class IDPruner(Selector):
+    """Greedily, the HAWK score less the similarity to what is kept.
+
+    Attributes:
+        importance: weight of the score, in [0, 1].
+    """
+
+    name, ranking, portable = "idpruner", staticmethod(rankings.idpruner), False
+    importance: float = bounded(0.5, 0, 1)
+
+
+@dataclass(frozen=True)
+class CDPruner(Selector):
+    """Greedily, the largest determinant of similarities weighted by likeness to the question."""
+
+    name, ranking, portable = "cdpruner", staticmethod(rankings.cdpruner), False
+
+
+@dataclass(frozen=True)
+class HawkDiverse(Selector):
+    """The same, weighted by the geometric mean of `HawkEach`'s score and that likeness.
+
+    Attributes:
+        likeness: share of the likeness, in [0, 1].
+    """
+
+    name, ranking, portable = "hawk_diverse", staticmethod(rankings.hawk_diverse), False
+    query, normalization = "each", "softmax"
+    likeness: float = bounded(0.5, 0, 1)
+
+
+@dataclass(frozen=True)
+class DART(Selector):
+    """What resembles a few pivots least.
+
+    Attributes:
+        pivots: how many of the visual and of the text tokens, at least 1.
+    """
+
+    name, ranking = "dart", staticmethod(rankings.dart)
+    pivots: int = bounded(4, 1, math.inf)
+
+
+@dataclass(frozen=True)
+class QAPruner(Selector):
+    """The HAWK score and sensitivity to quantisation.
+
+    Attributes:
+        bits: of a quantised value, in [2, 16].
+        group: channels that share a scale, at least 1.
+        error_weight, outlier_weight: of what rounding changes, and of how far a token's values reach.
+    """
+
+    name, ranking = "qapruner", staticmethod(rankings.qapruner)
+    bits: int = bounded(4, 2, 16)
+    group: int = bounded(32, 1, math.inf)
+    error_weight: float = 0.25
+    outlier_weight: float = 0.25
+
+
+@dataclass(frozen=True)
+class Norm(Selector):
+    """The longest embeddings."""
+
+    name, ranking = "norm", staticmethod(rankings.norm)
+
+
+@dataclass(frozen=True)
+class Random(Selector):
+    """Noise, the same for the same prompt and seed.
+
+    Attributes:
+        seed: in [0, 2**31).
+    """
+
+    name, ranking, portable = "random", staticmethod(rankings.random), False
+    seed: int = bounded(0, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Stride(Selector):
     """Visual tokens at equal distances."""
-    rank = visual_mask.long().cumsum(1)
-    total = rank[:, -1:].clamp_min(1)
-    kept = budget.unsqueeze(1)
-    return ((rank * kept) // total > ((rank - 1) * kept) // total).float()
+
+    name, ranking = "stride", staticmethod(rankings.stride)
 
 
-def register_selector(name: str, ranking: Ranking, *, portable: bool = True) -> None:
-    """Let `selector=name` rank visual tokens by a function of one's own; see this module for what it reads and returns.
+@dataclass(frozen=True)
+class Ranking(Selector):
+    """A ranking function of one's own.
 
-    Args:
-        name: an identifier, not that of another selector, unless of the same function or one defined in its place.
-        ranking: a function with a name of its own, whose options have defaults (int, float, str or bool).
+    Attributes:
+        function: a function with a name (`def`); see `rankings.py` for what it reads and returns.
+        options: values of its options, by name; the others are as it has them.
         portable: whether it consists of operators that other runtimes know, so that `export` may take it.
+        name: what tables call it; "": as the function.
+
+    Raises:
+        ConfigError: something that is no function with a name, the name of another selector, a parameter that nothing
+            can fill, or options of another name or type than the function's.
+    """
+
+    function: RankingFunction
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    portable: bool = True
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        defaults = options_of(self.function)
+        name = self.name or self.function.__name__
+        check_name(name)
+        check_names("options", self.options, defaults, name)
+        own = {each: checked_option(name, each, value, type(defaults[each])) for each, value in self.options.items()}
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "ranking", self.function)
+        object.__setattr__(self, "options", {**defaults, **own})
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return options_of(self.function)
+
+
+def options_of(function: RankingFunction) -> dict[str, Any]:
+    """The options of a ranking function with their defaults.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not inspect.isfunction(function) or not function.__name__.isidentifier():
+        raise ConfigError(f"ranking must be a function with a name (def), got {function!r}")
+    parameters = inspect.signature(function).parameters.values()
+    unknown = [each.name for each in parameters if each.default is each.empty and each.name not in READABLE]
+    if unknown:
+        raise ConfigError(
+            f"ranking {function.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}, and options "
+            "need a default"
+        )
+    options = {each.name: each.default for each in parameters if each.default is not each.empty}
+    if wrong := [name for name, default in options.items() if not isinstance(default, (int, float, str))]:
+        raise ConfigError(
+            f"ranking {function.__name__} has options that are no int, float, str or bool: {', '.join(wrong)}; give "
+            "them such a default"
+        )
+    return options
+
+
+def check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+        raise ConfigError(f"name must be an identifier other than {' and '.join(RESERVED)}, got {name!r}")
+    if name in OF_THIS_PACKAGE:
+        raise ConfigError(
+            f"name {name!r} is that of another selector: call the function otherwise, or give selectors.Ranking a name"
+        )
+
+
+def selector_of(given: Any) -> Selector:
+    """The selector that a setting means: a name, a ranking function, or a selector.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(given, Selector):
+        return given
+    if inspect.isfunction(given):
+        return Ranking(given)
+    if not isinstance(given, str) or given not in SELECTORS:
+        raise ConfigError(
+            f"selector must be one of {', '.join(SELECTORS)}, a selector of hawk_compile.selectors, such as "
+            f"selectors.DART(pivots=8), or a ranking function, got {given!r}"
+        )
+    return SELECTORS[given]
+
+
+def selector_named(name: str, options: Mapping[str, Any]) -> Selector:
+    """The selector of a name with options from JSON, as manifests and command lines have them.
+
+    Raises:
+        ConfigError: an unknown name, or options that it does not have.
+    """
+    return with_options(selector_of(name), options)
+
+
+def with_options(selector: Selector, options: Any) -> Selector:
+    check_names("selector_options", options, selector.options, selector.name)
+    if isinstance(selector, Ranking):
+        return replace(selector, options={**selector.options, **options})
+    return replace(selector, **options)  # type: ignore[type-var]
+
+
+def register_selector(name: str, ranking: RankingFunction, *, portable: bool = True) -> None:
+    """Deprecated: give the function itself, `selector=ranking`, or `selectors.Ranking(ranking, options, ...)`.
 
     Raises:
         ConfigError: a name that is taken, something that is no function, or a parameter that nothing can fill.
     """
-    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
-        raise ConfigError(f"name must be an identifier other than {' and '.join(RESERVED)}, got {name!r}")
+    check_name(name)
     if name in SELECTORS and not same_function(SELECTORS[name].ranking, ranking):
         raise ConfigError(f"name {name!r} is that of another selector: choose another one")
-    if not inspect.isfunction(ranking) or not ranking.__name__.isidentifier():
-        raise ConfigError(f"ranking must be a function with a name (def), got {ranking!r}")
-    parameters = inspect.signature(ranking).parameters.values()
-    unknown = [each.name for each in parameters if each.default is each.empty and each.name not in READABLE]
-    if unknown:
-        raise ConfigError(
-            f"ranking {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}, and options need "
-            "a default"
-        )
-    options = {each.name: each.default for each in parameters if each.default is not each.empty}
-    if wrong := [option for option, default in options.items() if not isinstance(default, (int, float, str))]:
-        raise ConfigError(
-            f"ranking {ranking.__name__} has options that are no int, float, str or bool: {', '.join(wrong)}; give "
-            "them such a default"
-        )
-    SELECTORS[name] = Selector(ranking, portable=portable)
+    SELECTORS[name] = made = Ranking(ranking, portable=portable, name=name)
+    instead = made.function.__name__ if portable else f"selectors.Ranking({made.function.__name__}, portable=False)"
+    warn_of_old_spelling(f'register_selector("{name}", ...) is deprecated: give selector={instead}')
 
 
-def same_function(one: Ranking | None, other: Any) -> bool:
+def same_function(one: RankingFunction | None, other: Any) -> bool:
     """Whether one is the other, or a function defined again in its place, as in a notebook."""
     names = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (one, other)]
-    return one is other or (one is not None and names[0] == names[1] and names[0][0] != __name__)
+    return one is other or (one is not None and names[0] == names[1])
 
 
-RESERVED = ("all", "unpruned")
-"""What `evaluate` calls all of them, and none."""
+def warn_of_old_spelling(text: str) -> None:
+    """A DeprecationWarning at the line outside this package that it is about."""
+    depth, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("hawk_compile."):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(text, DeprecationWarning, stacklevel=depth)
 
-SELECTORS: dict[str, Selector] = {
-    "hawk": Selector(),
-    "uniform": Selector(head_weights="uniform"),
-    "hawk_each": Selector(query="each", normalization="softmax"),
-    "hawk_content": Selector(query="content", normalization="softmax"),
-    "hawk_contrast": Selector(query="each", normalization="softmax", contrast=0.5),
-    "fastv": Selector(query="last", head_weights="uniform", normalization="softmax"),
-    "divprune": Selector(divprune, portable=False),
-    "idpruner": Selector(idpruner, portable=False, bounds={"importance": (0, 1)}),
-    "cdpruner": Selector(cdpruner, portable=False),
-    "hawk_diverse": Selector(
-        hawk_diverse, query="each", normalization="softmax", portable=False, bounds={"likeness": (0, 1)}
-    ),
-    "dart": Selector(dart, bounds={"pivots": (1, math.inf)}),
-    "qapruner": Selector(qapruner, bounds={"bits": (2, 16), "group": (1, math.inf)}),
-    "norm": Selector(norm),
-    "random": Selector(random, portable=False, bounds={"seed": (0, 2**31 - 1)}),
-    "stride": Selector(stride),
-}
+
+METHODS = (
+    Hawk, Uniform, HawkEach, HawkContent, FastV, DivPrune, IDPruner, CDPruner, HawkDiverse, DART, QAPruner, Norm,
+    Random, Stride,
+)  # fmt: skip
+OF_THIS_PACKAGE = tuple(method.name for method in METHODS)
+SELECTORS: dict[str, Selector] = {}
+"""Selectors by name: those of this package with their options as they are by default, and what was registered."""
+SELECTORS.update((method.name, method()) for method in METHODS)

@@ -52,7 +52,6 @@ RULE = "ratio is the fraction of visual tokens removed and must be a number in"
     ({"ratio": "0.8"}, ConfigError, RULE + ".*got '0.8'"),
     ({"ratio": True}, ConfigError, RULE + ".*got True"),
     ({"ratio": None}, ConfigError, RULE + ".*got None"),
-    ({"contrast": 2}, ConfigError, r"contrast must be a number in \[0, 1\], or None for the selector's own, got 2"),
     ({"normalization": "L2"}, ConfigError, "normalization must be one of l2, softmax, minmax, got 'L2'"),
     ({"backend": "cudagraphs"}, ConfigError, "backend must be one of inductor, aot_eager, eager, got 'cudagraphs'"),
     ({"compile_decode": 1}, ConfigError, "compile_decode must be True or False, got 1"),

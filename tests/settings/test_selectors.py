@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 import hawk_compile
+from hawk_compile import selectors
 from hawk_compile.errors import ConfigError, GraphError
-from hawk_compile.settings.selectors import SELECTORS, random, register_selector
+from hawk_compile.settings import rankings
+from hawk_compile.settings.selectors import SELECTORS, register_selector, selector_named
 from tests import eager_reference as reference
 from tests import zoo
 from tests.test_architectures import encoded, fresh
@@ -33,7 +37,7 @@ def kept_by(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 def given_by_hand(
-    inputs: dict[str, Any], query: str = "mean", name: str = NAME, contrast: float = 0.0
+    inputs: dict[str, Any], query: str = "mean", name: str = NAME
 ) -> dict[str, Tensor]:
     """What a ranking may read, from the eager model."""
     model = zoo.build(name, layers=1)
@@ -50,8 +54,6 @@ def given_by_hand(
     score = reference.scores_of_each if query == "each" else reference.scores
     weights, scores = torch.full((heads,), 1 / heads), torch.zeros(visual.shape)
     scores[visual] = score(q[0], k[0], visual[0], votes, weights).float()
-    if contrast:
-        scores[visual] -= contrast * reference.scores(q[0], k[0], visual[0], visual[0], weights).float()
     budget = torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(int(visual.sum()))])
     return {"scores": scores, "embeddings": embeddings, "visual_mask": visual, "votes": votes[None], "budget": budget}
 
@@ -100,26 +102,6 @@ def test_fastv_is_softmax_attention_of_the_last_text_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])  # without and with a norm of queries and keys
-def test_what_needs_no_question_is_taken_off(name: str) -> None:
-    model = hawk_compile.optimize(zoo.build(name, layers=1), ratio=RATIO, backend="eager", contrast=0.5)
-    inputs = encoded(name, model, zoo.sizes(name)[2])
-    given = given_by_hand(inputs, name=name, contrast=0.5)
-    found = kept_by(model, inputs)
-    assert (found.scores - given["scores"]).abs().max() < 1e-6
-    assert found.keep_indices[0].tolist() == positions(given["scores"], given)
-    assert (found.scores - given_by_hand(inputs, name=name)["scores"]).abs().max() > 1e-3
-
-
-def test_hawk_contrast_is_its_settings() -> None:
-    model = build(selector="hawk_contrast")
-    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
-    found = kept_by(model, inputs)
-    by_settings = kept_by(build(query="each", normalization="softmax", contrast=0.5), inputs)
-    assert found.scores.equal(by_settings.scores)
-    assert not found.scores.equal(kept_by(build(selector="hawk_contrast", contrast=0), inputs).scores)
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_every_voter_by_itself(name: str) -> None:
     model = hawk_compile.optimize(
         zoo.build(name, layers=1), ratio=RATIO, backend="eager", query="each", normalization="softmax"
@@ -148,9 +130,9 @@ def test_a_padded_batch_keeps_what_its_rows_keep(selector: str) -> None:
 
 def test_noise_depends_on_seed_and_prompt() -> None:
     first, second = torch.randn(2, 1, 500, 4, generator=torch.Generator().manual_seed(0))
-    noise = random(first)
-    assert noise.equal(random(first)) and len(noise.unique()) > 490
-    for other in (random(first, seed=1), random(second), random(first.roll(1, dims=1))):
+    noise = rankings.random(first)
+    assert noise.equal(rankings.random(first)) and len(noise.unique()) > 490
+    for other in (rankings.random(first, seed=1), rankings.random(second), rankings.random(first.roll(1, dims=1))):
         assert not noise.equal(other)
         assert abs(float(torch.corrcoef(torch.cat([noise, other]))[0, 1])) < 0.15
     assert abs(float(torch.corrcoef(torch.cat([noise, torch.arange(500.0)[None]]))[0, 1])) < 0.15
@@ -161,17 +143,50 @@ def norm_of_embedding(embeddings: Tensor, *, power: float = 2.0) -> Tensor:
 
 
 def test_a_selector_of_ones_own() -> None:
-    register_selector("longest", norm_of_embedding)
-    try:
-        model = build(selector="longest", selector_options={"power": 1.0})
-        inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
-        given = given_by_hand(inputs)
-        ranks = norm_of_embedding(given["embeddings"], power=1.0)
+    model = build(selector=selectors.Ranking(norm_of_embedding, {"power": 1.0}))
+    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+    given = given_by_hand(inputs)
+    for options, selector in (({"power": 1.0}, None), ({}, norm_of_embedding)):
+        if selector is not None:
+            hawk_compile.optimize(model, ratio=RATIO, backend="eager", selector=selector)
+        ranks = norm_of_embedding(given["embeddings"], **options)
         assert kept_by(model, inputs).keep_indices[0].tolist() == positions(ranks, given)
+
+
+def test_an_object_is_the_method_of_its_name_with_its_options() -> None:
+    """And the old spelling of it still works, with a warning at the line that has it."""
+    model = build(selector=selectors.DART(pivots=1))
+    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
+    given = given_by_hand(inputs)
+    found = kept_by(model, inputs).keep_indices[0].tolist()
+    wanted = {name: given[name] for name in ("embeddings", "visual_mask", "votes")}
+    assert found == positions(rankings.dart(**wanted, pivots=1), given) != positions(rankings.dart(**wanted), given)
+    with pytest.warns(DeprecationWarning, match=r"give selector=selectors.DART\(pivots=1\)") as warned:
+        config = hawk_compile.HawkConfig(selector="dart", selector_options={"pivots": 1})
+    assert warned[0].filename == __file__
+    assert config.selector == config.method == selectors.DART(pivots=1) and dataclasses.replace(config, ratio=0.5)
+
+
+def test_registering_still_works_and_warns() -> None:
+    try:
+        with pytest.warns(DeprecationWarning, match="give selector=norm_of_embedding") as warned:
+            register_selector("longest", norm_of_embedding)
+        assert warned[0].filename == __file__
+        config = hawk_compile.HawkConfig(selector="longest")
+        assert config.method.ranking is norm_of_embedding and config.method.name == "longest"
         with pytest.raises(ConfigError, match="is that of another selector"):
-            register_selector("longest", lambda scores: scores)
+            register_selector("longest", shorter)
     finally:
         del SELECTORS["longest"]
+
+
+@pytest.mark.parametrize("selector", SELECTORS.values(), ids=str)
+def test_a_name_and_options_in_json_give_the_selector_back(selector: selectors.Selector) -> None:
+    changed = {name: value + 1 for name, value in selector.options.items() if isinstance(value, int)}
+    for made in (selector, dataclasses.replace(selector, **changed)):
+        assert selector_named(made.name, json.loads(json.dumps(made.options))) == made
+    assert (str(made) == selector.name) != bool(changed)
+    assert getattr(selectors, type(selector).__name__)() == selector
 
 
 def one_number(scores: Tensor) -> Tensor:
@@ -194,23 +209,31 @@ def test_functions_that_are_no_rankings(ranking: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         register_selector("mine", ranking)
     assert "mine" not in SELECTORS
+    with pytest.raises(ConfigError, match=message):
+        selectors.Ranking(ranking)
 
 
 def test_a_ranking_without_a_value_per_position() -> None:
     for ranking in (one_number, shorter):
-        register_selector("mine", ranking)
-        try:
-            model = build(selector="mine")
-            with pytest.raises(GraphError, match=f"{ranking.__name__} must return a float tensor .* like `scores`"):
-                kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
-        finally:
-            del SELECTORS["mine"]
+        model = build(selector=ranking)
+        with pytest.raises(GraphError, match=f"{ranking.__name__} must return a float tensor .* like `scores`"):
+            kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2]))
 
 
 @pytest.mark.parametrize("name", ["", "all", "unpruned", "a,b"])
 def test_names_that_no_selector_can_have(name: str) -> None:
     with pytest.raises(ConfigError, match="name must be an identifier other than all and unpruned"):
         register_selector(name, norm_of_embedding)
+
+
+def dart(scores: Tensor) -> Tensor:
+    return scores
+
+
+def test_a_function_is_not_taken_for_the_method_of_its_name() -> None:
+    with pytest.raises(ConfigError, match="'dart' is that of another selector"):
+        hawk_compile.HawkConfig(selector=dart)
+    assert selectors.Ranking(dart, name="mine").name == "mine"
 
 
 def test_scores_of_each_voter_are_fp32_under_autocast() -> None:
@@ -221,6 +244,7 @@ def test_scores_of_each_voter_are_fp32_under_autocast() -> None:
     assert not report.scores.equal(report.scores.bfloat16().float())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("settings", "message"), [
     ({"selector": "best"}, "selector must be one of hawk, uniform, hawk_each"),
     ({"query": "first"}, "query must be one of"),
@@ -229,8 +253,27 @@ def test_scores_of_each_voter_are_fp32_under_autocast() -> None:
     ({"selector_options": ["pivots"]}, "selector_options must map names to values"),
     ({"selector": "qapruner", "selector_options": {"bits": 1}}, r"must be in \[2, 16\], got 1"),
     ({"selector": "dart", "selector_options": {"pivots": 2.5}}, "must be of type int, got 2.5"),
+    ({"selector": selectors.DART}, r"a selector of hawk_compile.selectors, such as selectors.DART\(pivots=8\)"),
     ({"selector": "uniform", "head_weights": [1.0] * 4}, "weights all heads alike"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_right(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: selectors.DART(pivots=0), r'pivots of selector "dart" must be in \[1, inf\], got 0'),
+    (lambda: selectors.IDPruner(importance="1"), r'importance of selector "idpruner" must be of type float, got \'1\''),
+    (lambda: selectors.Random(seed=True), "seed .* must be of type int, got True"),
+    (lambda: selectors.Ranking(norm_of_embedding, {"powr": 2.0}), "options names 'powr' .*; its options are power"),
+    (lambda: selectors.Ranking(norm_of_embedding, {"power": "2"}), "power .* must be of type float, got '2'"),
+    (lambda: selectors.Ranking(norm_of_embedding, ["power"]), "options must map names to values"),
+])  # fmt: skip
+def test_selectors_that_cannot_be_right(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_whole_number_may_stand_for_a_fraction() -> None:
+    assert selectors.IDPruner(importance=1) == selectors.IDPruner(importance=1.0)
+    assert selectors.Ranking(norm_of_embedding, {"power": 1}).options == {"power": 1.0}

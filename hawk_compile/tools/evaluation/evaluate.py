@@ -25,7 +25,7 @@ from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.overrides import RUNTIME
 from hawk_compile.settings.config import make_config
-from hawk_compile.settings.selectors import SELECTORS
+from hawk_compile.settings.selectors import SELECTORS, RankingFunction, Selector, selector_of
 from hawk_compile.tools.benchmarking.timing import synchronize
 from hawk_compile.tools.checkpoints import fit, prompts
 from hawk_compile.tools.evaluation.metrics import METRICS, Metric
@@ -37,6 +37,7 @@ ROUNDS = 5
 
 Methods = Mapping[str, Mapping[str, Any]]
 """Label -> settings of `optimize`, but for the ratio."""
+Selectable = str | Selector | RankingFunction
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def evaluate(
     data: "str | PathLike[str] | Iterable[Any]",
     *,
     ratios: Sequence[float] = (0.5, 0.6, 0.8, 0.9),
-    selectors: "str | Sequence[str] | Methods" = "all",
+    selectors: "Selectable | Sequence[Selectable] | Methods" = "all",
     baseline: str = "hawk",
     metric: "str | Metric" = "exact_match",
     batch: int = 8,
@@ -117,7 +118,8 @@ def evaluate(
         data: a JSON Lines file, records, a Hugging Face dataset, or "demo"; see
             `hawk_compile.tools.evaluation.samples`.
         ratios: fractions of visual tokens removed, each in [0, 1).
-        selectors: names of selectors, "all" of them, or methods: label -> settings of `optimize`.
+        selectors: as for `optimize`, one or several; "all" that have a name; or methods: label -> settings of
+            `optimize`.
         baseline: the method that others are compared with, one of them.
         metric: "exact_match", "anls", "relaxed_accuracy", or a function (said, answers) -> [0, 1].
         batch: questions that are answered together.
@@ -176,21 +178,25 @@ def evaluate(
     )
 
 
-def methods_of(selectors: "str | Sequence[str] | Methods", settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Label -> settings, from names or ready ones."""
+def methods_of(
+    selectors: "Selectable | Sequence[Selectable] | Methods", settings: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Label -> settings, from selectors or ready ones."""
     if isinstance(selectors, Mapping):
-        found = {name: {**settings, **given} for name, given in selectors.items()}
+        made = {label: {**settings, **own} for label, own in selectors.items()}
     else:
-        names = list(SELECTORS) if selectors == "all" else [selectors] if isinstance(selectors, str) else selectors
-        found = {}
-        for name in names:
-            own = dict(settings)
-            if name in SELECTORS and SELECTORS[name].head_weights:  # which fixes them
-                own.pop("head_weights", None)
-            found[name] = {**own, "selector": name}
-    if not found:
+        made = {}
+        named: Any = list(SELECTORS) if selectors == "all" else selectors
+        single = isinstance(named, str) or not isinstance(named, Sequence)
+        for method in map(selector_of, [named] if single else named):
+            label = str(method)
+            if label in made and made[label]["selector"] != method:
+                raise ConfigError(f"selectors must have different names, got {label} twice: give one of them another")
+            fixed = ("head_weights",) if method.head_weights else ()
+            made[label] = {name: value for name, value in settings.items() if name not in fixed} | {"selector": method}
+    if not made:
         raise ConfigError(f"selectors must name at least one of {', '.join(SELECTORS)}, got none")
-    return found
+    return made
 
 
 def metric_of(metric: "str | Metric", *others: str) -> Metric:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from hawk_compile.errors import ConfigError, InputError, UnsupportedCallError
 from hawk_compile.runtime.api import optimize
-from hawk_compile.settings.config import make_config
+from hawk_compile.settings.config import HawkConfig, make_config
+from hawk_compile.settings.selectors import selector_named
 from hawk_compile.tools.checkpoints import fit, prompts, read_for_tasks
 from hawk_compile.tools.evaluation.evaluate import at_least_1
 from hawk_compile.tools.evaluation.samples import picture
@@ -66,7 +67,7 @@ class Hawk(lmms):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(f"WORLD_SIZE must be 1, got {os.environ['WORLD_SIZE']}: start lmms-eval as one process")
         self.max_new_tokens = max_new_tokens
-        config = make_config(None, {**settings, **options_of(settings)})
+        config = make_config(None, with_options(settings))
         self.model, self.processor = read_for_tasks(Path(str(pretrained)), dtype, device)
         optimize(self.model, config)
 
@@ -145,18 +146,19 @@ class Hawk(lmms):
         refuse("generate_until_multi_round", "generate_until_multi_round")
 
 
-def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """selector_options, which the command line can only give as text."""
-    given = settings.get("selector_options")
-    if not isinstance(given, str):
-        return {}
+def with_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with a selector of the options that stand beside its name, as text."""
+    others = {name: value for name, value in settings.items() if name != "selector_options"}
+    text = settings.get("selector_options")
+    if text is None:
+        return others
     try:
-        found = json.loads(given)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f'selector_options must be a JSON object such as {{"bits":8}}, got {given!r}')
-    return {"selector_options": found}
+        options = json.loads(text)
+    except (ValueError, TypeError):
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f'selector_options must be a JSON object such as {{"bits":8}}, got {text!r}')
+    return {**others, "selector": selector_named(settings.get("selector", HawkConfig.selector), options)}
 
 
 def cut(text: str, until: list[str]) -> str:

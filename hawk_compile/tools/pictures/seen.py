@@ -72,7 +72,6 @@ def look(
     single = {
         **settings, "selector": "hawk", "selector_options": {}, "query": made.used_query,
         "normalization": made.used_normalization,
-        "contrast": made.used_contrast,
     }  # fmt: skip
     with left_as_it_was(model) as switch:
         switch(0.0, None)
@@ -90,7 +89,7 @@ def look(
                 model(**inputs)
             heads.append(laid_out(report(model).scores, visual, shape))
     return Seen(
-        image, question, ratio, made.selector, kept[visual].reshape(shape).numpy(),
+        image, question, ratio, str(made.method), kept[visual].reshape(shape).numpy(),
         laid_out(found.scores, visual, shape), np.stack(heads), weights.tolist(), answer, unpruned,
     )  # fmt: skip
 

@@ -9,10 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 import hawk_compile
+from hawk_compile import selectors
 from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.settings.selectors import SELECTORS
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.evaluation.demo import control_rows
-from hawk_compile.tools.evaluation.evaluate import Row, evaluate
+from hawk_compile.tools.evaluation.evaluate import Row, evaluate, methods_of
 from hawk_compile.tools.evaluation.samples import read_samples
 from hawk_compile.tools.evaluation.table import as_json, lines, markdown
 from tests.exporting import demo
@@ -113,7 +115,7 @@ def test_bad_settings():
         ({"batch_size": 4}, "unknown setting batch_size"),
         ({"selectors": {"unpruned": {}}, "baseline": "unpruned"}, 'a method must not be called "unpruned"'),
         ({"selectors": {"hawk": {"ratio": 0.5}}}, "nor set ratio, got 'hawk'"),
-        ({"selectors": {"hawk": {"selector": "hawk_diverse", "selector_options": {"likeness": -1.0}}}}, "must be in"),
+        ({"selectors": {"hawk": {"selector": "best"}}}, "selector must be one of"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(model, processor, "demo:tune", limit=2, **{"selectors": ["hawk"], "backend": "eager", **settings})
@@ -122,6 +124,22 @@ def test_bad_settings():
     with pytest.raises(InputError, match="limit must be a whole number of at least 1, got 0"):
         evaluate(model, processor, "demo:tune", limit=0, selectors=["hawk"])
     assert model.__dict__.get("_hawk_runtime") is before
+
+
+def test_methods_are_called_by_their_selectors():
+    """Names, objects with options and functions; what fixes the head weights is not given any."""
+
+    def brightest(embeddings, *, power: float = 1.0):
+        return embeddings.float().abs().sum(2) ** power
+
+    few = selectors.DART(pivots=1)
+    made = methods_of(["dart", few, brightest, "uniform"], {"head_weights": [1.0], "backend": "eager"})
+    assert [*made] == ["dart", "dart(pivots=1)", "brightest", "uniform"]
+    assert made["dart(pivots=1)"] == {"head_weights": [1.0], "backend": "eager", "selector": few}
+    assert made["brightest"]["selector"].ranking is brightest and "head_weights" not in made["uniform"]
+    assert [*methods_of(few, {})] == ["dart(pivots=1)"] and [*methods_of("all", {})] == [*SELECTORS]
+    with pytest.raises(ConfigError, match="must have different names, got brightest twice"):
+        methods_of([brightest, selectors.Ranking(few.ranking, name="brightest")], {})
 
 
 def test_what_the_metric_fails_on_is_skipped():

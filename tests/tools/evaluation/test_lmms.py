@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import hawk_compile
+from hawk_compile import selectors
 from hawk_compile.errors import ConfigError, InputError, UnsupportedCallError
 from hawk_compile.tools.evaluation.samples import read_samples
 from tests.exporting import demo
@@ -82,7 +83,7 @@ def model() -> lmms.Hawk:
 def test_settings_of_tasks(model: lmms.Hawk) -> None:
     """Texts that end an answer, marks of pictures, prompts without any, and what `generate` is given."""
     config = model.model.__dict__["_hawk_runtime"].config
-    assert (config.ratio, config.selector, config.selector_options) == (0.8, "qapruner", {"bits": 8})
+    assert (config.ratio, config.selector) == (0.8, selectors.QAPruner(bits=8))
     sample = read_samples("demo:tune", limit=1)[0]
     picture = sample.pictures()[0]
     plain, marked, cut_short, _ = model.generate_until([
