@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import hawk_compile
-from hawk_compile.exporting import onnx, write
+from hawk_compile.exporting import onnx
 from hawk_compile.exporting.check import Agreement, compare
-from hawk_compile.exporting.components import Component, held
+from hawk_compile.exporting.components import Component, cache_tensors
+from hawk_compile.exporting.parts import write_part
+from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.tools.benchmarking import prompts
 from hawk_compile.tools.benchmarking.images import picture
 from hawk_compile.tools.benchmarking.models import load
@@ -151,7 +153,7 @@ class Unpruned(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, mm_encoder_outputs=outputs,
             past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True,
         )  # fmt: skip
-        return {"logits": result.logits[:, -1], **held(cache)}
+        return {"logits": result.logits[:, -1], **cache_tensors(cache)}
 
 
 def speed(layers: int, width: int, rounds: int) -> None:
@@ -164,7 +166,7 @@ def speed(layers: int, width: int, rounds: int) -> None:
     inputs["attention_mask"] = torch.ones_like(ids)
     config = hawk_compile.HawkConfig(ratio=0.8)
     weights = torch.full((width // 64,), 64 / width)
-    prefill = write.prefill_component(model, inputs, config, weights)
+    prefill = prefill_component(model, inputs, config, weights)
     names = ("input_ids", "attention_mask", "position_ids", "image_features")
     plain = Component(
         "unpruned", Unpruned(prefill.module), {name: prefill.sample[name] for name in names},
@@ -172,8 +174,8 @@ def speed(layers: int, width: int, rounds: int) -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
         folder, sessions = Path(parent), {}
-        for component in (plain, write.prune(prefill, config, portable=True, selection="sort")):
-            part = write.write_part(onnx, component, folder, onnx.Options())
+        for component in (plain, prune(prefill, config, portable=True, selection="sort")):
+            part = write_part(onnx, component, folder, onnx.Options())
             sessions[component.name] = onnx.open_session(folder, part.file, part)
     single = {name: prefill.sample[name][..., :1, :] if name == "position_ids" else prefill.sample[name][:1]
               for name in names[:3]}  # fmt: skip

@@ -1,8 +1,11 @@
 """Pruned models outside PyTorch: what is exported, in which formats, and how it is run there.
 
     write.py       `export`: components, one after another, into a folder with a manifest
-    components.py  prefill and decode as modules of tensors; the passes on the prefill's graph
-    encoder.py     the vision encoder as components
+    settings.py    which settings an export takes
+    components.py  what a component is, and how it is traced
+    encoder.py, prefill.py, decode.py    the components of a model; the passes on the prefill's graph
+    parts.py, folder.py    a component written; a folder that is there whole or not at all
+    formats.py     which formats there are
     onnx.py, aoti.py, openvino.py, tensorrt.py, executorch.py    one format each: write a component, open it
     weights.py     what two ONNX files have in common, written once
     quantize.py    int8 weights in ONNX files

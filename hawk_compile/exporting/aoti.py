@@ -18,6 +18,8 @@ from hawk_compile.exporting.components import PREFILL, Component
 PACKAGES: tuple[str, ...] = ()
 RUN_BY: tuple[str, ...] = PACKAGES
 EXTRA = ""
+PORTABLE = False
+"""Code that torch runs may hold our own operators."""
 
 
 def write(component: Component, folder: Path, options: Any) -> tuple[list[str], dict[str, Any]]:

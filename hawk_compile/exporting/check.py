@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from hawk_compile.errors import ConfigError
+from hawk_compile.exporting.manifest import config_of
 from hawk_compile.exporting.runner import Runner
 from hawk_compile.runtime.api import optimize, report
 from hawk_compile.runtime.overrides import RUNTIME
-from hawk_compile.settings.selectors import SELECTORS, selector_named
+from hawk_compile.settings.selectors import SELECTORS
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Agreement:
 
 def compare(
     runner: Runner, model: PreTrainedModel, prompts: Iterable[dict[str, Any]], *, ratio: float | None = None,
-    max_new_tokens: int = 8,
+    max_new_tokens: int = 8, selector: Any = None,
 ) -> Agreement:  # fmt: skip
     """Greedy generation of an exported model beside that of the model it came from, which is optimised for it.
 
@@ -43,17 +45,19 @@ def compare(
         model: is left optimised with the manifest's settings and `backend="eager"`.
         prompts: inputs of `generate`, a batch each.
         ratio: fraction of visual tokens removed; None: that of the manifest.
+        selector: the ranking function that was exported, of which a manifest has only the name; None for others.
+
+    Raises:
+        ConfigError: a selector that is none of this package's, and was not given.
     """
     manifest, found = runner.manifest, Agreement()
-    optimize(
-        model,
-        ratio=manifest.ratio if ratio is None else ratio,
-        head_weights="auto" if SELECTORS[manifest.selector].head_weights else tuple(manifest.head_weights),
-        normalization=manifest.normalization,
-        selector=selector_named(manifest.selector, manifest.selector_options),
-        query=manifest.query,
-        backend="eager",
-    )
+    if selector is None and manifest.selector not in SELECTORS:
+        raise ConfigError(
+            f'selector "{manifest.selector}", which the export has, is none of this package: give selector=, the '
+            "function that was exported"
+        )
+    config = replace(config_of(manifest), backend="eager", **({} if selector is None else {"selector": selector}))
+    optimize(model, config if ratio is None else replace(config, ratio=ratio))
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
     }  # fmt: skip

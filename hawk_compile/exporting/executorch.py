@@ -16,6 +16,7 @@ Wrapped, because ExecuTorch 1.5 needs it:
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from hawk_compile.passes.remove_assertions import CHECKS, remove_assertions
 PACKAGES: tuple[str, ...] = ("executorch",)
 RUN_BY = PACKAGES
 EXTRA = "executorch"
+SETTINGS = ("sizes",)
 RANGES = ("sym_constrain_range", "sym_constrain_range_for_size")
 """Checks of sizes in a program, beside assertions."""
 
@@ -49,12 +51,12 @@ class Options:
 
 
 def options(settings: dict[str, Any]) -> Options:
-    """Takes `sizes` out of the settings.
+    """This format's own settings, as `export` was given them.
 
     Raises:
         ConfigError: sizes that are none.
     """
-    return Options(profile.checked(settings.pop("sizes", {})))
+    return Options(profile.checked(settings.get("sizes", {})))
 
 
 def write(component: Component, folder: Path, options: Options) -> tuple[list[str], dict[str, Any]]:
@@ -171,12 +173,14 @@ def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tens
     """
     from executorch.runtime import Runtime
 
+    running = threading.Lock()  # the planned memory of a method is that of one call
     method = Runtime.get().load_program(folder / file).load_method("forward")
     assert method is not None
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         profile.check_sizes(part, inputs)
-        results = method.execute([inputs[each.name] for each in part.inputs])
+        with running:
+            results = method.execute([inputs[each.name] for each in part.inputs])
         return {each.name: result for each, result in zip(part.outputs, results, strict=True)}
 
     return run

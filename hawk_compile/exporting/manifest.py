@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import ManifestError
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.selectors import SELECTORS, selector_named
 
 FILE_NAME = "manifest.json"
 VERSION = 3
@@ -114,6 +116,24 @@ def read(folder: Path) -> Manifest:
         checked |= fresh
     check_files(folder, manifest.files, "the configuration")
     return manifest
+
+
+def config_of(manifest: Manifest) -> HawkConfig:
+    """The settings that a folder was exported with, whole.
+
+    A ranking function of one's own lies in the prefill's graph, and a manifest has only its name: "hawk" stands in its
+    place here, with all that was exported beside it.
+    """
+    known = manifest.selector in SELECTORS
+    selector = selector_named(manifest.selector, manifest.selector_options) if known else SELECTORS["hawk"]
+    return HawkConfig(
+        ratio=manifest.ratio,
+        selector=selector,
+        query=manifest.query,
+        normalization=manifest.normalization,
+        head_weights="auto" if selector.head_weights else tuple(manifest.head_weights),
+        end_of_turn_token_id=tuple(manifest.ids["end_of_turn"]),
+    )
 
 
 def check_whole(path: Path, manifest: Manifest) -> None:

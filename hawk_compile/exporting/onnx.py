@@ -23,6 +23,7 @@ from hawk_compile.exporting.weights import locations, share_weights
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
 RUN_BY: tuple[str, ...] = ("onnxruntime",)
 EXTRA = "onnx"
+SETTINGS = ("quantization",)
 DTYPES = ("float32", "float16")
 """Of weights and activations that ONNX Runtime has on a CPU."""
 OPSET = 20
@@ -40,8 +41,8 @@ class Options:
 
 
 def options(settings: dict[str, Any]) -> Options:
-    """Take this format's own settings out of those of `export`."""
-    return Options(settings.pop("quantization", None))
+    """This format's own settings, as `export` was given them."""
+    return Options(settings.get("quantization"))
 
 
 def write(component: Component, folder: Path, options: Options) -> tuple[list[str], dict[str, Any]]:

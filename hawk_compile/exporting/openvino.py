@@ -5,6 +5,7 @@ opened with that file, which OpenVINO maps into memory once.
 """
 
 import hashlib
+import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,8 +75,12 @@ def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tens
     taken = {name: port for port in model.inputs for name in port.get_names()}
     given = {name: port for port in model.outputs for name in port.get_names()}
 
+    local = threading.local()
+
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        results = model({port: inputs[name].numpy() for name, port in taken.items() if name in inputs})
+        if not hasattr(local, "request"):  # a request serves one call at a time
+            local.request = model.create_infer_request()
+        results = local.request.infer({port: inputs[name].numpy() for name, port in taken.items() if name in inputs})
         return {name: torch.from_numpy(results[port].copy()) for name, port in given.items()}
 
     return run

@@ -7,9 +7,9 @@ their own code, and what surrounds a pruned prefill (lengths, masks, caches) is 
 
 import inspect
 import os
-import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from hawk_compile.exporting.components import (
     PAST_VALUE,
     PREFILL,
     VALUE,
-    named_features,
 )
 from hawk_compile.exporting.encoder import unnamed
-from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec
-from hawk_compile.exporting.write import HOST_WEIGHTS, target_of
+from hawk_compile.exporting.formats import target_of
+from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, config_of
+from hawk_compile.exporting.prefill import named_features
+from hawk_compile.exporting.write import HOST_WEIGHTS
 from hawk_compile.plan.plan import Plan
 from hawk_compile.plan.question import SpecialIds
 from hawk_compile.runtime.api import report
@@ -44,14 +45,13 @@ from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.forward import Runtime
 from hawk_compile.runtime.overrides import RUNTIME, overrides_of
 from hawk_compile.runtime.records import Report
-from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights
 
 Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Runner:
-    """An exported model. Its `generate` is called as that of the model it was exported from.
+    """An exported model. Its `generate` is called as that of the model it was exported from, by any number of threads.
 
     Attributes:
         manifest: what was exported, and how.
@@ -61,7 +61,6 @@ class Runner:
         self.manifest = manifest
         self.model: Any = model
         self.runtime = runtime
-        self.lock = threading.Lock()
 
     def generate(self, *args: Any, ratio: float | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`: greedy, sampling, beams, streaming, batches.
@@ -76,10 +75,10 @@ class Runner:
         """
         refuse_hidden(kwargs)
         refuse_caches(kwargs)
-        with self.lock:
-            self.runtime.config = HawkConfig(ratio=self.manifest.ratio if ratio is None else ratio)
-            if kwargs.get("past_key_values") is None:
-                kwargs["past_key_values"] = DynamicCache()
+        if kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = DynamicCache()
+        settings = self.runtime.settings
+        with self.runtime.asking(settings if ratio is None else replace(settings, ratio=ratio)):
             return self.model.generate(*args, **kwargs)
 
     def report(self) -> Report:
@@ -107,10 +106,10 @@ def load(path: str | os.PathLike[str]) -> Runner:
     for name in manifest.encoders:
         child = model.base_model.get_submodule(name)
         child.forward = encoder_call(child, sessions[name])  # type: ignore[method-assign]
-    config = HawkConfig(ratio=manifest.ratio, normalization=manifest.normalization)
     weights = HeadWeights(torch.tensor(manifest.head_weights), manifest.head_weights_origin)
     ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
-    runtime = Runtime(config, weights, ids, {"forward": decode_call(sessions[DECODE], manifest.parts[DECODE])})
+    decode = decode_call(sessions[DECODE], manifest.parts[DECODE])
+    runtime = Runtime(config_of(manifest), weights, ids, {"forward": decode})
     runtime.prefill = ExportedPrefill(sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
     for name, (owner, method) in overrides_of(model).items():
         owner.__dict__[name] = method

@@ -8,6 +8,7 @@ have the model's dtype.
 import functools
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hawk_compile.exporting.profile import Range
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs")
 RUN_BY = PACKAGES[2:]
 EXTRA = "tensorrt"
+SETTINGS = ("sizes", "compute_capabilities")
 CAPABILITIES = ("8.6", "8.9", "12.0")
 
 HARMLESS = (
@@ -57,13 +59,13 @@ class Options:
 
 
 def options(settings: dict[str, Any]) -> Options:
-    """Takes `sizes` and `compute_capabilities` out of the settings.
+    """This format's own settings, as `export` was given them.
 
     Raises:
         ConfigError: sizes that are none, or a compute capability that TensorRT cannot build for.
     """
-    sizes = profile.checked(settings.pop("sizes", {}))
-    wanted = settings.pop("compute_capabilities", CAPABILITIES)
+    sizes = profile.checked(settings.get("sizes", {}))
+    wanted = settings.get("compute_capabilities", CAPABILITIES)
     if isinstance(wanted, str) or not isinstance(wanted, Sequence) or not wanted:
         raise ConfigError(f'compute_capabilities must be a list such as ["8.6", "8.9"], got {wanted!r}')
     known = capabilities()
@@ -181,6 +183,7 @@ def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tens
     if engine is None:
         raise ExportError(f"TensorRT {trt.__version__} cannot open {path}: {logger().messages[-1:]}; export again")
     context = engine.create_execution_context()
+    running = threading.Lock()  # a context holds the shapes and addresses of one call
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     taken = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     made = {each.name: getattr(torch, each.dtype) for each in part.outputs}
@@ -192,6 +195,10 @@ def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tens
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         profile.check_sizes(part, inputs)
+        with running:
+            return execute(inputs)
+
+    def execute(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         given = {name: inputs[name].to("cuda").contiguous() for name in taken}
         for name, tensor in given.items():
             context.set_input_shape(name, tuple(tensor.shape))

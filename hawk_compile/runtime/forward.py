@@ -1,8 +1,10 @@
 """The forward of an optimised model: which calls are pruned, and how the others read a pruned cache."""
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,7 +38,8 @@ class Runtime:
         self, config: HawkConfig, head_weights: HeadWeights, ids: SpecialIds, originals: dict[str, Any],
         ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.settings = config
+        self.asked: ContextVar[HawkConfig | None] = ContextVar("hawk_asked", default=None)
         self.head_weights = head_weights
         self.ids = ids
         self.originals = originals
@@ -49,7 +52,21 @@ class Runtime:
         self.weights_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
-        return Runtime(self.config, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
+        return Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
+
+    @property
+    def config(self) -> HawkConfig:
+        """The settings of this call: the model's, unless the call has its own."""
+        return self.asked.get() or self.settings
+
+    @contextlib.contextmanager
+    def asking(self, config: HawkConfig) -> Iterator[None]:
+        """Let the calls of this thread inside have settings of their own; they may not change what was compiled."""
+        token = self.asked.set(config)
+        try:
+            yield
+        finally:
+            self.asked.reset(token)
 
     def take_compiled(self, earlier: "Runtime") -> None:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""

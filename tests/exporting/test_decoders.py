@@ -11,7 +11,9 @@ import importlib
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hawk_compile
-from hawk_compile.exporting import aoti, write
+from hawk_compile.exporting import aoti
 from hawk_compile.exporting.components import KEY, PAST_KEY, PAST_VALUE, VALUE, Component
+from hawk_compile.exporting.decode import decode_component
 from hawk_compile.exporting.manifest import Part
+from hawk_compile.exporting.parts import write_part
+from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.settings.head_weights import resolve
 from tests import zoo
 
@@ -45,7 +50,7 @@ def prompt(format: str, *rows: zoo.Row) -> dict[str, Any]:
 
 def prefill(format: str, *rows: zoo.Row) -> Component:
     """The prefill as it is before the passes; its sample has all rows twice."""
-    return write.prefill_component(model(format), prompt(format, *rows), CONFIG, resolve("auto", model(format)).values)
+    return prefill_component(model(format), prompt(format, *rows), CONFIG, resolve("auto", model(format)).values)
 
 
 @functools.cache
@@ -54,10 +59,10 @@ def written(format: str) -> tuple[Path, dict[str, Part], Component]:
     target = importlib.import_module(f"hawk_compile.exporting.{format}")
     folder = Path(scratch.name) / format
     folder.mkdir()
-    pruned = write.prune(prefill(format, zoo.sizes(NAMES[format])[1]), CONFIG, portable=format != "aoti")
-    decode = write.decode_component(model(format), pruned)
+    pruned = prune(prefill(format, zoo.sizes(NAMES[format])[1]), CONFIG, portable=format != "aoti")
+    decode = decode_component(model(format), pruned)
     components = (pruned,) if format == "aoti" else (pruned, decode)
-    return folder, {each.name: write.write_part(target, each, folder, None) for each in components}, decode
+    return folder, {each.name: write_part(target, each, folder, None) for each in components}, decode
 
 
 @functools.cache
@@ -106,6 +111,21 @@ def test_openvino_graphs_share_their_weights() -> None:
     assert list(parts["decode"].sha256) == ["decode.xml", "prefill.bin"]
     decoder = sum(each.numel() for name, each in model("openvino").named_parameters() if "visual" not in name)
     assert sum(file.stat().st_size for file in folder.glob("*.bin")) < 1.1 * 4 * decoder
+
+
+def test_an_openvino_session_serves_threads_side_by_side() -> None:
+    """Each with a request of its own: one that two threads shared would be busy."""
+    name, met = NAMES["openvino"], threading.Barrier(2, timeout=60)
+    feeds = [prefill("openvino", zoo.sizes(name)[number]).sample for number in (1, 3)]
+    alone = [session("openvino", "prefill")(feed)["logits"] for feed in feeds]
+
+    def ask(number: int) -> None:
+        for _ in range(20):
+            met.wait()
+            assert session("openvino", "prefill")(feeds[number])["logits"].equal(alone[number])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(ask, range(2)))
 
 
 def test_compiled_code_shares_its_weights(tmp_path: Path) -> None:

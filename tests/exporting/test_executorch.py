@@ -12,7 +12,7 @@ from hawk_compile.capture.segments import prepared
 from hawk_compile.errors import InputError
 from hawk_compile.exporting import executorch, profile
 from hawk_compile.exporting.encoder import encoder_components
-from hawk_compile.exporting.write import write_part
+from hawk_compile.exporting.parts import write_part
 from tests import zoo
 
 NAME = "qwen2_5_vl"

@@ -107,7 +107,7 @@ def test_the_prefill_in_bfloat16(tmp_path: Path) -> None:
     weights = torch.full((model.config.get_text_config().num_attention_heads,), 0.125)
     config = hawk_compile.HawkConfig(ratio=0.8)
     sorts = {}
-    for component in write.components(model, inputs, config, weights, portable=True, selection=options.selection):
+    for component in write.components(model, inputs, config, weights, True, options):
         if component.name == "prefill":
             files, details = tensorrt.write(component, tmp_path, options)
             assert details["warnings"] == [] and f"{component.name}.sm89.engine" in files

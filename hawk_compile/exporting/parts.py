@@ -1,0 +1,78 @@
+"""Components written in a format, as the manifest tells of them."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hawk_compile.errors import ExportError, HawkError
+from hawk_compile.exporting.components import DECODE, PREFILL, Component, Shape
+from hawk_compile.exporting.folder import size_of
+from hawk_compile.exporting.manifest import Part, TensorSpec, digest
+from hawk_compile.exporting.quiet import quiet
+
+
+def write_parts(
+    target: Any, components: Iterable[Component], folder: Path, options: Any, progress: Callable[[str], None]
+) -> dict[str, Part]:
+    """Write components one after another; returns what the manifest says of each, by its name."""
+    parts: dict[str, Part] = {}
+    for component in components:
+        before = size_of(folder)
+        part = parts[component.name] = write_part(target, component, folder, options)
+        progress(f"{component.name}: {(size_of(folder) - before) / 1e6:.1f} MB in {part.seconds} s")
+    return with_digests(parts, folder)
+
+
+def write_part(target: Any, component: Component, folder: Path, options: Any) -> Part:
+    """Write a component. The hashes of its files are left empty: later components may add to them."""
+    started = time.perf_counter()
+    try:
+        with quiet():
+            files, details = target.write(component, folder, options)
+    except (HawkError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{component.name} cannot be exported to {target.__name__.rsplit('.', 1)[-1]}: {error}"
+        ) from error
+    return Part(
+        name=component.name,
+        file=files[0],
+        sha256=dict.fromkeys(files, ""),
+        inputs=[spec(name, component.sample[name], shape) for name, shape in component.shapes.items()],
+        outputs=[spec(name, value, output_shape(component, name, value)) for name, value in component.results.items()],
+        least=component.least_sizes,
+        seconds=round(time.perf_counter() - started, 1),
+        details=details,
+    )
+
+
+def spec(name: str, value: Tensor, shape: Shape) -> TensorSpec:
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), list(shape))
+
+
+def output_shape(component: Component, name: str, value: Tensor) -> Shape:
+    if component.name == PREFILL:
+        along = {"scores": "prompt"}.get(name, "kept")
+        return tuple(
+            {0: "batch"}.get(dim, along if dim == (2 if value.ndim == 4 else 1) and name != "logits" else size)
+            for dim, size in enumerate(value.shape)
+        )
+    if component.name == DECODE:
+        return tuple("batch" if dim == 0 else "total" if dim == 2 else size for dim, size in enumerate(value.shape))
+    first = next(iter(component.shapes.values()))[0]
+    rows = component.sample[next(iter(component.sample))].shape[0]
+    return tuple(
+        "merged_patches" if dim == 0 and size != rows else first if dim == 0 else size
+        for dim, size in enumerate(value.shape)
+    )
+
+
+def with_digests(parts: dict[str, Part], folder: Path) -> dict[str, Part]:
+    """The parts with the SHA-256 of their files, which they may share; each is read once."""
+    found = {file: digest(folder / file) for file in {file for part in parts.values() for file in part.sha256}}
+    return {name: replace(part, sha256={file: found[file] for file in part.sha256}) for name, part in parts.items()}
