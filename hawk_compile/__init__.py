@@ -121,7 +121,14 @@ if not TYPE_CHECKING:  # a type checker would believe in any name
         if name not in HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, _, inner_name = HOMES[name].partition(":")
-        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), inner_name or name)
+        try:
+            home = importlib.import_module(f"{__name__}.{module}")
+        except ImportError as error:
+            from hawk_compile.versions import explain
+
+            explain(error)
+            raise
+        value = globals()[name] = getattr(home, inner_name or name)
         return value
 
     def __dir__() -> list[str]:

@@ -20,6 +20,10 @@ class UnsupportedModelError(HawkError, TypeError):
     """The model cannot be pruned: no vision, an encoder-decoder, no way to hand over encoded images."""
 
 
+class VersionError(HawkError, ImportError):
+    """The installed torch or transformers is of no supported release, and lacks what this package imports."""
+
+
 class UnsupportedCallError(HawkError, ValueError):
     """A call of an optimised model that pruning does not support."""
 
@@ -56,4 +60,5 @@ __all__ = [
     "ShapeError",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "VersionError",
 ]

@@ -14,6 +14,7 @@ from torch import fx
 
 from hawk_compile.compile.pipeline import PassOptions, run_passes, source_tag
 from hawk_compile.errors import ConfigError, MergeNotFoundError
+from hawk_compile.passes.graph import is_call
 from hawk_compile.passes.locate_prefill import find_merges
 from hawk_compile.settings.config import HawkConfig, make_config
 
@@ -80,10 +81,11 @@ def compile_graph(
 
 
 def holds_prefill(gm: fx.GraphModule) -> bool:
+    """Whether a graph merges visual features, or has a plan, so that it must: the passes then say what is missing."""
     try:
         find_merges(gm.graph)
     except MergeNotFoundError:
-        return False
+        return any(is_call(node, "plan") for node in gm.graph.nodes)
     return True
 
 

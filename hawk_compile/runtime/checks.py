@@ -7,10 +7,12 @@ from transformers import PreTrainedModel
 from hawk_compile.capture.modalities import takes
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.settings.config import MODALITIES, HawkConfig
+from hawk_compile.versions import check_model_release, installed, warn_unsupported
 
 
 def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities) -> None:
-    """Refuse, before anything is changed, what cannot be pruned."""
+    """Refuse, before anything is changed, what cannot be pruned; warn of releases that nobody has tried."""
+    warn_unsupported()
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -23,6 +25,7 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
             "hold visual tokens in their prompt can be pruned"
         )
     check_modalities(model, modalities)
+    check_model_release(model)
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
@@ -31,7 +34,8 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
     if sees and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
-            "its vision encoder; a model class from transformers 5.23 or newer is needed"
+            "its vision encoder; a later transformers may have this model in such a form "
+            f"(here is {installed('transformers')})"
         )
     implementation = model.config.get_text_config()._attn_implementation
     if implementation != "sdpa":

@@ -1,12 +1,13 @@
 """What a bug report needs to know of a machine, and the environment switches in one table."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
+
+from hawk_compile.versions import RANGES, difference, installed
 
 SWITCHES = {
     "HAWK_DUMP": "a folder: write the graph before the first pass and after each one",
@@ -24,10 +25,10 @@ def describe() -> dict[str, str]:
     """Name -> value, in the order in which a bug report should give them."""
     import torch
 
-    found = {"hawk_compile": version("hawk-compile"), "python": platform.python_version()}
+    found = {"hawk_compile": installed("hawk-compile"), "python": platform.python_version()}
     found["platform"] = f"{platform.platform()} ({platform.machine()})"
     found["processor"] = f"{processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
-    found |= {name: version(name) for name in PACKAGES}
+    found |= {name: installed(name) + tested(name) for name in PACKAGES}
     found["gpu"] = gpus()
     found["c++ compiler"] = compiler()
     found["hawk backend"] = "registered" if "hawk" in backends() else "not registered: is hawk-compile installed?"
@@ -37,11 +38,12 @@ def describe() -> dict[str, str]:
     return {name: value or "none" for name, value in found.items()}
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def tested(package: str) -> str:
+    """Whether this release of a package is one that hawk_compile is tested with; empty where any will do."""
+    if package not in RANGES:
+        return ""
+    first, last = RANGES[package]
+    return f" (not supported: {first} to {last} are)" if difference(package) else f" (supported: {first} to {last})"
 
 
 def processor() -> str:
@@ -74,7 +76,7 @@ def machine(device: str) -> str:
 
 def measured_on(device: str) -> str:
     """The line above a figure: machine, versions, date."""
-    seen = f"torch {version('torch')}, transformers {version('transformers')}, Python {platform.python_version()}"
+    seen = f"torch {installed('torch')}, transformers {installed('transformers')}, Python {platform.python_version()}"
     return f"{machine(device)}; {seen}; {datetime.date.today().isoformat()}"
 
 

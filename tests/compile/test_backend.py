@@ -10,7 +10,11 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import hawk_compile
+from hawk_compile.compile.backend import compile_graph
+from hawk_compile.compile.pipeline import PassOptions
+from hawk_compile.errors import MergeNotFoundError
 from tests import zoo
+from tests.passes import graphs
 from tests.zoo import rows
 
 OPTIONS = {"ratio": 0.6, "backend": "eager"}
@@ -106,6 +110,14 @@ def test_a_graph_without_images_is_compiled_as_it_is():
     x = torch.randn(3, 4)
     compiled = torch.compile(linear, backend="hawk", options=OPTIONS)
     assert torch.equal(compiled(x), linear(x))
+
+
+def test_a_planned_graph_that_merges_in_another_way_is_refused():
+    """Not compiled as it is: what was asked to be pruned must be."""
+    inputs = graphs.prompt()
+    graph = graphs.captured(graphs.planned(graphs.Decoder(merges=0)), inputs, graphs.plan_of(inputs, 2))
+    with pytest.raises(MergeNotFoundError, match="a model that merges in another way is not supported"):
+        compile_graph(graph, [], hawk_compile.HawkConfig(backend="eager"), PassOptions())
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from hawk_compile.tools.benchmarking.stages import PRUNED, STAGES
 from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.timing import Call
 from hawk_compile.tools.checkpoints import device_named, dtype_named
-from hawk_compile.tools.environment import PACKAGES, compiler, machine, version
+from hawk_compile.tools.environment import PACKAGES, compiler, machine
 from hawk_compile.tools.inspection import Inspection, inspect_model
+from hawk_compile.versions import installed
 
 SHAPES = 10
 """Prompt and image sizes that are run, not timed, to count compilations."""
@@ -183,7 +184,7 @@ def bench(
     family(model.config)  # refuses a model whose images are not known
     found = Benchmark(
         type(model).__name__, model.config.get_text_config().num_hidden_layers, total, settings, machine(device),
-        {name: version(name) for name in ("hawk-compile", *PACKAGES)} | {"python": platform.python_version()},
+        {name: installed(name) for name in ("hawk-compile", *PACKAGES)} | {"python": platform.python_version()},
         datetime.date.today().isoformat(), command or f"hawk_compile.bench(**{settings})",
         measure_rates(place, kind),
     )  # fmt: skip
