@@ -1,6 +1,7 @@
 # make demo    install into .venv and show pruning on the shipped model
 # make test    install into .venv and run ruff, mypy and the tests that are not slow
 # make test-slow   the slow tests; make test-all   everything
+# make test-compat   the suite's core at both ends of the supported torch and transformers; make test-compat-low: one
 # make check   ruff and mypy alone
 # make bench   install into .venv and time pruning against the same model unpruned
 
@@ -10,7 +11,7 @@ WORKERS ?= 2
 PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all check bench clean
+.PHONY: demo test test-slow test-all test-compat test-compat-low check bench clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
@@ -24,6 +25,12 @@ test-slow: $(VENV)/.test
 
 test-all: check
 	$(PYTEST)
+
+test-compat: $(VENV)/.test
+	$(VENV)/bin/python tests/compat.py low high --workers $(WORKERS)
+
+test-compat-low: $(VENV)/.test
+	$(VENV)/bin/python tests/compat.py low --workers $(WORKERS)
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check
@@ -45,4 +52,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
