@@ -22,7 +22,8 @@ from tests import zoo
 from tests.zoo import Row, common, rows
 
 MIXED = "qwen2_5_omni"
-CASES = [*((name, ("audio",)) for name in zoo.AUDIO_NAMES), (MIXED, ("image",)), (MIXED, ("audio", "image"))]
+SLOW = [("qwen2_audio", ("audio",)), (MIXED, ("audio",)), (MIXED, ("image",))]
+CASES = [("voxtral", ("audio",)), (MIXED, ("audio", "image"))]
 PROMPTS = (Row(audio=(16,)), Row(audio=(8,), after=9), Row(audio=(16, 8), before=1), Row(audio=(8, 8), tail=0))
 IDS = {"image": common.IMAGE, "video": common.VIDEO, "audio": common.AUDIO}
 GRAPHS = {("qwen2_audio", ("audio",)): 2, (MIXED, ("audio",)): 2}
@@ -117,7 +118,9 @@ def continued(name: str, case: Case, steps: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("name", "modalities"), CASES)
+@pytest.mark.parametrize(
+    ("name", "modalities"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_kept_tokens_logits_cache_and_generated_ids_equal_the_hand_gathered_eager_model(name, modalities):
     """Bit for bit, at every length, from one graph; the number of audios is part of it where it holds their encoder."""
     rows_of_case = prompts(name, modalities)
@@ -143,7 +146,7 @@ def test_kept_tokens_logits_cache_and_generated_ids_equal_the_hand_gathered_eage
     assert out[0, cases[1][0].inputs["input_ids"].shape[1] :].tolist() == continued(name, cases[1][0], 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_audio", MIXED])
+@pytest.mark.parametrize("name", ["qwen2_audio", pytest.param(MIXED, marks=pytest.mark.slow)])
 def test_rows_of_a_padded_batch_equal_the_rows_alone(name):
     model = pruned(name, "audio")
     inputs = zoo.inputs(name, model, rows=[Row(audio=(8,)), Row(audio=(16, 8), after=2)])

@@ -72,6 +72,7 @@ def session(format: str, name: str) -> Callable[[dict[str, Tensor]], dict[str, T
     return target.open_session(folder, parts[name].file, parts[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", NAMES)
 def test_prefill_and_decode_answer_as_pytorch(format: str) -> None:
     """Other image sizes, several images and rows than at export; and a step behind them."""
@@ -105,6 +106,7 @@ def behind(found: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
 
 
+@pytest.mark.slow
 def test_openvino_graphs_share_their_weights() -> None:
     """What both hold lies on disk once."""
     folder, parts, _ = written("openvino")
@@ -143,6 +145,7 @@ def test_compiled_code_shares_its_weights(tmp_path: Path) -> None:
     assert held["flat"].equal(shared.reshape(6)) and held["number"].dtype == torch.int32
 
 
+@pytest.mark.slow
 def test_compiled_code_needs_no_python_of_the_model(tmp_path: Path) -> None:
     """A process that imports torch and safetensors alone runs it."""
     folder, feed = written("aoti")[0], prefill("aoti", zoo.sizes(NAMES["aoti"])[4]).sample

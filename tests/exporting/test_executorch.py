@@ -19,6 +19,7 @@ NAME = "qwen2_5_vl"
 SIZES = {"prompt": (2, 256, 512), "visual": (2, 200, 512), "images": (1, 1, 6), "batch": (1, 1, 3)}
 
 
+@pytest.mark.slow
 def test_an_encoder_takes_images_of_unequal_sizes(tmp_path: Path) -> None:
     """Exported from one image. Prefill and decode: `benchmarks/export.py agreement --formats executorch`."""
     model, sizes = zoo.build(NAME, layers=1), zoo.sizes(NAME)

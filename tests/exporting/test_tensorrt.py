@@ -77,6 +77,34 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     shutil.rmtree(folder)
 
 
+class Small(nn.Module):
+    """What stands at the start of a prefill, in place of all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(99, 64, dtype=torch.float16)
+
+    def forward(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": self.embed(input_ids) + image_features.mean(0)}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """As `half`, of a few operators."""
+    folder = tmp_path_factory.mktemp("tensorrt")
+    given = {"input_ids": torch.ones(2, 20, dtype=torch.int64), "image_features": torch.ones(24, 64).half()}
+    shapes = {"input_ids": ("batch", "prompt"), "image_features": ("visual", 64)}
+    part = write.write_part(
+        tensorrt, Component("prefill", Small(), given, shapes), folder, tensorrt.options({"sizes": LONG})
+    )
+    return SimpleNamespace(folder=folder, manifest=SimpleNamespace(parts={"prefill": part}))
+
+
+@pytest.fixture(params=["small", pytest.param("half", marks=pytest.mark.slow)])
+def built(request: pytest.FixtureRequest) -> SimpleNamespace:
+    return request.getfixturevalue(request.param)
+
+
 def operators(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
 
@@ -93,6 +121,22 @@ def check_engines(folder: Path, manifest: Manifest, seen: list[str], wanted: tup
     assert seen and all(any(pattern.search(text) for pattern in tensorrt.HARMLESS) for text in seen), seen
 
 
+def test_an_engine_for_each_capability(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = small.manifest.parts["prefill"]
+    assert part.file == "prefill.onnx" and tuple(part.details["engines"]) == CAPABILITIES
+    for engine in part.details["engines"].values():
+        assert engine["file"] in part.sha256 and (small.folder / engine["file"]).stat().st_size == engine["bytes"] > 0
+    for capability, file in (((12, 0), "prefill.sm120.engine"), ((9, 0), None), (None, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=capability: found is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        if file is not None:
+            assert tensorrt.engine_for(part)["file"] == file
+        else:
+            with pytest.raises(ExportError, match=r"capability 8\.6, 8\.9, 12\.0, and .*: load it on"):
+                tensorrt.engine_for(part)
+
+
+@pytest.mark.slow
 def test_every_component_in_half_precision(half: SimpleNamespace) -> None:
     check_engines(half.folder, half.manifest, half.seen, CAPABILITIES)
     assert half.manifest.dtype == "float16" and half.manifest.format == "tensorrt"
@@ -100,6 +144,7 @@ def test_every_component_in_half_precision(half: SimpleNamespace) -> None:
     assert {"tensorrt-rtx-cu12-bindings", "tensorrt-rtx-cu12-libs"} <= half.manifest.versions.keys()
 
 
+@pytest.mark.slow
 def test_the_prefill_in_bfloat16(tmp_path: Path) -> None:
     """And prompts that TensorRT can sort: one TopK over the row, and none elsewhere."""
     model, inputs = demo(torch.bfloat16)
@@ -116,6 +161,7 @@ def test_the_prefill_in_bfloat16(tmp_path: Path) -> None:
     assert sorts == {"prefill": 1}
 
 
+@pytest.mark.slow
 def test_nothing_is_sorted_where_prompts_are_long(half: SimpleNamespace) -> None:
     for name in PARTS:
         assert "TopK" not in operators(half.folder / f"{name}.onnx")
@@ -129,6 +175,7 @@ def test_selection(longest: int, expected: str) -> None:
     assert tensorrt.options({}).selection == "sort"
 
 
+@pytest.mark.slow
 def test_the_graphs_answer_as_pytorch(half: SimpleNamespace, tmp_path: Path) -> None:
     """What the engines were built from, run by ONNX Runtime: threshold selection, and a scatter in place of a sort."""
     folder = tmp_path / "onnx"
@@ -156,8 +203,8 @@ def test_the_graphs_answer_as_pytorch(half: SimpleNamespace, tmp_path: Path) -> 
         torch.testing.assert_close(given.float(), wanted.float(), atol=0.1, rtol=0.02)
 
 
-def test_trtexec_names_every_dynamic_input(half: SimpleNamespace) -> None:
-    for name, part in half.manifest.parts.items():
+def test_trtexec_names_every_dynamic_input(built: SimpleNamespace) -> None:
+    for name, part in built.manifest.parts.items():
         command, *options = shlex.split(part.details["trtexec"])
         given = dict(option.split("=", 1) for option in options if "=" in option)
         assert command == "trtexec" and "--stronglyTyped" in options
@@ -170,11 +217,12 @@ def test_trtexec_names_every_dynamic_input(half: SimpleNamespace) -> None:
                 for spec in part.inputs
                 if any(isinstance(size, str) for size in spec.shape)
             }
-    assert "input_ids:1x64" in half.manifest.parts["prefill"].details["trtexec"]
-    assert "input_ids:2x4096" in half.manifest.parts["prefill"].details["trtexec"]
+    assert "input_ids:1x64" in built.manifest.parts["prefill"].details["trtexec"]
+    assert "input_ids:2x4096" in built.manifest.parts["prefill"].details["trtexec"]
 
 
-def test_sizes_follow_from_those_given(half: SimpleNamespace) -> None:
+@pytest.mark.slow
+def test_sizes_of_a_model_follow_from_those_given(half: SimpleNamespace) -> None:
     visual, prefill, decode = (half.manifest.parts[name].details["profile"] for name in PARTS)
     assert all(tuple(prefill[name]) == LONG[name] for name in ("batch", "prompt", "visual"))
     assert prefill["kept"][0] == 2 < prefill["kept"][1] < 256 and prefill["kept"][2] == 4096
@@ -198,6 +246,30 @@ PROMPT = sample(
     {"batch": 2, "prompt": 20, "visual": 24},
     least={"visual": 2},
 )
+
+
+def test_sizes_of_an_encoder_follow_from_those_given() -> None:
+    """Of one image of 24 x 26 patches, in 12 windows."""
+    sizes = {
+        "patches": 624, "merged_patches": 156, "segments": 1, "longest_segment": 624, "windows": 12,
+        "longest_window": 64,
+    }  # fmt: skip
+    component = sample({name: (name,) for name in sizes}, sizes, visual=156)
+    assert profile.ranges(component, LONG) == {
+        "patches": (256, 640, 16384), "merged_patches": (64, 160, 4096), "segments": (1, 1, 2),
+        "longest_segment": (128, 640, 16384), "windows": (1, 13, 1261), "longest_window": (1, 64, 64),
+    }  # fmt: skip
+
+
+def test_sizes_of_decoder_parts_follow_from_those_given() -> None:
+    decode = {"batch": 2, "new": 2, "past": 3, "total": 5}
+    assert profile.ranges(sample({name: (name,) for name in decode}, decode), LONG) == {
+        "batch": (1, 1, 2), "new": (1, 1, 4096), "past": (0, 256, 8192), "total": (1, 257, 12288),
+    }  # fmt: skip
+    kept = {"prompt": 20, "visual": 16, "kept": 10, "kept_visual": 4}
+    assert profile.ranges(sample({name: (name,) for name in kept}, kept), LONG) == {
+        "prompt": LONG["prompt"], "visual": LONG["visual"], "kept": (2, 128, 4096), "kept_visual": (1, 40, 4096),
+    }  # fmt: skip
 
 
 def test_default_sizes() -> None:
@@ -265,9 +337,9 @@ def feed(manifest: Manifest, **sizes: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_sizes_inside_the_profile(half: SimpleNamespace) -> None:
+def test_sizes_inside_the_profile(built: SimpleNamespace) -> None:
     for inside in ({}, {"prompt": 64}, {"prompt": 4096}, {"batch": 2, "visual": 4096}):
-        profile.check_sizes(half.manifest.parts["prefill"], feed(half.manifest, **inside))
+        profile.check_sizes(built.manifest.parts["prefill"], feed(built.manifest, **inside))
 
 
 @pytest.mark.parametrize(
@@ -283,11 +355,12 @@ def test_sizes_inside_the_profile(half: SimpleNamespace) -> None:
         ({"visual": 5000}, r"image_features of prefill has size 5000 in dimension 0 \(visual\)"),
     ],
 )
-def test_sizes_outside_the_profile(half: SimpleNamespace, sizes: dict[str, int], message: str) -> None:
+def test_sizes_outside_the_profile(built: SimpleNamespace, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        profile.check_sizes(half.manifest.parts["prefill"], feed(half.manifest, **sizes))
+        profile.check_sizes(built.manifest.parts["prefill"], feed(built.manifest, **sizes))
 
 
+@pytest.mark.slow
 def test_an_engine_needs_its_gpu(half: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = r"visual was built for GPUs of compute capability 8\.6, 8\.9, 12\.0, and torch finds none here: load it"

@@ -117,7 +117,9 @@ def test_demo_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "aot_eager" in refused("demo")
 
 
-def test_demo_runs(tmp_path: Path) -> None:
+def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hawk_compile.tools.demo.run.ROUNDS", 1)
+    monkeypatch.setattr("hawk_compile.tools.demo.run.LARGE", (336, 336))
     result = call("demo", "--backend", "eager", "--questions", "8", "--out", tmp_path / "kept.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")

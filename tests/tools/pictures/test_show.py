@@ -1,5 +1,7 @@
 """`hawk-compile show` on the shipped model, and which pictures can be drawn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import hawk_compile
 from hawk_compile.errors import InputError
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.demo.scenes import make_scene
+from hawk_compile.tools.pictures import commands
 from hawk_compile.tools.pictures.draw import DIMMED, dimmed
 from hawk_compile.tools.pictures.seen import grid, look
 from tests.exporting import demo
@@ -17,22 +20,34 @@ from tests.exporting import demo
 SCENE = make_scene("test", 5, (336, 364))
 
 
-def test_what_is_seen_is_what_the_report_says():
-    model, question = demo.model(), SCENE.questions[0]
-    before = model.__dict__.get("_hawk_runtime")
-    seen = look(model, demo.processor(), SCENE.pil(), question.text, ratio=0.6, max_new_tokens=2, backend="eager")
-    assert seen.unpruned == question.answer and seen.kept.shape == seen.scores.shape == (12, 13)
-    assert seen.kept.sum() == hawk_compile.HawkConfig(ratio=0.6).kept(156)
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The command line's call, its arguments, and what was seen on its way."""
+    folder, seen = tmp_path_factory.mktemp("show"), []
+    SCENE.pil().save(folder / "scene.png")
+    arguments = ["show", demo.FOLDER, str(folder / "scene.png"), SCENE.questions[0].text, "--backend", "eager"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "look", lambda *given, **settings: seen.append(look(*given, **settings)) or seen[0])
+        called = CliRunner().invoke(app, [*arguments, "--out", str(folder / "show.png")])
+    assert called.exit_code == 0, called.output
+    return SimpleNamespace(stdout=called.stdout, arguments=arguments, folder=folder, seen=seen[0])
+
+
+def test_what_is_seen_is_what_the_report_says(shown):
+    seen = shown.seen
+    assert seen.unpruned == SCENE.questions[0].answer and seen.kept.shape == seen.scores.shape == (12, 13)
+    assert seen.kept.sum() == hawk_compile.HawkConfig(ratio=0.8).kept(156)
     assert set(seen.scores[seen.kept]) == set(np.sort(seen.scores.ravel())[-seen.kept.sum() :])
     by_hand = np.tensordot(seen.weights, seen.heads, 1)  # each head's map has length 1
     np.testing.assert_allclose(by_hand, seen.scores, atol=1e-5)
-    assert model.__dict__.get("_hawk_runtime") is before
 
 
 def test_heads_are_those_that_the_selector_used():
     """The demo's own head weights are not equal, and `fastv` has its own normalisation and query too."""
-    settings = {"selector": "fastv", "max_new_tokens": 1, "backend": "eager"}
-    seen = look(demo.model(), demo.processor(), SCENE.pil(), SCENE.questions[0].text, **settings)
+    model, settings = demo.model(), {"selector": "fastv", "max_new_tokens": 1, "backend": "eager"}
+    before = model.__dict__.get("_hawk_runtime")
+    seen = look(model, demo.processor(), SCENE.pil(), SCENE.questions[0].text, **settings)
+    assert model.__dict__.get("_hawk_runtime") is before
     assert seen.weights == pytest.approx([1 / len(seen.weights)] * len(seen.weights))
     np.testing.assert_allclose(np.tensordot(seen.weights, seen.heads, 1), seen.scores, atol=1e-5)
 
@@ -61,16 +76,11 @@ def test_grids(inputs, count, expected):
         grid(inputs, count)
 
 
-def test_the_command_line(tmp_path):
-    SCENE.pil().save(tmp_path / "scene.png")
-    question, out = SCENE.questions[0], tmp_path / "show.png"
-    arguments = ["show", demo.FOLDER, str(tmp_path / "scene.png"), question.text, "--backend", "eager", "--out"]
-    called = CliRunner().invoke(app, [*arguments, str(out)])
-    assert called.exit_code == 0, called.output
-    assert f"unpruned: {question.answer}" in called.stdout and "32 of 156 visual tokens kept" in called.stdout
-    drawn = np.asarray(Image.open(out).convert("RGB"))
+def test_the_command_line(shown):
+    assert f"unpruned: {SCENE.questions[0].answer}" in shown.stdout and "32 of 156 visual tokens kept" in shown.stdout
+    drawn = np.asarray(Image.open(shown.folder / "show.png").convert("RGB"))
     assert drawn.shape[1] > 1000
     for half in np.array_split(drawn, 2):  # the picture above, the heads' maps below
         assert (half < 250).any(-1).mean() > 0.1
-    refused = CliRunner().invoke(app, [*arguments, str(tmp_path / "no" / "folder.png")])
+    refused = CliRunner().invoke(app, [*shown.arguments, "--out", str(shown.folder / "no" / "folder.png")])
     assert refused.exit_code == 2 and "out must lie in a folder that exists" in refused.stderr
