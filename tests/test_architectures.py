@@ -130,7 +130,12 @@ def test_other_precisions_and_modes(name, precision):
         assert len(keep) < inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_next", "smolvlm", "gemma3"])
+SLOW = ("qwen2_5_vl", "smolvlm", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl", "llava_next", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_the_prefill_is_compiled_once_for_ten_shapes(name):
     """And once more for prompts of embeddings, which have the logits of ids, at the positions that ids would have."""
     model = zoo.build(name, layers=2)

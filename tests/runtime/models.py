@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,9 @@ RATIO = 0.6
 LAYERS = 2
 MAIN = ("qwen2_5_vl", "llava", "gemma3", "qwen3_vl")
 """mRoPE; plain; sliding windows and attention both ways; features for later layers."""
+
+EVERY = (*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in zoo.NAMES if name not in MAIN))
+"""All architectures; what the passes make of each is tested in tests/test_architectures.py too."""
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-5}
 """Equal in exact arithmetic, but with matrix products of other shapes: logits of magnitude 1 to 10 in fp32, whose

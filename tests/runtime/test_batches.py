@@ -12,7 +12,8 @@ from tests import zoo
 from tests.runtime.models import MAIN, ROUNDING, generate, new_tokens, plain, prompt, pruned
 from tests.zoo import Row, rows
 
-LAYOUTS = ("qwen2_5_vl", "qwen3_vl", "llava_next", "smolvlm", "gemma3")
+TILES = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next", "smolvlm"))
+LAYOUTS = ("qwen2_5_vl", "qwen3_vl", "gemma3", *TILES)
 """One architecture of each way to hand images over, and of each kind of mask."""
 
 
@@ -50,7 +51,7 @@ def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "mm_encoder_outputs": outputs}
 
 
-@pytest.mark.parametrize("name", sorted({*MAIN, *LAYOUTS}))
+@pytest.mark.parametrize("name", (*MAIN, *TILES))
 def test_ratio_0_is_the_plain_model(name: str) -> None:
     """Bit for bit: a batch padded on the left through generate; a row, or through forward one padded on the right."""
     model = hawk_compile.optimize(pruned(name), ratio=0, backend="eager")

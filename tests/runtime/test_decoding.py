@@ -8,6 +8,7 @@ import torch
 import hawk_compile
 from tests import zoo
 from tests.runtime.models import (
+    EVERY,
     ROUNDING,
     conversation,
     generate,
@@ -27,6 +28,10 @@ VIDEOS = {
 }  # fmt: skip
 
 
+FRAMES = ("qwen2_5_vl", "llava_onevision")
+"""A video as a grid of patches, and as frames with a row of tokens each."""
+
+
 def check_greedy(name: str, inputs: dict[str, torch.Tensor], tokens: int) -> None:
     out = generate(pruned(name), inputs, tokens)
     report = hawk_compile.report(pruned(name))
@@ -43,22 +48,25 @@ def check_greedy(name: str, inputs: dict[str, torch.Tensor], tokens: int) -> Non
     assert out.sequences[:, : inputs["input_ids"].shape[1]].equal(inputs["input_ids"])
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_greedy(name: str) -> None:
     check_greedy(name, picture(name), 32)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_several_images(name: str) -> None:
     check_greedy(name, prompt(name, TWO_IMAGES[name]), 4)
 
 
-@pytest.mark.parametrize("name", zoo.VIDEO_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FRAMES else pytest.mark.slow) for name in zoo.VIDEO_NAMES],
+)
 def test_video(name: str) -> None:
     check_greedy(name, prompt(name, Row(video=VIDEOS[name])), 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("name", [pytest.param("qwen2_vl", marks=pytest.mark.slow), *FRAMES])
 def test_image_and_video(name: str) -> None:
     """Two merges, one for each modality; scored and pruned together."""
     check_greedy(name, prompt(name, Row(images=zoo.sizes(name)[0].images, video=VIDEOS[name])), 4)

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 import hawk_compile
 from tests import zoo
 from tests.runtime.models import (
+    EVERY,
     ROUNDING,
     conversation,
     generate,
@@ -52,7 +53,7 @@ def check_logits(out: Any, by_hand: Any, inputs: dict[str, Tensor], row: int = 0
         by_hand.feed([token])
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_second_turn_of_text(name: str) -> None:
     first, cache = picture(name), DynamicCache(config=plain(name).config.get_text_config())
     out = turn(pruned(name), first, cache)
