@@ -5,7 +5,8 @@ compiles by itself: where workers take all cores already, a pool of Inductor's f
 is collected seldom, since the traces that most tests make are large and long-lived.
 
 Files are spread over the workers whole. Those that share what takes long to make stay together: models that are
-captured once (`runtime`), and the C++ headers that Inductor compiles first. What takes longest starts first.
+captured once (`runtime`), the libraries of the export formats and the C++ headers that Inductor compiles first
+(`exporting`), and the process that interprets Triton (`kernels`). What takes longest starts first.
 """
 
 import gc
@@ -20,6 +21,7 @@ from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.versions import SINCE, installed, release
 
 gc.set_threshold(200_000, 100, 100)
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 
 if WORKER is not None:
@@ -27,12 +29,14 @@ if WORKER is not None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-CAPTURED = ("batches", "caches", "decoding", "turns", "refusals")
+CAPTURED = ("batches", "caches", "decoding", "optimize", "turns", "refusals")
 TOGETHER = {
     **{f"tests/runtime/test_{name}.py": "runtime" for name in CAPTURED},
-    **dict.fromkeys(("tests/exporting/test_decoders.py", "tests/test_inductor.py"), "inductor"),
-}
-LONGEST = ("runtime", "test_inductor.py", "exporting", "test_architectures.py", "test_backend.py")
+    "tests/compile/test_inductor.py": "exporting", "tests/exporting": "exporting", "tests/kernels": "kernels",
+}  # fmt: skip
+"""Files and folders -> what they share."""
+
+LONGEST = ("test_inductor.py", "exporting", "runtime", "tools", "test_audio.py", "test_architectures.py", "compile")
 """Files and folders, longest first."""
 
 
@@ -65,6 +69,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Groups(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return TOGETHER.get(file, file)
+            return TOGETHER.get(file) or TOGETHER.get(file.rpartition("/")[0], file)
 
     return Groups(config, log)

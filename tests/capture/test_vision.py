@@ -29,7 +29,7 @@ def features(model: Any, size: Any, name: str) -> list[Tensor]:
     return tree_leaves([joined[FEATURES], joined.get(LAYER_FEATURES) or []])
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl", "llava_onevision"])
 def test_features_are_the_eager_ones_at_any_size(name: str) -> None:
     model, twin = zoo.build(name, layers=1), zoo.build(name, layers=1)
     hawk_compile.optimize(model, ratio=0.8, backend="eager", compile_vision=True)
@@ -62,7 +62,9 @@ def test_an_export_takes_the_modules_as_they_are() -> None:
     assert [component.name for component in encoder_components(model, picture("qwen3_vl"))] == ["visual"]
 
 
-@pytest.mark.parametrize(("name", "module"), [("glm4v", "visual"), ("mistral3", "vision_tower")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("glm4v", "visual"), pytest.param("mistral3", "vision_tower", marks=pytest.mark.slow)]
+)
 def test_an_encoder_that_reads_sizes_on_its_way_is_refused(name: str, module: str) -> None:
     model = hawk_compile.optimize(zoo.build(name, layers=1), ratio=0.8, backend="eager", compile_vision=True)
     with pytest.raises(UnsupportedModelError, match=f"the encoder's {module} cannot be compiled as one"):

@@ -141,6 +141,7 @@ def test_head_weights_that_do_not_fit_the_model_are_refused():
         through_the_door(model, inputs, dynamic=True, options={"head_weights": [1.0, 2.0, 3.0]})
 
 
+@pytest.mark.slow
 def test_a_break_between_merge_and_decoder_is_refused_with_the_remedy():
     """Without position_ids this architecture reads image sizes back while it counts positions."""
     model = zoo.build("qwen2_5_vl", layers=1)

@@ -22,8 +22,6 @@ from tests.zoo import Row, rows
 
 MASS = 0.6
 EACH = {"query": "each", "normalization": "softmax"}
-MODELS = ("qwen2_5_vl", "qwen3_vl", "gemma3")
-"""Plain; with features for later layers, whose kept number is read too; with attention both ways."""
 
 
 def fewest(scores: Tensor, mass: float) -> int:
@@ -32,9 +30,11 @@ def fewest(scores: Tensor, mass: float) -> int:
     return next(n for n in range(1, len(best) + 1) if sum(best[:n]) >= mass * sum(best) * (1 - 1e-6))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_each_row_keeps_what_holds_the_mass(name: str) -> None:
-    """At several sizes, from one compilation, and what then runs is the eager model on the tokens kept."""
+    """Plain; with features for later layers, whose kept number is read too; with attention both ways.
+
+    At several sizes, from one compilation, and what then runs is the eager model on the tokens kept."""
     model = fresh(name, 0.0, budget=Adaptive(MASS), **EACH)
     seen = set()
     for size in zoo.sizes(name)[1:4]:

@@ -37,7 +37,7 @@ def test_restore_gives_the_model_that_it_was(name: str) -> None:
     assert hawk_compile.restore(model) is model and state(model) == before
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("name", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "llava"])
 def test_restore_after_use(name: str) -> None:
     model, twin = zoo.build(name, layers=2), zoo.build(name, layers=2)
     generate(model, picture(name), 2)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests import zoo
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """With weights of its own for every head, and every voter by itself; what needs all heads at once is refused."""
     model = zoo.build(NAME, layers=2)

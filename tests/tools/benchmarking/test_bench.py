@@ -143,7 +143,7 @@ def test_scoring_by_itself_makes_no_more_than_the_first_layer():
     torch.testing.assert_close(rows, scoring.take(hidden, expected))
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("llava_onevision", marks=pytest.mark.slow)])
 def test_the_method_by_hand_is_the_optimised_model(name, monkeypatch):
     """Two rows; positions that hold images and positions that do not; features for later layers. And wrong logits."""
     model = zoo.build(name, layers=1)

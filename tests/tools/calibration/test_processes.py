@@ -59,6 +59,7 @@ def member(folder: Path) -> None:
     calibrated(progress_file=folder / "killed", progress=killer)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(tmp_path):
     def cut(done, total):
         if done == 1:
