@@ -3,6 +3,7 @@
     model = hawk_compile.optimize(model, ratio=0.8)   # remove 80 % of the visual tokens of every prompt
     out = model.generate(**inputs)                    # nothing else changes
     hawk_compile.report(model)                        # what the last prefill kept
+    with hawk_compile.pruned(model, ratio=0.5): ...   # only in here, by these settings
     model = hawk_compile.restore(model)               # exactly the model it was
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
     hawk_compile.calibrate(model, processor, "questions.jsonl").write("head_weights.json")
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     )
     from hawk_compile.exporting.runner import Runner, load
     from hawk_compile.exporting.write import export
-    from hawk_compile.runtime.api import optimize, report, restore
+    from hawk_compile.runtime.api import optimize, pruned, report, restore
     from hawk_compile.runtime.records import Report
     from hawk_compile.settings.budgets import Adaptive
     from hawk_compile.settings.config import HawkConfig
@@ -73,6 +74,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "pruned",
     "register_selector",
     "report",
     "restore",
@@ -106,6 +108,7 @@ HOMES = {
     "inspect": "tools.inspection:inspect_model",
     "load": "exporting.runner",
     "optimize": "runtime.api",
+    "pruned": "runtime.api",
     "register_selector": "settings.selectors",
     "report": "runtime.api",
     "restore": "runtime.api",

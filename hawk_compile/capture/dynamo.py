@@ -26,12 +26,13 @@ RECOMPILE_LIMIT = 64
 """Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""
 
 capture_lock = threading.RLock()
-"""Held while a prefill runs: capturing changes Dynamo's settings, which all threads share."""
+"""Held while something is captured for the first time: an export changes the models' code for the whole process while
+it traces. What is compiled already runs without it."""
 
 
 @contextlib.contextmanager
 def capture_settings() -> Iterator[None]:
-    """Dynamo's settings while a prefill is compiled. Not thread-safe: hold a lock."""
+    """Dynamo's settings for what is captured inside. Each thread has its own."""
     with (
         torch._dynamo.config.patch(
             capture_scalar_outputs=True,
@@ -50,12 +51,15 @@ def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[...
     return torch.compile(function, **{"dynamic": True, "isolate_recompiles": True, **settings})
 
 
-def equate_lengths(inputs: dict[str, Any], votes: Tensor) -> None:
+def equate_lengths(inputs: dict[str, Any], votes: Tensor, along: tuple[str, ...] = ()) -> None:
     """Tell the capture which inputs run along the prompt, so that their lengths are one symbol S, and their rows one B.
 
-    Only such inputs have the names below; by them a mask is known to be as long as the prompt; no operator says so.
+    By these a mask is known to be as long as the prompt; no operator says so.
+
+    Args:
+        along: names of inputs of shape [..., B, S] beside those that every model has; see `along_prompt`.
     """
-    for name in PER_TOKEN_INPUTS:
+    for name in (*PER_TOKEN_INPUTS, *along):
         given = inputs.get(name)
         if isinstance(given, Tensor):
             rows, length = (given.shape[0], given.shape[1]) if name == "inputs_embeds" else given.shape[-2:]

@@ -1,5 +1,6 @@
 """Which modalities a call holds, which a model takes, and where in a prompt their features go."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,43 @@ def tokens_of(kwargs: dict[str, Any]) -> Tensor:
             f"{'both' if found else 'neither'}: give one of them"
         )
     return found[0]
+
+
+def along_prompt(arguments: dict[str, Any], rows: int, length: int) -> tuple[str, ...]:
+    """Names of the arguments of shape [..., B, S] that not every model has: they are gathered as the ids are.
+
+    Args:
+        arguments: of a call with B `rows` and S = `length` positions. Nothing else in it is as long as a prompt, which
+            holds text beside all its visual tokens; what may be, an audio's frames, is read in front of the cut.
+    """
+    return tuple(sorted(
+        name for name, given in arguments.items()
+        if name not in PER_TOKEN_INPUTS and isinstance(given, Tensor) and given.ndim >= 2
+        and given.shape[-1] == length and given.shape[-2] in (1, rows)
+    ))  # fmt: skip
+
+
+def token_kinds(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[str]:
+    """Arguments [B, S], or [B, L] of the whole conversation, from which the model may build its mask.
+
+    Those that the model's forward names, beside ids, mask and positions; not what it reads to work out positions.
+    """
+    known = {"input_ids", "attention_mask", "position_ids"} | read_for_positions(model)
+    tokens = tokens_of(kwargs)
+    return [
+        name for name in inspect.signature(type(model).forward).parameters
+        if name not in known and isinstance(given := kwargs.get(name), Tensor) and given.ndim == 2
+        and given.shape[0] == tokens.shape[0] and given.shape[1] >= tokens.shape[1] and not given.is_floating_point()
+    ]  # fmt: skip
+
+
+def read_for_positions(model: PreTrainedModel) -> set[str]:
+    """Arguments from which the model works out positions that depend on image sizes (mRoPE); none elsewhere.
+
+    With position_ids at hand they are not read again.
+    """
+    work_out = getattr(model.base_model, "compute_3d_position_ids", None)
+    return set() if work_out is None else {*inspect.signature(work_out).parameters}
 
 
 def raw_modalities(kwargs: dict[str, Any]) -> set[str]:

@@ -23,25 +23,28 @@ from hawk_compile.errors import InputError
 
 
 def planned_forward(
-    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Any, ...]
-) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
+    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Any, ...],
+    along: tuple[str, ...] = (),
+) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:  # fmt: skip
     """What Dynamo captures: the model's own forward with the plan beside it.
 
     Args:
         inputs: the forward's arguments by name; features as `join_features` gives them.
         past_mask: [B, P], nonzero for real tokens of the cache; None if it holds none.
         planned: the arguments of `hawk::plan`.
+        along: names of inputs that run along the prompt, [..., B, S], beside those that every model has.
 
     Returns:
         The model's output, keep [B, S'], valid [B, S'] and scores [B, S].
     """
     keep, valid, scores = torch.ops.hawk.plan(*planned)
-    return unplanned_forward(forward, inputs, past_mask, planned[0]), keep, valid, scores
+    return unplanned_forward(forward, inputs, past_mask, planned[0], along), keep, valid, scores
 
 
 def unplanned_forward(
-    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, per_token: Tensor
-) -> ModelOutput:
+    forward: Callable[..., Any], inputs: dict[str, Any], past_mask: Tensor | None, per_token: Tensor,
+    along: tuple[str, ...] = (),
+) -> ModelOutput:  # fmt: skip
     """The same without a plan, so that nothing is pruned.
 
     Args:
@@ -50,7 +53,7 @@ def unplanned_forward(
     outputs = cut_extra_rows(inputs["mm_encoder_outputs"])
     inputs = {name: given for name, given in inputs.items() if name != "mm_encoder_outputs"}
     inputs |= arguments_of(outputs)
-    equate_lengths(inputs, per_token)
+    equate_lengths(inputs, per_token, along)
     if past_mask is not None:
         inputs = {**inputs, "attention_mask": torch.cat([past_mask, inputs["attention_mask"]], dim=1)}
     return forward(**inputs, return_dict=True)

@@ -12,7 +12,7 @@ from hawk_compile.errors import ConfigError
 from hawk_compile.exporting.manifest import config_of
 from hawk_compile.exporting.runner import Runner
 from hawk_compile.runtime.api import optimize, report
-from hawk_compile.runtime.overrides import RUNTIME
+from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.settings.selectors import SELECTORS
 
 

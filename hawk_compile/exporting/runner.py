@@ -42,9 +42,9 @@ from hawk_compile.plan.plan import Plan
 from hawk_compile.plan.question import SpecialIds
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.conversation import physical_length
-from hawk_compile.runtime.forward import Runtime
-from hawk_compile.runtime.overrides import RUNTIME, overrides_of
+from hawk_compile.runtime.overrides import overrides_of
 from hawk_compile.runtime.records import Report
+from hawk_compile.runtime.state import RUNTIME, Runtime
 from hawk_compile.settings.head_weights import HeadWeights
 
 Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -81,9 +81,9 @@ class Runner:
         with self.runtime.asking(settings if ratio is None else replace(settings, ratio=ratio)):
             return self.model.generate(*args, **kwargs)
 
-    def report(self) -> Report:
-        """What the last prefill of this thread did; see `hawk_compile.report`."""
-        return report(self.model)
+    def report(self, source: Any = None) -> Report:
+        """What the last prefill did, or that of an output or a cache; see `hawk_compile.report`."""
+        return report(self.model if source is None else source)
 
 
 def load(path: str | os.PathLike[str]) -> Runner:
@@ -195,7 +195,8 @@ class ExportedPrefill:
         self.inputs = {each.name: each for each in part.inputs}
 
     def run(
-        self, forward: Any, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, head_weights: Tensor
+        self, forward: Any, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, head_weights: Tensor,
+        along: tuple[str, ...] = (),
     ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
         if past_mask is not None or physical_length(inputs["past_key_values"]):
             raise UnsupportedCallError(

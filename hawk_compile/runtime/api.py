@@ -1,19 +1,27 @@
-"""`optimize`, `restore` and `report`: the three calls that most users need."""
+"""`optimize`, `restore`, `pruned` and `report`: the calls that most users need."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.question import special_ids
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.forward import Runtime, ranks_of
-from hawk_compile.runtime.overrides import RUNTIME, overrides_of
-from hawk_compile.runtime.records import Report
-from hawk_compile.settings.config import HawkConfig, make_config
+from hawk_compile.runtime.conversation import conversation_of, physical_length
+from hawk_compile.runtime.overrides import overrides_of
+from hawk_compile.runtime.records import PrefillRecord, Report
+from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
+from hawk_compile.runtime.state import RUNTIME, Runtime, ranks_of
+from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.settings.head_weights import resolve
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+MISSING = object()
 
 
 def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) -> Model:
@@ -39,13 +47,13 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
-    overrides = overrides_of(model)
-    if earlier is not None:
-        originals = earlier.originals
-    else:
-        originals = {name: owner.__dict__[name] for name, (owner, _) in overrides.items() if name in owner.__dict__}
-    for name, (owner, method) in overrides.items():
-        owner.__dict__[name] = method
+    originals, replaced = install(model, {} if earlier is None else earlier.originals)
+    if replaced:
+        warnings.warn(
+            f"{' and '.join(replaced)} of the model were replaced by others after optimize"
+            f"{', so nothing was pruned since' if 'forward' in replaced else ''}; they are overridden again now",
+            stacklevel=2,
+        )
     runtime = Runtime(made, weights, ids, originals, ranks_of(model))
     if earlier is not None:
         runtime.take_compiled(earlier)
@@ -57,23 +65,81 @@ def restore(model: Model) -> Model:
     """Undo `optimize`: the model is exactly what it was. A model that was never optimised is returned as it is."""
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
-        for name, (owner, _) in overrides_of(model).items():
-            if name in runtime.originals:
-                owner.__dict__[name] = runtime.originals[name]
-            else:
-                owner.__dict__.pop(name, None)
+        uninstall(model, runtime.originals)
     return model
 
 
-def report(model: PreTrainedModel) -> Report:
-    """What the last prefill of this thread did.
+@contextlib.contextmanager
+def pruned(model: Model, config: HawkConfig | None = None, **settings: Any) -> Iterator[Model]:
+    """A model that prunes inside a `with` block and is outside exactly what it was, optimised by other settings or not.
+
+    Args:
+        model, config, **settings: as for `optimize`, which also says what is raised.
+    """
+    check_model(model, MODALITIES)
+    places = [(owner.__dict__, name) for name, (owner, _) in overrides_of(model).items()]
+    places += [(model.__dict__, RUNTIME), (model.base_model.__dict__, "rope_deltas")]
+    before = [(held, name, held.get(name, MISSING)) for held, name in places]
+    try:
+        yield optimize(model, config, **settings)
+    finally:
+        for held, name, value in before:
+            if value is MISSING:
+                held.pop(name, None)
+            else:
+                held[name] = value
+
+
+def report(source: Any) -> Report:
+    """What a prefill did.
+
+    Args:
+        source: an optimised model: its last prefill, whichever thread ran it. An output of its forward or of generate
+            (`return_dict_in_generate=True`), or a cache: the last prefill of that very conversation.
 
     Raises:
-        HawkError: the model is not optimised, or this thread has run no prefill on it yet.
+        HawkError: the model is not optimised, has run no prefill yet, or others have replaced its forward since; an
+            output or a cache that no prefill of an optimised model made.
     """
+    if isinstance(source, nn.Module):
+        return last_of(source).report()
+    record = record_of(source)
+    if record is None:
+        raise HawkError(
+            "report takes an optimised model, or an output or a cache that a prefill of one has filled, got a "
+            f"{type(source).__name__} that none has: give the model, or what its forward or its generate "
+            "(return_dict_in_generate=True) returned"
+        )
+    return record.report()
+
+
+def last_of(model: nn.Module) -> PrefillRecord:
     runtime = model.__dict__.get(RUNTIME)
-    if runtime is None:
+    if runtime is None or not isinstance(model, PreTrainedModel):
         raise HawkError("report needs an optimised model: call hawk_compile.optimize first")
-    if runtime.record is None:
-        raise HawkError("this thread has run no prefill on the model yet: call generate or forward first")
-    return runtime.record.report()
+    replaced = replaced_overrides(model)
+    if "forward" in replaced:
+        there = model.__dict__.get("forward", type(model).forward)
+        name = getattr(there, "__qualname__", repr(there))
+        raise HawkError(
+            f"the model's forward was replaced by {name} after optimize; nothing is pruned: call optimize again"
+        )
+    if replaced:
+        raise HawkError(
+            f"{' and '.join(replaced)} of the model were replaced by others after optimize, which pruning in generate "
+            "needs: call optimize again"
+        )
+    if runtime.last is None:
+        raise HawkError("the model has run no prefill yet: call generate or forward first")
+    return runtime.last
+
+
+def record_of(source: Any) -> PrefillRecord | None:
+    """What is noted on an output, or on a cache, itself or among the parts of an output."""
+    if isinstance(source, Cache):
+        return conversation_of(source).record if physical_length(source) else None
+    noted = getattr(source, "hawk_record", None)
+    if noted is not None or not isinstance(source, (ModelOutput, tuple)):
+        return noted
+    parts = source.to_tuple() if isinstance(source, ModelOutput) else source
+    return next((record_of(part) for part in parts if isinstance(part, Cache)), None)

@@ -1,56 +1,78 @@
-"""What an optimised model shadows: its forward, and the methods by which generate prepares and steps."""
+"""What an optimised model shadows: its forward, generate and what generate calls, and the saving of it."""
 
 import contextlib
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
 
 from hawk_compile.capture.modalities import modalities_of
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.errors import UnsupportedCallError
-from hawk_compile.runtime.conversation import PrunedCache, physical_length, physical_mask
-from hawk_compile.runtime.forward import DECODE_OPTIONS, run
+from hawk_compile.runtime.conversation import TrackedCache, note, physical_length, physical_mask
+from hawk_compile.runtime.forward import run
+from hawk_compile.runtime.generation import Generation, generating, running
 from hawk_compile.runtime.positions import deltas_of
-from hawk_compile.runtime.prefill import PROMPT_LENGTH
+from hawk_compile.runtime.saving import write_head_weights
+from hawk_compile.runtime.state import RUNTIME
 
-RUNTIME = "_hawk_runtime"
+Overrides = dict[str, tuple[nn.Module, types.MethodType]]
+"""Name of an attribute -> (the module it is put on, what is put there)."""
 
 
-def overrides_of(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
-    """Each attribute that an optimised model shadows: name -> (the module it is put on, what is put there)."""
-    found: dict[str, tuple[Any, Any]] = {
-        "forward": (model, types.MethodType(forward_of(type(model)), model)),  # type: ignore[arg-type]
-        "create_masks_for_generate": (model, types.MethodType(masks_for_generate, model)),
-        "get_compiled_call": (model, types.MethodType(compiled_call, model)),
-        "_prepare_cache_for_generation": (model, types.MethodType(prepare_cache, model)),
-        "_prepare_position_ids_for_generation": (model, types.MethodType(position_ids_for_generation, model)),
-        "_prefill": (model, types.MethodType(prefill_whole, model)),
-        "_get_candidate_generator": (model, types.MethodType(candidate_generator, model)),
-        "_prepare_multimodal_encoder_kwargs_for_generation": (model, types.MethodType(encode_images, model)),
+def overrides_of(model: PreTrainedModel) -> Overrides:
+    """Each attribute that an optimised model shadows."""
+    kind: Any = type(model)
+    made: dict[str, Callable[..., Any]] = {
+        "forward": forward_of(kind),
+        "generate": generate_of(kind),
+        "save_pretrained": save_of(kind),
+        "create_masks_for_generate": masks_for_generate,
+        "get_compiled_call": compiled_call,
+        "_prepare_cache_for_generation": prepare_cache,
+        "_prepare_position_ids_for_generation": position_ids_for_generation,
+        "_prefill": prefill_whole,
+        "_get_candidate_generator": candidate_generator,
+        "_prepare_multimodal_encoder_kwargs_for_generation": encode_images,
+        "_upload_modified_files": upload,
     }
-    found |= {name: (model.base_model, method) for name, method in body_overrides(model).items()}
-    return found
+    overrides: Overrides = {name: (model, types.MethodType(function, model)) for name, function in made.items()}
+    return overrides | {name: (model.base_model, method) for name, method in body_overrides(model).items()}
 
 
 def prunes(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether a prompt of generate holds what the settings ask to prune."""
-    return bool(modalities_of(kwargs) & set(model.__dict__[RUNTIME].config.modalities))
+    runtime = model.__dict__.get(RUNTIME)
+    return runtime is not None and bool(modalities_of(kwargs) & set(runtime.config.modalities))
 
 
 def original(model: PreTrainedModel, name: str) -> Any:
     """A method of the model as it is without `optimize`."""
     runtime = model.__dict__.get(RUNTIME)
-    if runtime is None:
-        return getattr(model, name)
-    originals = runtime.originals
-    return originals[name] if name in originals else getattr(type(model), name).__get__(model)
+    if runtime is not None and name in runtime.originals:
+        return runtime.originals[name]
+    return getattr(type(model), name).__get__(model)
+
+
+def looks_like(function: Callable[..., Any], shadowed: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the name, the text and the signature of the method that it shadows.
+
+    It gets no `__wrapped__`: whoever unwraps a model would follow it past us, and nothing would be pruned.
+    """
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(function, name, getattr(shadowed, name))
+    function.__signature__ = inspect.signature(shadowed)  # type: ignore[attr-defined]
+    function.__dict__.pop("__wrapped__", None)
+    return function
 
 
 @functools.cache
@@ -63,15 +85,58 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     rest = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
 
     @torch.compiler.disable(reason="an optimised model compiles its own prefill")
-    @functools.wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self:  # bound twice, see `uninstall`
+            args = args[1:]
+        runtime = self.__dict__.get(RUNTIME)
+        if runtime is None:  # restored, and a wrapper of others around us is still in place
+            return original(self, "forward")(*args, **kwargs)
         named = signature.bind(self, *args, **kwargs).arguments
         more = named.pop(str(rest), {})
         named = {**named, **more}
         del named[next(iter(named))]  # self
-        return run(self, self.__dict__[RUNTIME], original(self, "forward"), named)
+        return run(self, runtime, original(self, "forward"), named)
 
-    return forward
+    return looks_like(forward, kind.forward)
+
+
+@functools.cache
+def generate_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
+    """generate, whose steps know of one another, and whose output knows what the prefill did."""
+
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        with generating(Generation()) as generation:
+            output = original(self, "generate")(*args, **kwargs)
+        if isinstance(output, ModelOutput):
+            output.hawk_record = generation.record  # type: ignore[attr-defined]
+        return output
+
+    return looks_like(generate, kind.generate)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def save_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
+    """save_pretrained, with the head weights in use beside the checkpoint."""
+
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        result = original(self, "save_pretrained")(save_directory, is_main_process, *args, **kwargs)
+        runtime = self.__dict__.get(RUNTIME)
+        if is_main_process and runtime is not None:
+            write_head_weights(save_directory, self, runtime)
+        return result
+
+    return looks_like(save_pretrained, kind.save_pretrained)
+
+
+def upload(self: PreTrainedModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """What sends a saved folder to the Hub, in the middle of save_pretrained; the head weights go with it."""
+    runtime = self.__dict__.get(RUNTIME)
+    if runtime is not None:
+        write_head_weights(working_dir, self, runtime)
+    return original(self, "_upload_modified_files")(working_dir, *args, **kwargs)
 
 
 def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = False, **kwargs: Any) -> Any:
@@ -79,7 +144,7 @@ def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = Fals
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     if is_first_iteration:
         return mask
-    if isinstance(cache, PrunedCache):
+    if isinstance(cache, TrackedCache):
         kwargs["attention_mask"] = physical_mask(cache, mask, kwargs["inputs_embeds"].shape[1])
     build = getattr(type(self), "create_masks_for_generate", create_masks_for_generate)
     return build(is_first_iteration=is_first_iteration, **kwargs)
@@ -89,7 +154,12 @@ def compiled_call(self: PreTrainedModel, compile_config: CompileConfig | None) -
     """What generate calls where it compiles decoding (static caches on CUDA): the step inside, compiled by the same
     options, instead of this wrapper."""
     options = (compile_config or self._default_compile_config()).to_dict()
-    return functools.partial(self.__call__, **{DECODE_OPTIONS: options})
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with generating(replace(running.get() or Generation(), step_options=options)):
+            return self(*args, **kwargs)
+
+    return call
 
 
 def prepare_cache(
@@ -103,7 +173,7 @@ def prepare_cache(
     )
     cache = model_kwargs.get("past_key_values")
     if given is None and isinstance(cache, StaticCache) and generation_config.max_cache_len is None:
-        cache.hawk_asked_length = max_cache_length  # type: ignore[attr-defined]
+        note(cache, asked_length=max_cache_length)
 
 
 def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
@@ -128,14 +198,17 @@ def prefill_whole(
             "text, so prefill the whole conversation at once, or call the model with position_ids of your own"
         )
     if generation_config.use_cache is False and prunes(self, model_kwargs):
-        model_kwargs[PROMPT_LENGTH] = input_ids.shape[1]  # every step prefills anew, with what was generated so far
+        generation = running.get()
+        if generation is not None:
+            generation.prompt_length = input_ids.shape[1]
     return original(self, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
 
 
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The vision encoder, compiled if the settings ask for that."""
-    runtime = self.__dict__[RUNTIME]
-    with runtime.vision.encoding(self) if runtime.config.compile_vision else contextlib.nullcontext():
+    runtime = self.__dict__.get(RUNTIME)
+    compiled = None if runtime is None or not runtime.config.compile_vision else runtime.vision
+    with contextlib.nullcontext() if compiled is None else compiled.encoding(self):
         return original(self, "_prepare_multimodal_encoder_kwargs_for_generation")(model_kwargs)
 
 
@@ -146,7 +219,7 @@ def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[st
             "assisted decoding (assistant_model, prompt_lookup_num_tokens and the like) puts drafted tokens into the "
             "prefill, where they would vote on the visual tokens: leave it out for prompts with images, videos or audio"
         )
-    if isinstance(model_kwargs.get("past_key_values"), PrunedCache):
+    if isinstance(model_kwargs.get("past_key_values"), TrackedCache):
         raise UnsupportedCallError(
             "assisted decoding runs the whole conversation again behind what the cache holds: leave it out in later "
             "turns"

@@ -3,24 +3,28 @@
 Such models remember that offset of the last prompt they saw. Here each conversation's offset lies on its own cache.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from hawk_compile.capture.dynamo import capture_lock
-from hawk_compile.runtime.conversation import PrunedCache, physical_length
+from hawk_compile.runtime.conversation import TrackedCache, conversation_of, physical_length
+
+LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+"""Of each model's body: guards its `rope_deltas`."""
 
 
-def next_positions(cache: PrunedCache, mask: Tensor | None, new_tokens: int) -> Tensor:
+def next_positions(cache: TrackedCache, mask: Tensor | None, new_tokens: int) -> Tensor:
     """[3, B, new]: the positions of text tokens behind this conversation, with its own offset.
 
     The model would add the offset that it remembers, which may be another conversation's.
     """
-    deltas = cache.hawk_slots.rope_deltas
+    deltas = conversation_of(cache).rope_deltas
     assert deltas is not None
     if isinstance(mask, Tensor) and mask.ndim == 2:
         text = (mask.long().cumsum(1) - 1)[:, -new_tokens:]
@@ -34,12 +38,13 @@ def deltas_of(model: PreTrainedModel, cache: Any) -> Iterator[None]:
     """Let the model use this conversation's position offsets while it works out positions itself, and nobody else's.
 
     A cache that was filled before the model was optimised carries none: then the model's own are left as they are.
+    One thread at a time: the model has one place for them.
     """
     base: Any = model.base_model
-    with capture_lock:
+    with LOCKS.setdefault(base, threading.RLock()):
         if hasattr(base, "rope_deltas"):
-            if isinstance(cache, PrunedCache):
-                base.rope_deltas = cache.hawk_slots.rope_deltas
+            if isinstance(cache, TrackedCache):
+                base.rope_deltas = conversation_of(cache).rope_deltas
             elif physical_length(cache) == 0:
                 base.rope_deltas = None
         yield

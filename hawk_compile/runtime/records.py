@@ -1,7 +1,9 @@
-"""What the last prefill of this thread did."""
+"""What a prefill did."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from hawk_compile.plan.question import QuerySource
@@ -52,9 +54,10 @@ class PrefillRecord:
     head_weights: str
     prompt_tokens: int
 
-    def report(self) -> Report:
-        import torch
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
+        return self  # nothing in it changes: copies of a cache share it
 
+    def report(self) -> Report:
         if self.keep is None or self.valid is None:
             indices = [torch.arange(self.prompt_tokens) for _ in self.visual_tokens]
         else:

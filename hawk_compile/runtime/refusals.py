@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
+from hawk_compile.capture.modalities import token_kinds
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 
@@ -42,10 +43,10 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "input_ids [B, S]"
         )
     cache = kwargs.get("past_key_values")
-    if physical_length(cache) and kwargs.get("token_type_ids") is not None:
+    if physical_length(cache) and (names := token_kinds(model, kwargs)):
         raise UnsupportedCallError(
-            "new images on a cache that already holds tokens cannot attend both ways (token_type_ids were given): "
-            "prefill the whole conversation at once"
+            f"new images on a cache that already holds tokens cannot attend both ways ({' and '.join(names)} were "
+            "given): prefill the whole conversation at once"
         )
     if physical_length(cache) and kwargs.get("position_ids") is None and hasattr(model.base_model, "rope_deltas"):
         raise UnsupportedCallError(

@@ -24,8 +24,8 @@ def call_of(model: Any, inputs: dict[str, Any], **settings: Any) -> Call:
     """
     calls: list[Call] = []
 
-    def record(forward: Any, *call: Any) -> Any:
-        calls.append(call)  # type: ignore[arg-type]
+    def record(forward: Any, given: Any, past_mask: Any, planned: Any, along: Any) -> Any:
+        calls.append((given, past_mask, planned))
         raise Recorded
 
     hawk_compile.optimize(model, **{"backend": "eager", **settings})

@@ -99,8 +99,11 @@ def test_requests_run_side_by_side(folder: Path) -> None:
     runner.runtime.prefill.session, runner.runtime.originals["forward"] = session, step
 
     def ask(ratio: float) -> Any:
-        ids = runner.generate(**prompt(), max_new_tokens=3, do_sample=False, ratio=ratio)
-        return ids.tolist(), runner.report().keep_indices[0].tolist(), runner.report().reason
+        out = runner.generate(
+            **prompt(), max_new_tokens=3, do_sample=False, ratio=ratio, return_dict_in_generate=True
+        )
+        report = runner.report(out)
+        return out.sequences.tolist(), report.keep_indices[0].tolist(), report.reason
 
     with ThreadPoolExecutor(2) as threads:
         assert dict(zip(ratios, threads.map(ask, ratios), strict=True)) == alone

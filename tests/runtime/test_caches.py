@@ -12,7 +12,7 @@ from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCach
 import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime import prefill
-from hawk_compile.runtime.prefill import scratch_cache
+from hawk_compile.runtime.handover import scratch_cache
 from tests import zoo
 from tests.runtime.models import (
     MAIN,

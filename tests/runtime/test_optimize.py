@@ -109,11 +109,11 @@ def test_deep_copy_is_independent(name: str) -> None:
 
 
 def test_save_pretrained(tmp_path: Path) -> None:
-    """An optimised model is saved as an ordinary checkpoint, byte for byte."""
+    """An optimised model is saved as an ordinary checkpoint, byte for byte, with its head weights beside it."""
     plain("llava").save_pretrained(tmp_path / "plain")
     pruned("llava").save_pretrained(tmp_path / "pruned")
     files = sorted(path.name for path in (tmp_path / "plain").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "pruned").iterdir())
+    assert sorted([*files, "head_weights.json"]) == sorted(path.name for path in (tmp_path / "pruned").iterdir())
     for name in files:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes(), name
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "pruned").eval()
@@ -124,7 +124,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
 def test_report_before_any_prefill() -> None:
     with pytest.raises(HawkError, match=r"call hawk_compile\.optimize first"):
         hawk_compile.report(zoo.build("llava", layers=2))
-    with pytest.raises(HawkError, match="has run no prefill on the model yet"):
+    with pytest.raises(HawkError, match="the model has run no prefill yet"):
         hawk_compile.report(fresh("llava"))
 
 

@@ -211,22 +211,5 @@ def two_turns(name: str, inputs: dict[str, Tensor]) -> tuple[list[int], Tensor, 
     cache = DynamicCache(config=plain(name).config.get_text_config())
     out = turn(pruned(name), inputs, cache)
     later = turn(pruned(name), follow_up(inputs, out), cache)
-    report = hawk_compile.report(pruned(name))
+    report = hawk_compile.report(later)
     return later.sequences[0].tolist(), torch.stack([*out.logits, *later.logits]), report.keep_indices[0].tolist()
-
-
-def test_another_thread_has_no_report() -> None:
-    generate(pruned("llava"), picture("llava"), 1)
-    raised: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            hawk_compile.report(pruned("llava"))
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert "this thread has run no prefill" in str(raised[0])
-

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from hawk_compile.capture.encode import run_encoders
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
-from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
+from hawk_compile.capture.modalities import PER_TOKEN_INPUTS, along_prompt, read_for_positions
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.positions import deltas_of
 from hawk_compile.tools.benchmarking.images import Picture, pixels
@@ -118,7 +118,8 @@ def shortened(prompt: Prompt, given: dict[str, Any], kept: int) -> dict[str, Any
     parts = {FEATURES: cut(output[FEATURES])}
     if output.get(LAYER_FEATURES) is not None:
         parts[LAYER_FEATURES] = [cut(level) for level in output[LAYER_FEATURES]]
-    per_token = {name: given[name][..., places] for name in PER_TOKEN_INPUTS if given.get(name) is not None}
+    names = (*PER_TOKEN_INPUTS, *along_prompt(given, prompt.rows, prompt.length))
+    per_token = {name: given[name][..., places] for name in names if given.get(name) is not None}
     return {**given, **per_token, "mm_encoder_outputs": {modality: type(output)(**parts)}}
 
 
@@ -126,4 +127,5 @@ def encode(model: Any, prompt: Prompt) -> dict[str, Any]:
     """Run the vision encoder: the arguments of a forward that begins at the merge."""
     with deltas_of(model, None):
         given = run_encoders(model, dict(prompt.whole))
-    return {name: value for name, value in given.items() if name != "mm_token_type_ids"}
+    used_up = {"mm_token_type_ids"} & read_for_positions(model)  # positions are known by now
+    return {name: value for name, value in given.items() if name not in used_up}

@@ -15,7 +15,7 @@ from hawk_compile.capture.prefill import unplanned_forward
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.errors import HawkError
 from hawk_compile.runtime.api import optimize, report
-from hawk_compile.runtime.overrides import RUNTIME
+from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.benchmarking import scoring
 from hawk_compile.tools.benchmarking.models import twin

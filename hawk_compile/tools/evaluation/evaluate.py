@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture.encode import run_encoders
 from hawk_compile.capture.features import fresh
+from hawk_compile.capture.modalities import read_for_positions
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.overrides import RUNTIME
+from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.settings.config import make_config
 from hawk_compile.settings.selectors import SELECTORS, RankingFunction, Selector, selector_of
 from hawk_compile.tools.benchmarking.timing import synchronize
@@ -310,7 +311,8 @@ def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, 
     inputs = fit(model, made)
     with_positions = {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}
     result = run_encoders(model, with_positions)
-    result.pop("mm_token_type_ids", None)
+    if "mm_token_type_ids" in read_for_positions(model):  # positions are known by now; elsewhere the mask is made of it
+        result.pop("mm_token_type_ids", None)
     return result
 
 

@@ -1,0 +1,39 @@
+"""One call of `generate`: what lasts from one of its steps to the next where no cache carries it."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from hawk_compile.runtime.records import PrefillRecord
+
+
+@dataclass
+class Generation:
+    """A call of generate that is under way in this thread or task.
+
+    Attributes:
+        prompt_length: where every step prefills anew (`use_cache=False`): the ids of the prompt. What stands behind
+            them was generated and has no vote.
+        record: what the prefill of the prompt did.
+        step_options: options of torch.compile for the decode step, where generate compiles it.
+    """
+
+    prompt_length: int | None = None
+    record: PrefillRecord | None = None
+    step_options: dict[str, Any] | None = None
+
+
+running: ContextVar[Generation | None] = ContextVar("hawk_generation", default=None)
+"""Each thread and each asynchronous task has its own."""
+
+
+@contextlib.contextmanager
+def generating(generation: Generation) -> Iterator[Generation]:
+    """Let the forwards that are called inside belong to this call of generate."""
+    token = running.set(generation)
+    try:
+        yield generation
+    finally:
+        running.reset(token)

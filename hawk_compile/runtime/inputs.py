@@ -1,0 +1,132 @@
+"""The arguments of a prefill, sorted once: what the plan reads, what the cache is told, what the model takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hawk_compile.capture.encode import positions_of, run_encoders
+from hawk_compile.capture.features import image_sizes, join_features
+from hawk_compile.capture.modalities import along_prompt, raw_modalities, tokens_of
+from hawk_compile.errors import InputError
+from hawk_compile.runtime.conversation import TrackedCache, physical_length, physical_mask
+from hawk_compile.runtime.positions import deltas_after, deltas_of
+from hawk_compile.runtime.refusals import refuse_two_kinds_of_layer_features
+
+SORTED_OUT = ("mm_encoder_outputs", "past_key_values", "use_cache", "return_dict", "attention_mask")
+"""Arguments that are not handed to the model as they were given."""
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """A prompt of B rows and S positions, its images, videos and audio encoded.
+
+    Attributes:
+        arguments: what the model's forward takes as it is, by name: ids or embeddings, positions, everything else that
+            was given.
+        along: names of those arguments that run along the prompt, [..., B, S], beside the ones every model has.
+        features: modality -> what its encoder gave, joined over images; see `join_features`.
+        sizes: modality -> tokens of each image or frame; empty unless something is said of single images.
+        mask: [B, S], nonzero for real tokens; None if all are.
+        past_mask: [B, P] of the cache's slots; None where the cache holds nothing.
+        cache: the caller's, or None.
+        past: P, slots of the cache that are filled.
+        deltas: [B, 1], what the model adds to a text position behind this prompt; None if it adds nothing.
+        use_cache, return_dict: as given; None where they were not.
+    """
+
+    arguments: dict[str, Any]
+    along: tuple[str, ...]
+    features: dict[str, ModelOutput]
+    sizes: dict[str, list[int]]
+    mask: Tensor | None
+    past_mask: Tensor | None
+    cache: Cache | None
+    past: int
+    deltas: Tensor | None
+    use_cache: bool | None
+    return_dict: bool | None
+
+    @property
+    def tokens(self) -> Tensor:
+        """input_ids [B, S] or inputs_embeds [B, S, D], whichever was given."""
+        return tokens_of(self.arguments)
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: bool) -> PromptInputs:
+    """Encode what is not encoded yet, and sort the arguments of a call that prunes.
+
+    Args:
+        per_image: whether sizes of single images are needed. Frames are counted on the host, so only then.
+
+    Raises:
+        InputError: an attention mask of another length than the prompt or the conversation.
+        UnsupportedCallError: features that the graph cannot tell apart.
+    """
+    cache, frames = kwargs.get("past_key_values"), kwargs.get("video_grid_thw")
+    if raw_modalities(kwargs):
+        kwargs = encoded_inputs(model, kwargs)
+    encoded = kwargs["mm_encoder_outputs"]
+    sizes = image_sizes(encoded, frames) if per_image else {}
+    features = join_features(encoded)
+    refuse_two_kinds_of_layer_features(features)
+    rows, length = tokens_of(kwargs).shape[:2]
+    past, whole_mask = physical_length(cache), kwargs.get("attention_mask")
+    mask, past_mask = split_mask(cache, whole_mask, past, length)
+    arguments = {name: given for name, given in kwargs.items() if name not in SORTED_OUT and given is not None}
+    return PromptInputs(
+        arguments=arguments,
+        along=along_prompt(arguments, rows, length),
+        features=features,
+        sizes=sizes,
+        mask=mask,
+        past_mask=past_mask,
+        cache=cache,
+        past=past,
+        deltas=deltas_after(model, cache, kwargs.get("position_ids"), whole_mask, rows, length),
+        use_cache=kwargs.get("use_cache"),
+        return_dict=kwargs.get("return_dict"),
+    )
+
+
+def encoded_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with encoder outputs in place of pixels and frames, and positions that depend on their sizes."""
+    base: Any = model.base_model
+    if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
+        with deltas_of(model, kwargs.get("past_key_values")):
+            kwargs = {**kwargs, "position_ids": positions_of(base, kwargs)}
+            if kwargs["position_ids"] is None:
+                return run_encoders(model, kwargs)
+    return run_encoders(model, kwargs)
+
+
+def split_mask(
+    cache: Cache | None, mask: Tensor | None, past: int, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mask of the new tokens [B, S], mask of the cache's slots [B, P] or None if there are none)."""
+    if not past:
+        if mask is not None and mask.shape[1] != length:
+            raise InputError(f"attention_mask must have shape [B, {length}] like the prompt, got {tuple(mask.shape)}")
+        return mask, None
+    assert cache is not None
+    whole = physical_mask(cache, mask, length) if isinstance(cache, TrackedCache) else mask
+    if whole is None:
+        rows = cache.layers[0].keys.shape[0]  # type: ignore[union-attr]
+        whole = torch.ones((rows, past + length), dtype=torch.long, device=cache.layers[0].keys.device)  # type: ignore[union-attr]
+    if whole.shape[1] != past + length:
+        raise InputError(
+            f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got "
+            f"shape {tuple(whole.shape)}"
+        )
+    return whole[:, past:].contiguous(), whole[:, :past].contiguous()

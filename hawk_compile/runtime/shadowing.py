@@ -1,0 +1,86 @@
+"""Putting the overrides on a model and taking them off again, among what others put on the same names.
+
+Others hook themselves around our forward, which goes on working, or put an old forward over it, after which nothing is
+pruned. So what is ours can always be told from what is not.
+"""
+
+import contextlib
+import functools
+import types
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hawk_compile.runtime.overrides import overrides_of
+from hawk_compile.runtime.state import RUNTIME
+
+WRAPPED_OFTEN = ("generate", "save_pretrained")
+"""Public methods that others replace by their own on purpose; pruning does not need ours."""
+
+
+def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Put the overrides on a model; what others wrapped around them stays.
+
+    Args:
+        originals: what lay there before an earlier call of `optimize`, by name; empty if there was none.
+
+    Returns:
+        What lay there before, and the names where something of others had replaced an earlier override.
+    """
+    earlier = RUNTIME in model.__dict__
+    replaced = []
+    kept = dict(originals)
+    for name, (owner, method) in overrides_of(model).items():
+        there = owner.__dict__.get(name)
+        if there is not None and reaches(there, method.__func__):
+            continue
+        if earlier:
+            replaced.append(name)
+        kept.pop(name, None)
+        if there is not None:
+            kept[name] = there
+        owner.__dict__[name] = method
+    return kept, replaced
+
+
+def uninstall(model: PreTrainedModel, originals: dict[str, Any]) -> None:
+    """Take the overrides off; what others put over them since stays where it is."""
+    for name, (owner, method) in overrides_of(model).items():
+        there = owner.__dict__.get(name)
+        while isinstance(there, types.MethodType):  # accelerate binds a bound method once more when it unwraps a model
+            there = there.__func__
+        if there is not method.__func__:
+            continue
+        if name in originals:
+            owner.__dict__[name] = originals[name]
+        else:
+            del owner.__dict__[name]
+
+
+def replaced_overrides(model: PreTrainedModel) -> list[str]:
+    """Names where something of others has replaced what `optimize` put there, and does not call it."""
+    return [
+        name for name, (owner, method) in overrides_of(model).items()
+        if name not in WRAPPED_OFTEN and not reaches(owner.__dict__.get(name), method.__func__)
+    ]  # fmt: skip
+
+
+def reaches(callable_: Any, function: Any) -> bool:
+    """Whether something is a function or wraps it: as a method, a partial, a closure or an object."""
+    waiting, seen = [callable_], set()
+    while waiting:
+        current = waiting.pop()
+        if current is function:
+            return True
+        if id(current) in seen or not callable(current) or isinstance(current, (type, nn.Module)):
+            continue
+        seen.add(id(current))
+        cells = getattr(current, "__closure__", None) or ()
+        for cell in cells:
+            with contextlib.suppress(ValueError):  # of a cell that is empty
+                waiting.append(cell.cell_contents)
+        waiting += [getattr(current, name, None) for name in ("__func__", "__wrapped__", "func")]
+        waiting += [*getattr(current, "args", ())] if isinstance(current, functools.partial) else []
+        waiting += [*getattr(current, "__dict__", {}).values()]
+    return False

@@ -1,0 +1,126 @@
+"""What an optimised model carries: its settings, what was compiled for it, and its last report."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hawk_compile.capture.vision import CompiledVision
+from hawk_compile.passes.insert_scoring import Ranks
+from hawk_compile.plan.question import SpecialIds
+from hawk_compile.runtime.compiled import CompiledPrefill, CompiledStep
+from hawk_compile.runtime.conversation import note
+from hawk_compile.runtime.generation import running
+from hawk_compile.runtime.records import PrefillRecord
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.head_weights import HeadWeights
+
+RUNTIME = "_hawk_runtime"
+"""The attribute of an optimised model that holds its `Runtime`."""
+
+
+class Runtime:
+    """What an optimised model carries.
+
+    Attributes:
+        originals: name of an attribute that is shadowed -> what lay there before; none where it was the class's.
+        last: what the model's last prefill did, whichever thread ran it.
+    """
+
+    def __init__(
+        self, config: HawkConfig, head_weights: HeadWeights, ids: SpecialIds, originals: dict[str, Any],
+        ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
+        self.settings = config
+        self.asked: ContextVar[HawkConfig | None] = ContextVar("hawk_asked", default=None)
+        self.head_weights = head_weights
+        self.ids = ids
+        self.originals = originals
+        self.last: PrefillRecord | None = None
+        self.ranks = ranks
+        self.prefill = CompiledPrefill(config, ranks)
+        self.vision = CompiledVision(config.backend)
+        self.compiled_steps: dict[str, CompiledStep] = {}
+        self.static_length = 0
+        self.weights_on: dict[torch.device, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
+        return Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
+
+    @property
+    def config(self) -> HawkConfig:
+        """The settings of this call: the model's, unless the call has its own."""
+        return self.asked.get() or self.settings
+
+    @contextlib.contextmanager
+    def asking(self, config: HawkConfig) -> Iterator[None]:
+        """Let the calls of this thread inside have settings of their own; they may not change what was compiled."""
+        token = self.asked.set(config)
+        try:
+            yield
+        finally:
+            self.asked.reset(token)
+
+    def take_compiled(self, earlier: "Runtime") -> None:
+        """Go on with what was compiled under earlier settings, where the new ones do not change it."""
+        if earlier.config.backend == self.config.backend:
+            self.compiled_steps = earlier.compiled_steps
+            self.static_length = earlier.static_length
+            self.vision = earlier.vision
+            if earlier.prefill.options == self.prefill.options:
+                self.prefill = earlier.prefill
+
+    def note(self, record: PrefillRecord, result: Any, cache: Cache | None = None) -> Cache | None:
+        """Leave a record where a report of it may be asked for: the model, the call's output and its cache.
+
+        Args:
+            result: the output of the prefill: a ModelOutput, or the same as a tuple.
+            cache: the caller's cache, if it gave one.
+
+        Returns:
+            The cache that was filled; None if there is none.
+        """
+        self.last = record
+        generation = running.get()
+        if generation is not None and generation.record is None:
+            generation.record = record
+        if isinstance(result, ModelOutput):
+            result.hawk_record = record  # type: ignore[attr-defined]
+        values = result.to_tuple() if isinstance(result, ModelOutput) else result
+        filled = next((each for each in (cache, *values) if isinstance(each, Cache)), None)
+        if filled is not None:
+            note(filled, record=record)
+        return filled
+
+    @property
+    def compilations(self) -> int:
+        """How often the prefill was compiled."""
+        return self.prefill.compilations
+
+    def step(self, forward: Callable[..., Any], options: dict[str, Any]) -> CompiledStep:
+        """The decode step compiled by these options of torch.compile."""
+        # setdefault: of two threads that come first, one has made what both use.
+        return self.compiled_steps.setdefault(str(options), CompiledStep(forward, options))
+
+    def weights(self, device: torch.device) -> Tensor:
+        """The head weights [H] float32 on a device: an input of the graph whose size is a number in it."""
+        if device not in self.weights_on:
+            values = self.head_weights.values.to(device, copy=True)
+            torch._dynamo.mark_static(values)
+            self.weights_on.setdefault(device, values)
+        return self.weights_on[device]
+
+
+def ranks_of(model: PreTrainedModel) -> Ranks | None:
+    """This process among those that transformers shares a model's heads between (`tp_plan`); None if there are none."""
+    if (model._tp_size or 1) == 1:
+        return None
+    mesh: Any = model._device_mesh
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+    return Ranks(mesh.get_group().group_name, mesh.get_local_rank(), mesh.size())

@@ -1,0 +1,184 @@
+"""No lock is held while a compiled prefill or decode step runs: shown by meetings inside the graphs, not by a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends import registry
+from transformers import DynamicCache
+
+import hawk_compile
+from hawk_compile.errors import InputError, UnsupportedCallError
+from hawk_compile.runtime import compiled
+from tests.runtime.models import fresh, generate, picture, pruned
+
+SECONDS = 120
+"""For a meeting that takes place; one that does not breaks."""
+
+
+class Graphs:
+    """What happens inside every compiled graph before it runs."""
+
+    def __init__(self) -> None:
+        self.inside: Callable[[], Any] = lambda: None
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.inside()
+            return function(*args)
+
+        return run
+
+    @contextlib.contextmanager
+    def meeting(self, threads: int) -> Iterator[None]:
+        """Every graph waits until all threads are inside one."""
+        self.inside = threading.Barrier(threads, timeout=SECONDS).wait
+        try:
+            yield
+        finally:
+            self.inside = lambda: None
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    made, real, step = Graphs(), compiled.compile_graph, registry.lookup_backend("eager")
+    monkeypatch.setattr(compiled, "compile_graph", lambda *args, **options: made.around(real(*args, **options)))
+    monkeypatch.setitem(registry._COMPILER_FNS, "eager", lambda gm, inputs, **_: made.around(step(gm, inputs)))
+    return made
+
+
+def together(*work: Callable[[], Any]) -> list[Any]:
+    """What each gives in a thread of its own; an error is raised again here."""
+    results: dict[int, Any] = {}
+
+    def run(index: int) -> None:
+        try:
+            results[index] = work[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results.values():
+        if isinstance(result, BaseException):
+            raise result
+    return [results[index] for index in range(len(work))]
+
+
+@torch.no_grad()
+def prefill(model: Any, which: int, name: str = "llava") -> tuple[torch.Tensor, list[int]]:
+    """Logits and kept positions, reported by output."""
+    out = model(**picture(name, which))
+    return out.logits, hawk_compile.report(out).keep_indices[0].tolist()
+
+
+def check(results: list[Any], expected: list[Any]) -> None:
+    for (logits, kept), (logits_alone, kept_alone) in zip(results, expected, strict=True):
+        assert kept == kept_alone and torch.equal(logits, logits_alone)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_prefills_overlap(graphs: Graphs, models: int, name: str) -> None:
+    used = [fresh(name) for _ in range(models)]
+    pairs = [(used[0], 2), (used[-1], 4)]
+    expected = [prefill(model, which, name) for model, which in pairs]
+    with graphs.meeting(2):
+        results = together(*(lambda pair=pair: prefill(*pair, name) for pair in pairs))
+    check(results, expected)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_decode_steps_overlap(graphs: Graphs, models: int) -> None:
+    used = [fresh("llava", compile_decode=True) for _ in range(models)]
+    pairs = [(used[0], 2), (used[-1], 4)]
+    for model, which in pairs:
+        generate(model, picture("llava", which), 3)
+
+    def step(cache: DynamicCache, model: Any, which: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([[70]]), past_key_values=cache).logits
+
+    caches = [generate(model, picture("llava", which), 2).past_key_values for model, which in pairs]
+    expected = [
+        step(generate(model, picture("llava", which), 2).past_key_values, model, which) for model, which in pairs
+    ]
+    with graphs.meeting(2):
+        results = together(*(
+            lambda cache=cache, pair=pair: step(cache, *pair) for cache, pair in zip(caches, pairs, strict=True)
+        ))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_a_prefill_runs_while_another_model_is_captured(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, new = fresh("llava"), fresh("llava")
+    expected = [prefill(known, 2), prefill(pruned("llava"), 4)]
+    capturing, done = threading.Event(), threading.Event()
+    real = compiled.compile_graph
+
+    def slow(*args: Any, **options: Any) -> Any:
+        capturing.set()
+        assert done.wait(SECONDS)
+        return real(*args, **options)
+
+    monkeypatch.setattr(compiled, "compile_graph", slow)
+
+    def meanwhile() -> Any:
+        assert capturing.wait(SECONDS)
+        try:
+            return prefill(known, 2)
+        finally:
+            done.set()
+
+    check(together(meanwhile, lambda: prefill(new, 4)), expected)
+
+
+def test_a_race_for_the_first_call() -> None:
+    """Eight threads, one model that has captured nothing: one compilation, and each gets what it gets alone."""
+    which = [2, 4, 5, 0, 1, 3, 2, 4]
+    expected = [prefill(pruned("llava"), each) for each in which]
+    model, start = fresh("llava"), threading.Barrier(len(which))
+
+    def work(each: int) -> Any:
+        start.wait()
+        return prefill(model, each)
+
+    check(together(*(lambda each=each: work(each) for each in which)), expected)
+    assert model._hawk_runtime.compilations == 1
+
+
+def test_an_error_in_one_thread_is_its_own(graphs: Graphs) -> None:
+    """Wrong inputs, a call that is refused and a failure inside the graph, beside prefills that go well."""
+    model = fresh("llava")
+    expected = [prefill(model, which) for which in (2, 4)]
+    failing = threading.local()
+
+    def fail() -> None:
+        if getattr(failing, "now", False):
+            raise ZeroDivisionError
+
+    def wrong(error: type[Exception], in_graph: bool = False, **more: Any) -> Any:
+        failing.now = in_graph
+        for _ in range(4):
+            with pytest.raises(error):
+                model(**picture("llava", 4) | more)
+        failing.now = False
+        return prefill(model, 4)
+
+    graphs.inside = fail
+    ids = picture("llava", 4)["input_ids"]
+    results = together(
+        lambda: [prefill(model, 2) for _ in range(4)][-1],
+        lambda: wrong(UnsupportedCallError, labels=ids),
+        lambda: wrong(InputError, attention_mask=torch.ones(1, 3).long()),
+        lambda: wrong(ZeroDivisionError, in_graph=True),
+    )
+    check(results, [expected[0], expected[1], expected[1], expected[1]])
