@@ -1,8 +1,9 @@
-"""Every selector through the whole compiled path, held to its ranking on the merged embeddings made by hand."""
+"""Every selector in the graph, held to its ranking on the merged embeddings made by hand; a few through `optimize`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 from typing import Any
@@ -18,12 +19,18 @@ from hawk_compile.settings import rankings
 from hawk_compile.settings.selectors import SELECTORS, register_selector, selector_named
 from tests import eager_reference as reference
 from tests import zoo
+from tests.capture.rewritten import Rewritten
 from tests.test_architectures import encoded, fresh
 from tests.zoo import common, rows
 
 NAME = "qwen2_5_vl"
 RATIO = 0.6
 RANKED = ("divprune", "idpruner", "cdpruner", "hawk_diverse", "dart", "qapruner", "norm", "random", "stride")
+
+
+@functools.cache
+def plain(name: str) -> Any:
+    return zoo.build(name, layers=1)
 
 
 def build(**settings: Any) -> Any:
@@ -40,7 +47,7 @@ def given_by_hand(
     inputs: dict[str, Any], query: str = "mean", name: str = NAME
 ) -> dict[str, Tensor]:
     """What a ranking may read, from the eager model."""
-    model = zoo.build(name, layers=1)
+    model = plain(name)
     visual = zoo.visual_mask(name, model, inputs)
     embeddings = reference.merged_inputs(model, fresh(inputs))["inputs_embeds"]
     ends = model.generation_config.eos_token_id
@@ -69,19 +76,16 @@ def positions(ranks: Tensor, given: dict[str, Tensor]) -> list[int]:
 
 @pytest.mark.parametrize("selector", RANKED)
 def test_what_is_kept_is_what_the_ranking_puts_first(selector: str) -> None:
-    """At several sizes, from one compilation."""
-    model = build(selector=selector)
+    """At several sizes."""
+    model = Rewritten(plain(NAME), ratio=RATIO, selector=selector)
     ranking = SELECTORS[selector].ranking
     assert ranking is not None
     for size in zoo.sizes(NAME)[1:4]:
-        inputs = encoded(NAME, model, size)
+        inputs = encoded(NAME, plain(NAME), size)
         given = given_by_hand(inputs, SELECTORS[selector].query)
         wanted = [name for name in inspect.signature(ranking).parameters if name in given]
         expected = ranking(**{name: given[name] for name in wanted})
-        found = kept_by(model, inputs)
-        assert found.keep_indices[0].tolist() == positions(expected, given)
-        assert found.kept_visual_tokens.equal(given["budget"])
-    assert model.__dict__["_hawk_runtime"].compilations == 1
+        assert model(fresh(inputs)).keep_indices[0].tolist() == positions(expected, given)
 
 
 def test_heads_alike_and_the_last_text_token() -> None:
@@ -90,41 +94,39 @@ def test_heads_alike_and_the_last_text_token() -> None:
     given = given_by_hand(inputs, "last")
     found = kept_by(model, inputs)
     assert found.keep_indices[0].tolist() == positions(given["scores"], given)
-    assert found.head_weights == "uniform"
+    assert found.kept_visual_tokens.equal(given["budget"]) and found.head_weights == "uniform"
 
 
 def test_fastv_is_softmax_attention_of_the_last_text_token() -> None:
-    model = build(selector="fastv")
-    inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
-    found = kept_by(model, inputs)
-    by_settings = kept_by(build(selector="hawk", head_weights="uniform", normalization="softmax", query="last"), inputs)
+    inputs = encoded(NAME, plain(NAME), zoo.sizes(NAME)[2])
+    settings = {"head_weights": "uniform", "normalization": "softmax", "query": "last"}
+    found, by_settings = (
+        Rewritten(plain(NAME), ratio=RATIO, **each)(fresh(inputs)) for each in ({"selector": "fastv"}, settings)
+    )
     assert found.scores.equal(by_settings.scores)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])  # without and with a norm of queries and keys
 def test_every_voter_by_itself(name: str) -> None:
-    model = hawk_compile.optimize(
-        zoo.build(name, layers=1), ratio=RATIO, backend="eager", query="each", normalization="softmax"
-    )
+    model = Rewritten(plain(name), ratio=RATIO, query="each", normalization="softmax")
     for size in zoo.sizes(name)[1:3]:
-        inputs = encoded(name, model, size)
+        inputs = encoded(name, plain(name), size)
         given = given_by_hand(inputs, "each", name)
-        found = kept_by(model, inputs)
+        found = model(fresh(inputs))
         assert (found.scores - given["scores"]).abs().max() < 1e-6
         assert found.keep_indices[0].tolist() == positions(given["scores"], given)
-    assert model.__dict__["_hawk_runtime"].compilations == 1
 
 
 @pytest.mark.parametrize("selector", ["idpruner", "hawk_diverse", "stride"])
 def test_a_padded_batch_keeps_what_its_rows_keep(selector: str) -> None:
-    model = build(selector=selector)
+    model = Rewritten(plain(NAME), ratio=RATIO, selector=selector)
     one, other = zoo.sizes(NAME)[1], zoo.sizes(NAME)[4]
-    batch = rows.encoded(model, zoo.inputs(NAME, model, rows=[one, other]))
-    singles = [rows.row(model, batch, row) for row in range(2)]
-    together = kept_by(model, batch)
+    batch = rows.encoded(plain(NAME), zoo.inputs(NAME, plain(NAME), rows=[one, other]))
+    singles = [rows.row(plain(NAME), batch, row) for row in range(2)]
+    together = model(fresh(batch))
     for row, single in enumerate(singles):
-        alone = kept_by(model, single)
-        padding = together.prompt_tokens - alone.prompt_tokens
+        alone = model(fresh(single))
+        padding = batch["input_ids"].shape[1] - single["input_ids"].shape[1]
         assert together.keep_indices[row].equal(alone.keep_indices[0] + padding)
 
 
