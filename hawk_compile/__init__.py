@@ -8,10 +8,12 @@
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
     hawk_compile.calibrate(model, processor, "questions.jsonl").write("head_weights.json")
     hawk_compile.evaluate(model, processor, "questions.jsonl", ratios=(0.6, 0.8))
+    hawk_compile.show(model, processor, "photo.png", "What is this?", ratio=0.8).write("kept.png")
     hawk_compile.bench("small").write("bench/")       # what pruning saves on this machine
     hawk_compile.export(model, inputs, "out/", format="onnx", ratio=0.8)
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
 
+Settings are given by name or as one `HawkConfig`, to all alike; what takes a while tells `progress=` how far it is.
 What this package refuses, it refuses with a `hawk_compile.HawkError`.
 """
 
@@ -34,17 +36,21 @@ if TYPE_CHECKING:
     )
     from hawk_compile.exporting.runner import Runner, load
     from hawk_compile.exporting.write import export
+    from hawk_compile.progress import Progress
     from hawk_compile.runtime.api import optimize, pruned, report, restore
     from hawk_compile.runtime.records import Report
     from hawk_compile.settings.budgets import Adaptive
     from hawk_compile.settings.config import HawkConfig
     from hawk_compile.settings.selectors import register_selector
-    from hawk_compile.tools.benchmarking.bench import Benchmark, bench
+    from hawk_compile.tools.benchmarking.bench import bench
+    from hawk_compile.tools.benchmarking.result import Benchmark
     from hawk_compile.tools.calibration.calibrate import calibrate
     from hawk_compile.tools.calibration.result import Calibration
-    from hawk_compile.tools.evaluation.evaluate import Evaluation, evaluate
+    from hawk_compile.tools.evaluation.evaluate import evaluate
+    from hawk_compile.tools.evaluation.result import Evaluation
     from hawk_compile.tools.inspection import Inspection
     from hawk_compile.tools.inspection import inspect_model as inspect
+    from hawk_compile.tools.pictures.show import Seen, show
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,8 +68,10 @@ __all__ = [
     "InputError",
     "Inspection",
     "ManifestError",
+    "Progress",
     "Report",
     "Runner",
+    "Seen",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "bench",
@@ -79,16 +87,17 @@ __all__ = [
     "report",
     "restore",
     "selectors",
+    "show",
 ]
 
 SUBMODULES = ("errors", "selectors")
 HOMES = {
     "Adaptive": "settings.budgets",
-    "Benchmark": "tools.benchmarking.bench",
+    "Benchmark": "tools.benchmarking.result",
     "Calibration": "tools.calibration.result",
     "CaptureError": "errors",
     "ConfigError": "errors",
-    "Evaluation": "tools.evaluation.evaluate",
+    "Evaluation": "tools.evaluation.result",
     "ExportError": "errors",
     "GraphError": "errors",
     "HawkConfig": "settings.config",
@@ -97,8 +106,10 @@ HOMES = {
     "InputError": "errors",
     "Inspection": "tools.inspection",
     "ManifestError": "errors",
+    "Progress": "progress",
     "Report": "runtime.records",
     "Runner": "exporting.runner",
+    "Seen": "tools.pictures.show",
     "UnsupportedCallError": "errors",
     "UnsupportedModelError": "errors",
     "bench": "tools.benchmarking.bench",
@@ -112,6 +123,7 @@ HOMES = {
     "register_selector": "settings.selectors",
     "report": "runtime.api",
     "restore": "runtime.api",
+    "show": "tools.pictures.show",
 }
 """The module of each public name, and its name there where that is another: imported when it is first used, since torch
 and transformers take seconds."""

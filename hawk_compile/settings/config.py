@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from os import PathLike
 from typing import Any
@@ -208,13 +208,41 @@ def check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
 
 
+def check_at_least_1(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def make_config(config: HawkConfig | None, options: dict[str, Any]) -> HawkConfig:
     """A config from a ready one or from single settings, refusing both at once and names that do not exist."""
     if config is not None and not isinstance(config, HawkConfig):
         raise ConfigError(f"config must be a HawkConfig, got {type(config).__name__}; give single settings by name")
     if config is not None and options:
         raise ConfigError(f"give either a config or single settings, got a config and {', '.join(sorted(options))}")
-    names = [field.name for field in fields(HawkConfig)]
-    if unknown := sorted(set(options) - set(names)):
-        raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}")
+    check_names(options)
     return config if config is not None else HawkConfig(**options)
+
+
+def changed(config: HawkConfig, settings: Mapping[str, Any]) -> HawkConfig:
+    """A config with other values of some settings; a name that does not exist is refused."""
+    check_names(settings)
+    return replace(config, **settings)
+
+
+def make_config_of_ratios(config: HawkConfig | None, settings: dict[str, Any], ratios: Any) -> HawkConfig:
+    """`make_config` for a call that goes through `ratios`, which stand in the place of the config's own ratio."""
+    if "ratio" in settings:
+        raise ConfigError(f"ratio must be left out here, got {settings['ratio']!r}: give ratios")
+    if not isinstance(ratios, Sequence) or isinstance(ratios, str):
+        raise ConfigError(f"ratios must be a sequence of fractions in [0, 1), got {ratios!r}")
+    if not ratios:
+        raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
+    for ratio in ratios:
+        check_ratio(ratio)
+    return make_config(config, settings)
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    names = [setting.name for setting in fields(HawkConfig)]
+    if unknown := sorted(set(settings) - set(names)):
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}")

@@ -3,20 +3,21 @@
 import datetime
 import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.settings.config import BACKENDS, check_choice, check_ratio
+from hawk_compile.progress import Listener, Progress, nobody
+from hawk_compile.settings.config import HawkConfig, check_choice, make_config_of_ratios
 from hawk_compile.tools.benchmarking import memory, prompts, timing
-from hawk_compile.tools.benchmarking.floors import Floor, Rates, floors, measure_rates
+from hawk_compile.tools.benchmarking.floors import floors, measure_rates
 from hawk_compile.tools.benchmarking.images import Picture, family, picture
 from hawk_compile.tools.benchmarking.models import load
+from hawk_compile.tools.benchmarking.result import Benchmark, Measurement, Shape, Size
 from hawk_compile.tools.benchmarking.stages import PRUNED, STAGES
 from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.timing import Call
@@ -30,109 +31,10 @@ SHAPES = 10
 ALL_STAGES = (*STAGES, "shapes")
 
 
-@dataclass(frozen=True)
-class Size:
-    """One prompt that was timed.
-
-    Attributes:
-        asked: the visual tokens that were asked for; `visual_tokens` is the nearest that an image gives.
-        image: its size as the model counts: patches after merging, tiles, or pixels.
-        prompt_tokens: S of a row.
-    """
-
-    asked: int
-    visual_tokens: int
-    image: tuple[int, int]
-    prompt_tokens: int
-    floors: tuple[Floor, ...]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one column took in one stage at one size.
-
-    Attributes:
-        stage: 'vision', 'scoring', 'prefill', 'first' or 'decode'.
-        column: 'eager', 'compiled', 'short' (compiled, of a prompt as short as the pruned one), 'authors' (eager,
-            pruned as the authors wrote it) or 'hawk' (`optimize`).
-        ratio: fraction of visual tokens removed; None where nothing is.
-        seconds: of each round; of a decode step, for 'decode'.
-        first_call: seconds of the very first call, compilation included where there is one.
-        cache_bytes, peak_bytes: of the prefill; keys and values, and memory above what was in use before.
-    """
-
-    visual_tokens: int
-    stage: str
-    column: str
-    ratio: float | None
-    seconds: tuple[float, ...]
-    first_call: float
-    cache_bytes: int | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A prompt that was run, and how often the pruned prefill had been compiled after it."""
-
-    visual_tokens: int
-    prompt_tokens: int
-    compilations: int
-
-
-@dataclass
-class Benchmark:
-    """Everything that `bench` measured.
-
-    Attributes:
-        model, layers, all_layers: the model's class, and its decoder layers, cut and uncut.
-        settings: as given, with defaults.
-        machine, versions, date, command: where and how.
-        rates: what the machine copies and multiplies in a second.
-        notes: what is not as asked: sizes that were rounded or skipped.
-    """
-
-    model: str
-    layers: int
-    all_layers: int
-    settings: dict[str, Any]
-    machine: str
-    versions: dict[str, str]
-    date: str
-    command: str
-    rates: Rates
-    sizes: list[Size] = field(default_factory=list)
-    measurements: list[Measurement] = field(default_factory=list)
-    shapes: list[Shape] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def of(self, visual: int, stage: str, column: str, ratio: float | None = None) -> Measurement | None:
-        """One measurement, or None where it was not made."""
-        wanted = (visual, stage, column, ratio)
-        found = (each for each in self.measurements
-                 if (each.visual_tokens, each.stage, each.column, each.ratio) == wanted)  # fmt: skip
-        return next(found, None)
-
-    def markdown(self) -> str:
-        """Tables, with what they are tables of above them."""
-        from hawk_compile.tools.benchmarking.table import markdown
-
-        return markdown(self)
-
-    def write(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """bench.md, bench.json and bench.png in a folder.
-
-        Raises:
-            InputError: the folder cannot be written to, or matplotlib is missing.
-        """
-        from hawk_compile.tools.benchmarking.table import write
-
-        return write(self, Path(folder))
-
-
 @torch.no_grad()
 def bench(
     source: str | os.PathLike[str] | PreTrainedConfig = "small",
+    config: HawkConfig | None = None,
     *,
     ratios: Sequence[float] = (0.5, 0.8, 0.9),
     tokens: Sequence[int] = (576, 1024, 2048),
@@ -143,14 +45,17 @@ def bench(
     layers: int | None = None,
     stages: Sequence[str] = ALL_STAGES,
     rounds: int = 5,
-    backend: str = "inductor",
     command: str | None = None,
-    told: Callable[[str], None] = lambda _: None,
+    progress: Listener = nobody,
+    **settings: Any,
 ) -> Benchmark:
     """Time pruning by stages, in one process, all columns in turns, after the pruned logits have been checked.
 
     Args:
         source: a profile's name (random weights, no download), a checkpoint folder, or a config (random weights).
+        config: how the pruned columns prune, of which `ratios` take the place of one, or
+        **settings: this by name, as for `optimize`: backend, selector, ... Without a config, all that can be compiled
+            is, and heads weigh alike. Columns that are not pruned are compiled by the same backend.
         ratios: fractions of visual tokens removed, in [0, 1).
         tokens: visual tokens of the image; the nearest number that an image of the model can give is taken and noted.
         text: other tokens of the prompt, half of them before the image.
@@ -160,58 +65,70 @@ def bench(
         stages: of 'vision', 'scoring', 'prefill', 'first', 'decode' and 'shapes' (ten prompt and image sizes, to count
             compilations).
         rounds: timed calls of each column.
-        backend: what compiles: 'inductor', 'aot_eager' or 'eager'.
         command: what to write into the result as the command; else this call.
-        told: gets a line whenever something begins.
+        progress: told what begins, and how many stages of how many are done.
 
     Raises:
-        ConfigError: a ratio, stage or backend that does not exist or is out of range.
+        ConfigError: a ratio, stage or setting that does not exist, is out of range, or of which the other columns have
+            no like.
         InputError: an unknown profile, device or dtype, numbers out of range, or weights that do not fit into memory.
         UnsupportedModelError: a model that cannot be pruned or whose images are not known here.
         HawkError: the pruned logits are not those of the eager decoder on the kept tokens.
     """
-    check_settings(ratios, tokens, text, batch, layers, stages, rounds, backend)
+    made = config_of(config, settings, ratios)
+    check_numbers(ratios, tokens, text, batch, layers, stages, rounds)
     place, kind = device_named(device), dtype_named(dtype)
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device must be cpu or cuda, got {device!r}")
-    settings = {
+    asked = {
         "source": name_of(source), "ratios": list(ratios), "tokens": list(tokens), "text": text, "batch": batch,
         "device": device, "dtype": dtype, "layers": layers, "stages": list(stages), "rounds": rounds,
-        "backend": backend,
+        "backend": made.backend, **{name: str(value) for name, value in settings.items() if name != "backend"},
     }  # fmt: skip
-    told(f"{settings['source']}: weights")
+    progress(Progress(0, 0, f"{asked['source']}: weights"))
     model, total = load(source, place, kind, layers, scoring_only=set(stages) == {"scoring"})
     family(model.config)  # refuses a model whose images are not known
-    found = Benchmark(
-        type(model).__name__, model.config.get_text_config().num_hidden_layers, total, settings, machine(device),
+    result = Benchmark(
+        type(model).__name__, model.config.get_text_config().num_hidden_layers, total, asked, machine(device),
         {name: installed(name) for name in ("hawk-compile", *PACKAGES)} | {"python": platform.python_version()},
-        datetime.date.today().isoformat(), command or f"hawk_compile.bench(**{settings})",
-        measure_rates(place, kind),
+        datetime.date.today().isoformat(), command or f"hawk_compile.bench(**{asked})", measure_rates(place, kind),
     )  # fmt: skip
-    subjects = Subjects(model, backend)
-    told("what the passes find")
+    progress(Progress(0, 0, "what the passes find"))
+    subjects = Subjects(model, made)
     site = inspect_model(subjects.plain, layers=1)
-    for asked, image in pictures(found, model, tokens):
-        run_size(found, subjects, site, asked, image, place, told)
-    if "shapes" in stages:
-        count_compilations(found, subjects, place, told)
-    return found
+    run = Run(result, subjects, site, place, progress)
+    run.measure(pictures(result, model, tokens))
+    return result
 
 
-def check_settings(
+def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Sequence[float]) -> HawkConfig:
+    """How the pruned columns prune.
+
+    Raises:
+        ConfigError: settings out of range, or numbers of kept tokens that the other columns cannot have.
+    """
+    defaults = {} if config is not None else {"head_weights": "uniform", "compile_decode": True, "compile_vision": True}
+    made = make_config_of_ratios(config, {**defaults, **settings}, ratios)
+    if made.budget is not None or made.per_image:
+        raise ConfigError(
+            "budget, min_per_image and quota must be left out of a benchmark, whose other columns keep what a ratio "
+            "leaves"
+        )
+    if made.backend == "inductor" and compiler().startswith("none"):
+        raise ConfigError("inductor needs a C++ compiler, and there is none: install g++, or give backend aot_eager")
+    return made
+
+
+def check_numbers(
     ratios: Sequence[float], tokens: Sequence[int], text: int, batch: int, layers: int | None, stages: Sequence[str],
-    rounds: int, backend: str,
+    rounds: int,
 ) -> None:  # fmt: skip
-    for name, given in (("ratios", ratios), ("tokens", tokens), ("stages", stages)):
-        if not given or len(set(given)) < len(given):
-            raise ConfigError(f"{name} must be one or several different values, got {list(given)}")
-    for ratio in ratios:
-        check_ratio(ratio)
+    several: dict[str, Sequence[Any]] = {"ratios": ratios, "tokens": tokens, "stages": stages}
+    for name, values in several.items():
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name} must be one or several different values, got {list(values)}")
     for stage in stages:
         check_choice("stages", stage, ALL_STAGES)
-    check_choice("backend", backend, BACKENDS)
-    if backend == "inductor" and compiler().startswith("none"):
-        raise ConfigError("inductor needs a C++ compiler, and there is none: install g++, or give backend aot_eager")
     prompts.check_text(text)
     least = {"tokens": (min(tokens), 2), "batch": (batch, 1), "rounds": (rounds, 1)}
     if layers is not None:
@@ -225,71 +142,96 @@ def name_of(source: Any) -> str:
     return f"{type(source).__name__} (random weights)" if isinstance(source, PreTrainedConfig) else os.fspath(source)
 
 
-def pictures(found: Benchmark, model: Any, tokens: Sequence[int]) -> list[tuple[int, Picture]]:
+def pictures(result: Benchmark, model: Any, tokens: Sequence[int]) -> list[tuple[int, Picture]]:
     """(tokens asked for, the image), with a note for each that is not exactly what was asked."""
     made: dict[int, tuple[int, Picture]] = {}
     for asked in tokens:
         image = picture(model.config, asked)
         if image.tokens != asked:
-            found.notes.append(f"{asked} visual tokens: no image gives so many; the nearest, {image.tokens}, is used")
+            result.notes.append(f"{asked} visual tokens: no image gives so many; the nearest, {image.tokens}, is used")
         made.setdefault(image.tokens, (asked, image))
     return list(made.values())
 
 
-def run_size(
-    found: Benchmark, subjects: Subjects, site: Inspection, asked: int, image: Picture, device: torch.device,
-    told: Callable[[str], None],
-) -> None:  # fmt: skip
-    """All stages of one size. A stage that does not fit into memory is noted, and the next goes on."""
-    ratios, text, rows = (found.settings[name] for name in ("ratios", "text", "batch"))
-    stages = [name for name in STAGES if name in found.settings["stages"]]
-    prompt = prompts.make(subjects.plain, image, text, rows, device)
-    least = floors(subjects.plain, site, image.tokens, prompt.length, rows, tuple(ratios))
-    found.sizes.append(Size(asked, image.tokens, image.size, prompt.length, tuple(least)))
-    given: dict[str, Any] = {}
-    checked = False
-    for stage in stages:
-        told(f"{image.tokens} visual tokens: {stage}")
-        try:
-            if stage in PRUNED and not given:
-                given = prompts.encode(subjects.plain, prompt)
-            calls = STAGES[stage](subjects, prompt, given, tuple(ratios))
-            first_calls = [timing.seconds(call, device) for call in calls]
-            if stage in PRUNED and not checked:
-                subjects.check(prompt, given, ratios)
-                checked = True
-            times = timing.in_turns(calls, found.settings["rounds"], device)
-            held = [sizes_of(call, device) if stage == "prefill" else (None, None) for call in calls]
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            found.notes.append(f"{image.tokens} visual tokens, {stage}: skipped, out of memory on {device}")
-        else:
-            found.measurements += [
-                Measurement(image.tokens, stage, call.column, call.ratio, seconds, first_call, *bytes_of)
-                for call, seconds, first_call, bytes_of in zip(calls, times, first_calls, held, strict=True)
-            ]
-        memory.release(device)
-    if checked:
-        found.shapes.append(Shape(image.tokens, prompt.length, subjects.compilations))
+@dataclass
+class Run:
+    """The stages of a benchmark, whose measurements go into its result."""
+
+    result: Benchmark
+    subjects: Subjects
+    site: Inspection
+    device: torch.device
+    progress: Listener
+
+    def __post_init__(self) -> None:
+        self.ratios, self.text, self.rows = (self.result.settings[name] for name in ("ratios", "text", "batch"))
+        self.stages = [name for name in STAGES if name in self.result.settings["stages"]]
+        self.done = self.total = 0
+
+    def begin(self, what: str) -> None:
+        self.progress(Progress(self.done, self.total, what))
+        self.done += 1
+
+    def measure(self, images: list[tuple[int, Picture]]) -> None:
+        count_shapes = "shapes" in self.result.settings["stages"]
+        self.total = len(images) * len(self.stages) + count_shapes
+        for asked, image in images:
+            self.run_size(asked, image)
+        if count_shapes:
+            self.count_compilations()
+        self.progress(Progress(self.total, self.total))
+
+    def run_size(self, asked: int, image: Picture) -> None:
+        """All stages of one size. A stage that does not fit into memory is noted, and the next goes on."""
+        prompt = prompts.make(self.subjects.plain, image, self.text, self.rows, self.device)
+        least = floors(self.subjects.plain, self.site, image.tokens, prompt.length, self.rows, tuple(self.ratios))
+        self.result.sizes.append(Size(asked, image.tokens, image.size, prompt.length, tuple(least)))
+        encoded: dict[str, Any] = {}
+        checked = False
+        for stage in self.stages:
+            self.begin(f"{image.tokens} visual tokens: {stage}")
+            try:
+                if stage in PRUNED and not encoded:
+                    encoded = prompts.encode(self.subjects.plain, prompt)
+                self.run_stage(stage, prompt, encoded, check=stage in PRUNED and not checked)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                self.result.notes.append(
+                    f"{image.tokens} visual tokens, {stage}: skipped, out of memory on {self.device}"
+                )
+            else:
+                checked = checked or stage in PRUNED
+            memory.release(self.device)
+        if checked:
+            self.result.shapes.append(Shape(image.tokens, prompt.length, self.subjects.compilations))
+
+    def run_stage(self, stage: str, prompt: prompts.Prompt, encoded: dict[str, Any], check: bool) -> None:
+        """Time all calls of a stage in turns, after the pruned logits have been checked."""
+        calls = STAGES[stage](self.subjects, prompt, encoded, tuple(self.ratios))
+        first_calls = [timing.seconds(call, self.device) for call in calls]
+        if check:
+            self.subjects.check(prompt, encoded, self.ratios)
+        times = timing.in_turns(calls, self.result.settings["rounds"], self.device)
+        held = [sizes_of(call, self.device) if stage == "prefill" else (None, None) for call in calls]
+        self.result.measurements += [
+            Measurement(prompt.image.tokens, stage, call.column, call.ratio, seconds, first_call, *bytes_of)
+            for call, seconds, first_call, bytes_of in zip(calls, times, first_calls, held, strict=True)
+        ]
+
+    def count_compilations(self) -> None:
+        """Run ten sizes of prompt and image, none larger than the smallest that was timed."""
+        self.begin(f"{SHAPES} prompt and image sizes")
+        most = min(size.visual_tokens for size in self.result.sizes)
+        model = self.subjects.optimized(self.ratios[0])
+        for number in range(1, SHAPES + 1):
+            image = picture(model.config, max(2, most * number // SHAPES))
+            prompt = prompts.make(self.subjects.plain, image, self.text + number, self.rows, self.device)
+            model(**prompt.whole)
+            self.result.shapes.append(Shape(image.tokens, prompt.length, self.subjects.compilations))
 
 
 def sizes_of(call: Call, device: torch.device) -> tuple[int, int | None]:
     """(bytes of keys and values, most memory in use) of a prefill."""
     peak, output = memory.peak_bytes(call.prepare(), device)
     return memory.cache_bytes(output.past_key_values), peak
-
-
-def count_compilations(
-    found: Benchmark, subjects: Subjects, device: torch.device, told: Callable[[str], None]
-) -> None:
-    """Run ten sizes of prompt and image, none larger than the smallest that was timed."""
-    told(f"{SHAPES} prompt and image sizes")
-    ratio, text, rows = found.settings["ratios"][0], found.settings["text"], found.settings["batch"]
-    most = min(size.visual_tokens for size in found.sizes)
-    model = subjects.optimized(ratio)
-    for number in range(1, SHAPES + 1):
-        image = picture(model.config, max(2, most * number // SHAPES))
-        prompt = prompts.make(subjects.plain, image, text + number, rows, device)
-        model(**prompt.whole)
-        found.shapes.append(Shape(image.tokens, prompt.length, subjects.compilations))

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.tools.benchmarking.bench import Benchmark, bench
+from hawk_compile.tools.benchmarking.bench import bench
+from hawk_compile.tools.benchmarking.result import Benchmark
 from hawk_compile.tools.benchmarking.table import head, tables
 from hawk_compile.tools.evaluation.commands import names, numbers
 from hawk_compile.tools.evaluation.table import check_writable
@@ -35,7 +36,8 @@ def bench_checkpoint(
     with console.status("") as status:
         found = bench(
             checkpoint or config or "small", ratios=numbers(ratios), tokens=counts(tokens),
-            command=" ".join(["hawk-compile", *sys.argv[1:]]), told=status.update, **settings,
+            command=" ".join(["hawk-compile", *sys.argv[1:]]), progress=lambda now: status.update(now.text),
+            **settings,
         )  # fmt: skip
     if markdown:
         console.print(found.markdown(), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ NOISE_FACTOR = 3
 class Subjects:
     """The columns of the benchmark, each a function from a prompt's arguments to the model's output."""
 
-    def __init__(self, model: Any, backend: str):
+    def __init__(self, model: Any, config: HawkConfig):
         self.plain = twin(model)
         self.unpruned = twin(model)
         self.model = model
-        self.backend = backend
+        self.config = config
+        backend = config.backend
         self.layer = scoring.first_layer(self.plain)
         self.unpruned.base_model.__dict__.update(body_overrides(self.unpruned))
         self.graph = compile_alone(unplanned_forward, backend=backend, fullgraph=True)
@@ -47,10 +49,7 @@ class Subjects:
 
     def optimized(self, ratio: float) -> Any:
         """The pruned model with that fraction of visual tokens removed."""
-        return optimize(
-            self.model, ratio=ratio, backend=self.backend, head_weights="uniform", compile_decode=True,
-            compile_vision=True,
-        )  # fmt: skip
+        return optimize(self.model, replace(self.config, ratio=ratio))
 
     def compiled(self, given: dict[str, Any]) -> Any:
         """The unpruned prefill of encoded images: captured and compiled as the pruned one is, but for the passes."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.benchmarking.bench import Benchmark, Measurement, Size
 from hawk_compile.tools.benchmarking.floors import Floor
+from hawk_compile.tools.benchmarking.result import Benchmark, Measurement, Size
 from hawk_compile.tools.benchmarking.timing import Spread, spread
 from hawk_compile.tools.evaluation.table import check_writable
 

@@ -1,7 +1,7 @@
 """One batch of questions, encoded once, and its scores with all heads and without each."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
 from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.plan.question import is_any
+from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.calibration.ablation import SCORE, ablated
 from hawk_compile.tools.calibration.likelihood import likelihoods
-from hawk_compile.tools.evaluation.evaluate import answers, checked, encoded
+from hawk_compile.tools.evaluation.asking import answer_scores, encoded
 from hawk_compile.tools.evaluation.metrics import Metric
 from hawk_compile.tools.evaluation.samples import Sample
+from hawk_compile.tools.switching import Switch
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Batch:
     """Questions that are scored together.
 
     Attributes:
+        config: the settings that "score" prunes by, but for the ratio and the head weights.
         metric: None is the likelihood.
         heads_at_once: heads that one forward leaves out, each in rows of its own.
         switch: what `left_as_it_was` yields.
@@ -34,12 +37,12 @@ class Batch:
     processor: Any
     samples: list[Sample]
     ablation: str
+    config: HawkConfig
     ratios: Sequence[float]
     metric: Metric | None
     max_new_tokens: int
-    backend: str
     heads_at_once: int
-    switch: Callable[[float, Mapping[str, Any] | None], None]
+    switch: Switch
     skip_bad: bool
 
     def __post_init__(self) -> None:
@@ -60,13 +63,13 @@ class Batch:
         weights = tuple(float(each != head) for each in range(self.heads))
         found = []
         for ratio in self.ratios:
-            self.switch(ratio, {"head_weights": weights, "backend": self.backend})
+            self.switch(replace(self.config, ratio=ratio, head_weights=weights))
             found.append(self.measured(self.inputs, self.samples))
         return np.mean(found, axis=0).tolist()
 
     def unpruned(self, heads: Sequence[int]) -> list[list[float]]:
         """[heads][samples], without each; [1][samples] with all of them where none is given."""
-        self.switch(0.0, None)
+        self.switch(None)
         copies = max(1, len(heads))
         inputs = repeated(self.inputs, copies)
         visual = self.visual.repeat(copies, 1)
@@ -77,11 +80,9 @@ class Batch:
     def measured(self, inputs: dict[str, Any], samples: Sequence[Sample]) -> list[float]:
         if self.metric is None:
             return likelihoods(self.model, self.processor, inputs, samples)
-        said = answers(self.model, self.processor, inputs, self.max_new_tokens)
-        return [
-            checked(self.metric(each, sample.answers), sample, self.skip_bad)
-            for each, sample in zip(said, samples, strict=True)
-        ]
+        return answer_scores(
+            self.model, self.processor, inputs, samples, self.metric, self.max_new_tokens, self.skip_bad
+        )
 
 
 def repeated(inputs: dict[str, Any], copies: int) -> dict[str, Any]:

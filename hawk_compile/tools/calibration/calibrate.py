@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,19 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
 from hawk_compile.tools.calibration.ablation import ABLATIONS, LAYER, SCORE
 from hawk_compile.tools.calibration.batch import Batch, heads_of
 from hawk_compile.tools.calibration.likelihood import LIKELIHOOD
 from hawk_compile.tools.calibration.processes import Processes
-from hawk_compile.tools.calibration.progress import Record
+from hawk_compile.tools.calibration.record import Record
 from hawk_compile.tools.calibration.result import Calibration, summary
-from hawk_compile.tools.evaluation.evaluate import at_least_1, batches, left_as_it_was, metric_of, name_of, scored
-from hawk_compile.tools.evaluation.metrics import Metric
+from hawk_compile.tools.evaluation.asking import batches
+from hawk_compile.tools.evaluation.metrics import Metric, metric_of, name_of, scored
 from hawk_compile.tools.evaluation.samples import Sample, read_samples
+from hawk_compile.tools.switching import left_as_it_was
 
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 
@@ -40,6 +43,7 @@ def calibrate(
     model: PreTrainedModel,
     processor: Any,
     data: Any,
+    config: HawkConfig | None = None,
     *,
     ablation: str = SCORE,
     metric: "str | Metric" = "exact_match",
@@ -51,19 +55,20 @@ def calibrate(
     skip_bad: bool = False,
     seed: int = 0,
     progress_file: "str | PathLike[str] | None" = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    warn: Callable[[str], None] = lambda line: None,
-    backend: str = "inductor",
+    progress: Listener = nobody,
+    **settings: Any,
 ) -> Calibration:
     """Measure the importance of every query head of the scoring layer. The model is left as it was.
 
     In several processes all must call it, each with the same arguments and the model on its own device: all get the
-    result; the main one alone tells `progress` and `warn` and writes `progress_file`. They measure a batch each at a
+    result; the main one alone tells `progress` and writes `progress_file`. They measure a batch each at a
     time, so that a kill costs no more than those under way.
 
     Args:
         model, processor: as for `evaluate`.
         data: questions, as for `evaluate`, or several sets of them: name -> questions.
+        config: the settings that "score" prunes by, of which `ratios` and what is measured take the place of two, or
+        **settings: these by name, as for `optimize`: backend, modalities, query, ...
         ablation: "score", "attention" or "output"; see `hawk_compile.tools.calibration.ablation`.
         metric: as for `evaluate`, or "likelihood": the mean log-likelihood of a right answer's tokens, which is far
             less noisy.
@@ -73,8 +78,8 @@ def calibrate(
         limit: questions of each dataset.
         seed: of the bootstrap.
         progress_file: where finished batches are kept; a file that is there already is gone on from.
-        backend: of `optimize`.
-        batch, max_new_tokens, skip_bad, progress, warn: as for `evaluate`.
+        batch, max_new_tokens, skip_bad: as for `evaluate`.
+        progress: told how many questions are done, and what is left out.
 
     Raises:
         ConfigError: an unknown ablation, metric or ratio.
@@ -82,15 +87,60 @@ def calibrate(
             processes without accelerate, or one of them that fails.
     """
     check_model(model)
+    settled = settled_config(config, settings, ratios)
+    score = None if metric == LIKELIHOOD else metric_of(metric, LIKELIHOOD)
+    check_numbers(ablation, batch, heads_at_once, max_new_tokens, seed)
+    processes = Processes(model.device)
+    tell = progress if processes.main else nobody
+    sets = read_sets(data, limit, skip_bad, tell)
+    about = {
+        "ablation": ablation, "metric": name_of(metric), "ratios": list(ratios) if ablation == SCORE else [],
+        "batch": batch, "heads_at_once": heads_at_once, "max_new_tokens": max_new_tokens,
+        "settings": described(settled), "skip_bad": skip_bad, "model": str(model.config._name_or_path),
+        "weights": fingerprint(model), "versions": {name: importlib.metadata.version(name) for name in OWN_PACKAGES},
+        "datasets": {name: digest(samples) for name, samples in sets.items()},
+    }  # fmt: skip
+    check_alike(processes.share({**about, "seed": seed}))
+    record = Record(None if progress_file is None else Path(progress_file), about, processes)
+    with left_as_it_was(model) as switch:
+
+        def batch_of(samples: list[Sample]) -> Batch:
+            return Batch(
+                model, processor, samples, ablation, settled, ratios, score, max_new_tokens, heads_at_once, switch,
+                skip_bad,
+            )  # fmt: skip
+
+        tables = measure(sets, batch, record, batch_of, heads_of(model), tell)
+    total = sum(map(len, sets.values()))
+    for name, table in tables.items():
+        tables[name] = table[:, scored(table, sets[name], lambda line: tell(Progress(total, total, line)))]
+    return summary(model, tables, about, record.date, seed)
+
+
+def settled_config(config: HawkConfig | None, settings: dict[str, Any], ratios: Sequence[float]) -> HawkConfig:
+    """The settings that "score" prunes by.
+
+    Raises:
+        ConfigError: settings out of range, or of which head weights are a part, which are what is measured.
+    """
+    made = make_config_of_ratios(config, settings, ratios)
+    if "head_weights" in settings:
+        raise ConfigError("head_weights are what calibrate measures: leave them out")
+    return replace(made, head_weights=(1.0,))  # refused by selectors that weight all heads alike
+
+
+def described(config: HawkConfig) -> dict[str, str]:
+    """Every setting that may change a score, as text."""
+    names = [setting.name for setting in fields(config) if setting.name not in ("ratio", "head_weights")]
+    return {name: str(getattr(config, name)) for name in names} | {"selector": str(config.method)}
+
+
+def check_numbers(ablation: str, batch: int, heads_at_once: int, max_new_tokens: int, seed: int) -> None:
     if ablation not in ABLATIONS:
         raise ConfigError(f"ablation must be one of {', '.join(ABLATIONS)}, got {ablation!r}")
-    if not ratios:
-        raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
-    for ratio in ratios:
-        HawkConfig(ratio=ratio, backend=backend)
-    score = None if metric == LIKELIHOOD else metric_of(metric, LIKELIHOOD)
-    at_least_1("max_new_tokens", max_new_tokens)
-    at_least_1("heads_at_once", heads_at_once)
+    numbers = {"batch": batch, "max_new_tokens": max_new_tokens, "heads_at_once": heads_at_once}
+    for name, value in numbers.items():
+        check_at_least_1(name, value)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {seed!r}")
     if ablation == SCORE and heads_at_once > 1:
@@ -98,46 +148,43 @@ def calibrate(
             f'heads_at_once must be 1 with ablation "{SCORE}", whose head weights are those of all rows, got '
             f"{heads_at_once}: leave it out"
         )
+
+
+def read_sets(data: Any, limit: int | None, skip_bad: bool, tell: Listener) -> dict[str, list[Sample]]:
+    """Every dataset by name; one that stands alone is called by its file, or "data"."""
     if isinstance(data, Mapping) and not data:
         raise InputError("data must hold at least one dataset, got an empty mapping")
-    processes = Processes(model.device)
-    warn = warn if processes.main else lambda line: None
-    sets = dict(data) if isinstance(data, Mapping) else {fspath(data) if is_name(data) else "data": data}
-    samples = {each: read_samples(given, limit=limit, skip_bad=skip_bad, warn=warn) for each, given in sets.items()}
-    about = {
-        "ablation": ablation, "metric": name_of(metric), "ratios": list(ratios) if ablation == SCORE else [],
-        "batch": batch, "heads_at_once": heads_at_once, "max_new_tokens": max_new_tokens, "backend": backend,
-        "skip_bad": skip_bad, "model": str(model.config._name_or_path), "weights": fingerprint(model),
-        "versions": {each: importlib.metadata.version(each) for each in OWN_PACKAGES},
-        "datasets": {each: digest(found) for each, found in samples.items()},
-    }  # fmt: skip
-    check_alike(processes.share({**about, "seed": seed}))
-    record = Record(None if progress_file is None else Path(progress_file), about, processes)
-    parts = {
-        f"{each}:{number}": (each, places)
-        for each, found in samples.items()
-        for number, places in enumerate(batches(found, batch))
+    named = isinstance(data, (str, PathLike))
+    sets = dict(data) if isinstance(data, Mapping) else {fspath(data) if named else "data": data}
+    return {
+        name: read_samples(one, limit=limit, skip_bad=skip_bad, warn=lambda line: tell(Progress(0, 0, line)))
+        for name, one in sets.items()
     }
-    tables = {each: np.empty((1 + heads_of(model), len(found))) for each, found in samples.items()}
-    total, done = sum(map(len, samples.values())), 0
-    with left_as_it_was(model) as switch:
 
-        def measured(name: str) -> list[list[float]]:
-            each, places = parts[name]
-            return Batch(
-                model, processor, [samples[each][place] for place in places], ablation, ratios, score, max_new_tokens,
-                backend, heads_at_once, switch, skip_bad,
-            ).scores()  # fmt: skip
 
-        for name in record.finished(list(parts), measured):
-            each, places = parts[name]
-            tables[each][:, places] = record.scores[name]
-            done += len(places)
-            if processes.main:
-                progress(done, total)
-    for each, table in tables.items():
-        tables[each] = table[:, scored(table, samples[each], warn)]
-    return summary(model, tables, about, record.date, seed)
+def measure(
+    sets: dict[str, list[Sample]], size: int, record: Record, batch_of: Callable[[list[Sample]], Batch], heads: int,
+    tell: Listener,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The scores [1 + heads, N] of every dataset, in batches of a size, those that the record holds already first."""
+    parts = {
+        f"{name}:{number}": (name, places)
+        for name, samples in sets.items()
+        for number, places in enumerate(batches(samples, size))
+    }
+    tables = {name: np.empty((1 + heads, len(samples))) for name, samples in sets.items()}
+    done, total = 0, sum(map(len, sets.values()))
+
+    def measured(part: str) -> list[list[float]]:
+        name, places = parts[part]
+        return batch_of([sets[name][place] for place in places]).scores()
+
+    for part in record.finished(list(parts), measured):
+        name, places = parts[part]
+        tables[name][:, places] = record.scores[part]
+        done += len(places)
+        tell(Progress(done, total))
+    return tables
 
 
 def check_alike(told: list[dict[str, Any]]) -> None:
@@ -156,10 +203,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     layer = base.get_decoder().layers[LAYER]
     held = {name: float(value.detach().double().sum()) for name, value in layer.named_parameters()}
     return hashlib.sha256(json.dumps([str(model.dtype), model.device.type, held]).encode()).hexdigest()
-
-
-def is_name(data: Any) -> bool:
-    return isinstance(data, (str, PathLike))
 
 
 def digest(samples: Sequence[Sample]) -> str:

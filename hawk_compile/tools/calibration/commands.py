@@ -32,8 +32,8 @@ def calibrate_checkpoint(
     progress_file = out.with_name(f"{out.name}.progress")
     with bar(console, "questions") as told:
         found = calibrate(
-            model, processor, {name: name for name in data}, ratios=numbers(ratios), warn=console.print,
-            progress=told, progress_file=progress_file, **settings,
+            model, processor, {name: name for name in data}, ratios=numbers(ratios), progress=told,
+            progress_file=progress_file, **settings,
         )  # fmt: skip
     if processes.main:
         found.write(out)

@@ -19,7 +19,7 @@ def likelihoods(model: Any, processor: Any, inputs: dict[str, Any], samples: Seq
     """The mean log-likelihood of the tokens of each sample's first answer, in nats a token.
 
     Args:
-        inputs: an encoded batch, as `evaluation.evaluate.encoded` makes it: padded on the left.
+        inputs: an encoded batch, as `evaluation.asking.encoded` makes it: padded on the left.
 
     Raises:
         InputError: an answer without a token, or that the model gives no number for.

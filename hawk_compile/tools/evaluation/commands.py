@@ -1,14 +1,16 @@
 """What `hawk-compile evaluate` does, and what it prints."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.progress import TimeRemainingColumn
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.progress import Listener, Progress
 from hawk_compile.tools.checkpoints import read_for_tasks
 from hawk_compile.tools.evaluation.demo import MODEL, control_rows
 from hawk_compile.tools.evaluation.evaluate import evaluate
@@ -30,8 +32,8 @@ def evaluate_checkpoint(
     model, processor = read_for_tasks(checkpoint, dtype, device)
     with bar(console, "answers") as told:
         found = evaluate(
-            model, processor, data, ratios=numbers(ratios), selectors=names(selectors), warn=console.print,
-            progress=told, **settings,
+            model, processor, data, ratios=numbers(ratios), selectors=names(selectors), progress=told,
+            **settings,
         )  # fmt: skip
     if data.split(":")[0] == DEMO:
         if checkpoint.resolve() == MODEL.resolve():
@@ -44,11 +46,18 @@ def evaluate_checkpoint(
 
 
 @contextlib.contextmanager
-def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left, as a function of what is done and of how much there is."""
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as shown:
+def bar(console: Console, what: str) -> Iterator[Listener]:
+    """A listener that draws a progress bar with the time left, and prints what it is told in words."""
+    with Bar(*Bar.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as shown:
         task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+        def listen(now: Progress) -> None:
+            if now.text:
+                console.print(now.text)
+            if now.total:
+                shown.update(task, completed=now.done, total=now.total)
+
+        yield listen
 
 
 def numbers(given: str) -> list[float]:

@@ -16,7 +16,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.runtime.api import restore
 from hawk_compile.tools.demo.evaluate import another_question, by_hand, by_pass, oracle, prepare
 from hawk_compile.tools.demo.scenes import COLORS, DIGITS, SPLITS, Question, Scene, pick_questions
-from hawk_compile.tools.evaluation.evaluate import Evaluation, Row
+from hawk_compile.tools.evaluation.result import Evaluation, Row
 from hawk_compile.tools.evaluation.samples import DEMO, Sample
 
 MODEL = Path(__file__).parents[1] / "demo" / "model"

@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from hawk_compile.errors import ConfigError, InputError, UnsupportedCallError
 from hawk_compile.runtime.api import optimize
-from hawk_compile.settings.config import HawkConfig, make_config
+from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config
 from hawk_compile.settings.selectors import selector_named
 from hawk_compile.tools.checkpoints import fit, prompts, read_for_tasks
-from hawk_compile.tools.evaluation.evaluate import at_least_1
 from hawk_compile.tools.evaluation.samples import picture
 
 MARK = "<image>"
@@ -60,8 +59,8 @@ class Hawk(lmms):
     ) -> None:  # fmt: skip
         super().__init__()
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else batch_size
-        at_least_1("batch_size", self.batch_size)
-        at_least_1("max_new_tokens", max_new_tokens)
+        check_at_least_1("batch_size", self.batch_size)
+        check_at_least_1("max_new_tokens", max_new_tokens)
         if max_batch_size is not None:
             raise ConfigError(f"max_batch_size must be left out, got {max_batch_size}: give batch_size")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -2,7 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.tools.evaluation.samples import Sample
 
 Metric = Callable[[str, tuple[str, ...]], float]
 """(what the model said, all right answers) -> [0, 1]."""
@@ -32,6 +37,46 @@ def relaxed_accuracy(said: str, answers: tuple[str, ...]) -> float:
 
 
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "anls": anls, "relaxed_accuracy": relaxed_accuracy}
+
+
+def metric_of(metric: "str | Metric", *others: str) -> Metric:
+    """A metric by name; `others` are names that the caller takes beside those here."""
+    if callable(metric):
+        return metric
+    if not isinstance(metric, str) or metric not in METRICS:
+        raise ConfigError(f"metric must be one of {', '.join((*METRICS, *others))} or a function, got {metric!r}")
+    return METRICS[metric]
+
+
+def name_of(metric: "str | Metric") -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+def checked(score: float, sample: Sample, skip_bad: bool) -> float:
+    """The score of an answer; to be skipped, NaN."""
+    if isinstance(score, (int, float, np.number)) and 0 <= score <= 1:  # which NaN is not
+        return float(score)
+    if skip_bad:
+        return math.nan
+    raise InputError(
+        f"{sample.origin}: the metric must give a number in [0, 1], got {score!r}: mend the metric, or skip what it "
+        "fails on (skip_bad, --skip-bad)"
+    )
+
+
+def scored(table: np.ndarray, samples: Sequence[Sample], warn: Callable[[str], None]) -> np.ndarray:
+    """[N] bool: the samples that every line of a table of scores [..., N] has a score for.
+
+    Raises:
+        InputError: there is none.
+    """
+    sound = ~np.isnan(table).any(0)
+    for sample, good in zip(samples, sound, strict=True):
+        if not good:
+            warn(f"skipped: {sample.origin}: the metric gives no number in [0, 1]")
+    if not sound.any():
+        raise InputError("the metric gives a number in [0, 1] for no sample in all its answers: mend the metric")
+    return sound
 
 
 def plain(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hawk_compile.errors import InputError
 from hawk_compile.tools.checkpoints import check_drawable
-from hawk_compile.tools.evaluation.evaluate import Evaluation, Row
+from hawk_compile.tools.evaluation.result import Evaluation, Row
 from hawk_compile.tools.evaluation.statistics import Interval, difference, holm, interval
 
 SIGNIFICANT = 0.05

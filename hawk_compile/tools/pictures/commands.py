@@ -7,9 +7,8 @@ from rich.console import Console
 
 from hawk_compile.errors import InputError
 from hawk_compile.tools.checkpoints import check_drawable, read_for_tasks
-from hawk_compile.tools.evaluation.samples import picture
-from hawk_compile.tools.pictures.draw import draw
-from hawk_compile.tools.pictures.seen import look
+from hawk_compile.tools.evaluation.commands import bar
+from hawk_compile.tools.pictures.show import show
 
 
 def show_checkpoint(
@@ -25,8 +24,9 @@ def show_checkpoint(
     if not out.parent.is_dir():
         raise InputError(f"out must lie in a folder that exists, got {out}: make {out.parent}")
     model, processor = read_for_tasks(checkpoint, dtype, device)
-    seen = look(model, processor, picture(image, "image"), question, **settings)
-    draw(seen, out)
+    with bar(console, "heads") as told:
+        seen = show(model, processor, image, question, progress=told, **settings)
+    seen.write(out)
     console.print(f"unpruned: {seen.unpruned}")
     console.print(f"pruned:   {seen.answer}   ({seen.kept.sum()} of {seen.kept.size} visual tokens kept)")
     console.print(f"written:  {out}")

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.pictures.seen import Seen
+from hawk_compile.tools.checkpoints import check_drawable
+from hawk_compile.tools.pictures.show import Seen
 
 DIMMED = 0.25
 COLUMNS = 8
@@ -18,8 +19,9 @@ def draw(seen: Seen, path: Path) -> None:
     """Write a PNG.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or matplotlib is missing.
     """
+    check_drawable()
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(seen.heads) / COLUMNS)

@@ -13,11 +13,12 @@ from hawk_compile.capture.features import fresh
 from hawk_compile.errors import ConfigError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.tools.benchmarking import floors as floors_module
 from hawk_compile.tools.benchmarking import prompts, scoring
-from hawk_compile.tools.benchmarking.bench import SHAPES, Measurement, bench
+from hawk_compile.tools.benchmarking.bench import SHAPES, bench
 from hawk_compile.tools.benchmarking.floors import Rates
 from hawk_compile.tools.benchmarking.images import picture, pixels
 from hawk_compile.tools.benchmarking.models import load
 from hawk_compile.tools.benchmarking.profiles import PROFILES, internvl3_8b, llava_onevision_7b, tiny
+from hawk_compile.tools.benchmarking.result import Measurement
 from hawk_compile.tools.benchmarking.stages import STAGES
 from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.table import as_json, markdown, over, write
@@ -147,7 +148,7 @@ def test_scoring_by_itself_makes_no_more_than_the_first_layer():
 def test_the_method_by_hand_is_the_optimised_model(name, monkeypatch):
     """Two rows; positions that hold images and positions that do not; features for later layers. And wrong logits."""
     model = zoo.build(name, layers=1)
-    subjects = Subjects(model, "eager")
+    subjects = Subjects(model, hawk_compile.HawkConfig(backend="eager", compile_vision=True))
     monkeypatch.setattr(subjects, "compiled", lambda given: subjects.plain(**fresh(given)))
     prompt = prompts.make(model, picture(model.config, 16), 14, 2, CPU)
     kept = hawk_compile.HawkConfig(ratio=0.6).kept(prompt.image.tokens)
@@ -202,7 +203,12 @@ def test_what_does_not_fit_is_skipped_and_named(monkeypatch, found):
     monkeypatch.setattr("hawk_compile.tools.benchmarking.bench.inspect_model", lambda *_, **__: site)
     monkeypatch.setattr("hawk_compile.tools.benchmarking.bench.measure_rates", lambda *_: found.rates)
     monkeypatch.setitem(STAGES, "scoring", too_large)
-    made = bench("tiny", tokens=(36, 16), **SETTINGS, stages=["scoring", "vision"])
+    told = []
+    made = bench("tiny", tokens=(36, 16), **SETTINGS, stages=["scoring", "vision"], progress=told.append)
+    assert [(now.done, now.text) for now in told[2:]] == [
+        (0, "36 visual tokens: vision"), (1, "36 visual tokens: scoring"), (2, "16 visual tokens: vision"),
+        (3, "16 visual tokens: scoring"), (4, ""),
+    ]  # fmt: skip
     assert made.notes == ["36 visual tokens, scoring: skipped, out of memory on cpu"]
     assert [(each.visual_tokens, each.stage) for each in made.measurements] == [
         (36, "vision"), (36, "vision"), (16, "vision"), (16, "vision"), (16, "scoring"), (16, "scoring"),
@@ -223,6 +229,8 @@ def test_what_does_not_fit_is_skipped_and_named(monkeypatch, found):
         ({"layers": 0}, InputError, "layers must be at least 1, got 0"),
         ({"stages": ("scores",)}, ConfigError, "stages must be one of vision, .*got 'scores'"),
         ({"device": "meta"}, InputError, "device must be cpu or cuda, got 'meta'"),
+        ({"min_per_image": 4}, ConfigError, "budget, min_per_image and quota must be left out of a benchmark"),
+        ({"ratio": 0.5}, ConfigError, "ratio must be left out here, got 0.5: give ratios"),
         ({"dtype": "int8"}, InputError, "dtype must be one of fp32, fp16, bf16, got 'int8'"),
     ],
 )  # fmt: skip

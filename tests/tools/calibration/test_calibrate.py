@@ -16,7 +16,7 @@ from hawk_compile.tools.calibration.batch import repeated
 from hawk_compile.tools.calibration.calibrate import calibrate
 from hawk_compile.tools.calibration.likelihood import likelihoods
 from hawk_compile.tools.cli import app
-from hawk_compile.tools.evaluation.evaluate import encoded, fresh
+from hawk_compile.tools.evaluation.asking import encoded, fresh
 from hawk_compile.tools.evaluation.samples import read_samples
 from tests import zoo
 from tests.exporting import demo
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
     held["scores"][0][0] += 1  # only a batch that is not measured again has this
     progress.write_text(lines[0] + json.dumps(held) + "\n" + lines[2][:40])
     seen = []
-    again = calibrated(progress_file=progress, progress=lambda *done: seen.append(done))
+    again = calibrated(progress_file=progress, progress=lambda now: seen.append((now.done, now.total)))
     assert seen == [(3, 8), (6, 8), (8, 8)] and again.date == "2026-01-01"
     name = "demo:calibration"
     assert again.datasets[name]["score"] == pytest.approx(whole.datasets[name]["score"] + 1 / 8)
@@ -168,6 +168,13 @@ def test_what_cannot_be_calibrated(tmp_path):
         calibrated(heads_at_once=2)
     with pytest.raises(ConfigError, match="heads_at_once must be a whole number of at least 1, got 0"):
         calibrated(heads_at_once=0)
+    for settings, message in (
+        ({"head_weights": [1.0] * 8}, "head_weights are what calibrate measures: leave them out"),
+        ({"selector": "uniform"}, "weights all heads alike"),
+        ({"batch_size": 4}, "unknown setting batch_size"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            calibrated(**settings)
     with pytest.raises(ConfigError, match="ratio is the fraction"):
         calibrated(ratios=(2.0,))
     with pytest.raises(InputError, match="leaving out a head lowers the score on no dataset"):

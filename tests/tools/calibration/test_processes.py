@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.tools.calibration import progress
+from hawk_compile.progress import Progress
+from hawk_compile.tools.calibration import record
 from hawk_compile.tools.calibration.calibrate import calibrate, check_alike
 from hawk_compile.tools.calibration.processes import Processes, own_device
 from tests.exporting import demo
@@ -27,8 +28,8 @@ def calibrated(**settings):
     return calibrate(demo.model(), demo.processor(), "demo:calibration", **{**SETTINGS, **settings})
 
 
-def killer(done: int, total: int) -> None:
-    if done == 2:
+def killer(now: Progress) -> None:
+    if now.done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -36,9 +37,9 @@ def member(folder: Path) -> None:
     """What one of two processes does; the main one is killed in the end. It alone knows what day it is."""
     number = Processes(torch.device("cpu")).number
     if number == 1:
-        progress.datetime = None
+        record.datetime = None
     told: list[tuple[int, int]] = []
-    found = calibrated(progress_file=folder / "fresh", progress=lambda *done: told.append(done))
+    found = calibrated(progress_file=folder / "fresh", progress=lambda now: told.append((now.done, now.total)))
     found.write(folder / f"{number}.json")
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)] * (number == 0)
     calibrated(progress_file=folder / "cut").write(folder / f"cut{number}.json")
@@ -61,8 +62,8 @@ def member(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(tmp_path):
-    def cut(done, total):
-        if done == 1:
+    def cut(now):
+        if now.done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,9 @@ from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.settings.selectors import SELECTORS
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.evaluation.demo import control_rows
-from hawk_compile.tools.evaluation.evaluate import Row, evaluate, methods_of
+from hawk_compile.tools.evaluation.evaluate import evaluate
+from hawk_compile.tools.evaluation.methods import methods_of
+from hawk_compile.tools.evaluation.result import Row
 from hawk_compile.tools.evaluation.samples import read_samples
 from hawk_compile.tools.evaluation.table import as_json, lines, markdown
 from tests.exporting import demo
@@ -28,9 +30,9 @@ def found():
     seen = []
     result = evaluate(
         model, demo.processor(), "demo:tune", ratios=RATIOS, selectors=("hawk", "random", "divprune"), limit=24,
-        batch=7, backend="eager", max_new_tokens=2, progress=lambda *done: seen.append(done),
+        batch=7, backend="eager", max_new_tokens=2, progress=seen.append,
     )  # fmt: skip
-    assert seen[-1] == (7 * 24, 7 * 24)
+    assert seen[-1] == hawk_compile.Progress(7 * 24, 7 * 24)
     assert model.__dict__["_hawk_runtime"].config.ratio == 0.3  # as it was
     hawk_compile.restore(model)
     return result
@@ -113,6 +115,8 @@ def test_bad_settings():
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"ratios": []}, "ratios must hold at least one fraction"),
         ({"batch_size": 4}, "unknown setting batch_size"),
+        ({"ratio": 0.5}, "ratio must be left out here, got 0.5: give ratios"),
+        ({"config": hawk_compile.HawkConfig()}, "either a config or single settings, got a config and backend"),
         ({"selectors": {"unpruned": {}}, "baseline": "unpruned"}, 'a method must not be called "unpruned"'),
         ({"selectors": {"hawk": {"ratio": 0.5}}}, "nor set ratio, got 'hawk'"),
         ({"selectors": {"hawk": {"selector": "best"}}}, "selector must be one of"),
@@ -133,13 +137,17 @@ def test_methods_are_called_by_their_selectors():
         return embeddings.float().abs().sum(2) ** power
 
     few = selectors.DART(pivots=1)
-    made = methods_of(["dart", few, brightest, "uniform"], {"head_weights": [1.0], "backend": "eager"})
+    base = hawk_compile.HawkConfig(head_weights=(1.0,), backend="eager")
+    made = methods_of(["dart", few, brightest, "uniform"], base)
     assert [*made] == ["dart", "dart(pivots=1)", "brightest", "uniform"]
-    assert made["dart(pivots=1)"] == {"head_weights": [1.0], "backend": "eager", "selector": few}
-    assert made["brightest"]["selector"].ranking is brightest and "head_weights" not in made["uniform"]
-    assert [*methods_of(few, {})] == ["dart(pivots=1)"] and [*methods_of("all", {})] == [*SELECTORS]
+    assert made["dart(pivots=1)"].method == few and made["brightest"].method.ranking is brightest
+    assert [made[name].head_weights for name in ("dart", "uniform")] == [(1.0,), "auto"]
+    assert {config.backend for config in made.values()} == {"eager"}
+    assert [*methods_of(few, base)] == ["dart(pivots=1)"] and [*methods_of("all", base)] == [*SELECTORS]
+    by_hand = methods_of({"mine": {"query": "each"}}, base)["mine"]
+    assert (by_hand.query, by_hand.backend, by_hand.selector) == ("each", "eager", "hawk")
     with pytest.raises(ConfigError, match="must have different names, got brightest twice"):
-        methods_of([brightest, selectors.Ranking(few.ranking, name="brightest")], {})
+        methods_of([brightest, selectors.Ranking(few.ranking, name="brightest")], base)
 
 
 def test_what_the_metric_fails_on_is_skipped():
@@ -152,7 +160,7 @@ def test_what_the_metric_fails_on_is_skipped():
     left = [each for each in samples if each.answers != samples[0].answers]
     found = evaluate(
         demo.model(), demo.processor(), samples, selectors=["hawk"], ratios=[0.5], metric=metric, backend="eager",
-        max_new_tokens=1, skip_bad=True, warn=told.append,
+        max_new_tokens=1, skip_bad=True, progress=lambda now: now.text and told.append(now.text),
     )  # fmt: skip
     assert left and found.samples == left and all(len(row.scores) == len(left) for row in found.rows)
     assert told[0] == f"skipped: {samples[0].origin}: the metric gives no number in [0, 1]"

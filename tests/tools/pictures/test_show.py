@@ -14,7 +14,7 @@ from hawk_compile.tools.cli import app
 from hawk_compile.tools.demo.scenes import make_scene
 from hawk_compile.tools.pictures import commands
 from hawk_compile.tools.pictures.draw import DIMMED, dimmed
-from hawk_compile.tools.pictures.seen import grid, look
+from hawk_compile.tools.pictures.show import grid, show
 from tests.exporting import demo
 
 SCENE = make_scene("test", 5, (336, 364))
@@ -27,7 +27,7 @@ def shown(tmp_path_factory):
     SCENE.pil().save(folder / "scene.png")
     arguments = ["show", demo.FOLDER, str(folder / "scene.png"), SCENE.questions[0].text, "--backend", "eager"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "look", lambda *given, **settings: seen.append(look(*given, **settings)) or seen[0])
+        patch.setattr(commands, "show", lambda *given, **settings: seen.append(show(*given, **settings)) or seen[0])
         called = CliRunner().invoke(app, [*arguments, "--out", str(folder / "show.png")])
     assert called.exit_code == 0, called.output
     return SimpleNamespace(stdout=called.stdout, arguments=arguments, folder=folder, seen=seen[0])
@@ -44,9 +44,13 @@ def test_what_is_seen_is_what_the_report_says(shown):
 
 def test_heads_are_those_that_the_selector_used():
     """The demo's own head weights are not equal, and `fastv` has its own normalisation and query too."""
-    model, settings = demo.model(), {"selector": "fastv", "max_new_tokens": 1, "backend": "eager"}
+    model, told = demo.model(), []
+    config = hawk_compile.HawkConfig(selector="fastv", backend="eager")
     before = model.__dict__.get("_hawk_runtime")
-    seen = look(model, demo.processor(), SCENE.pil(), SCENE.questions[0].text, **settings)
+    seen = hawk_compile.show(
+        model, demo.processor(), SCENE.pil(), SCENE.questions[0].text, config, max_new_tokens=1, progress=told.append
+    )
+    assert told == [hawk_compile.Progress(done, 8) for done in range(1, 9)]
     assert model.__dict__.get("_hawk_runtime") is before
     assert seen.weights == pytest.approx([1 / len(seen.weights)] * len(seen.weights))
     np.testing.assert_allclose(np.tensordot(seen.weights, seen.heads, 1), seen.scores, atol=1e-5)

@@ -5,7 +5,9 @@ that nothing is compiled for them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.errors import InputError
+from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.settings.config import make_config
+from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config
 from hawk_compile.settings.head_weights import resolve
 from hawk_compile.tools.checkpoints import fit, prompt
-from hawk_compile.tools.evaluation.evaluate import at_least_1, left_as_it_was
+from hawk_compile.tools.evaluation.samples import picture
+from hawk_compile.tools.switching import left_as_it_was
 
 
 @dataclass(frozen=True)
@@ -47,51 +51,75 @@ class Seen:
     answer: str
     unpruned: str
 
+    def write(self, path: "str | PathLike[str]") -> None:
+        """A PNG of the kept tokens, the scores, and each head's own.
 
-def look(
-    model: PreTrainedModel, processor: Any, image: Image.Image, question: str, *, ratio: float = 0.8,
-    max_new_tokens: int = 64, **settings: Any,
-) -> Seen:  # fmt: skip
-    """Ask with and without pruning. The model is left as it was.
+        Raises:
+            InputError: the file cannot be written, or matplotlib is missing.
+        """
+        from hawk_compile.tools.pictures.draw import draw
+
+        draw(self, Path(path))
+
+
+def show(
+    model: PreTrainedModel,
+    processor: Any,
+    image: "Image.Image | str | PathLike[str]",
+    question: str,
+    config: HawkConfig | None = None,
+    *,
+    max_new_tokens: int = 64,
+    progress: Listener = nobody,
+    **settings: Any,
+) -> Seen:
+    """Ask with and without pruning, and find what each head looks for. The model is left as it was.
 
     Args:
-        ratio: fraction of visual tokens removed, in [0, 1).
-        **settings: of `optimize`.
+        model, processor: as for `evaluate`.
+        image: a picture, or its file.
+        config, **settings: as for `optimize`.
+        max_new_tokens: most tokens of an answer.
+        progress: told how many of the heads' prefills are done.
 
     Raises:
         ConfigError, HeadWeightsError, UnsupportedModelError, GraphError: as `optimize`.
-        InputError: a picture whose visual tokens do not form one grid.
+        InputError: a picture that cannot be read, or whose visual tokens do not form one grid.
     """
     check_model(model)
-    at_least_1("max_new_tokens", max_new_tokens)
-    inputs = fit(model, prompt(processor, [image], question))
+    check_at_least_1("max_new_tokens", max_new_tokens)
+    made = make_config(config, settings)
+    opened = picture(image if isinstance(image, Image.Image) else Path(image), "image")
+    inputs = fit(model, prompt(processor, [opened], question))
     visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(placeholder_ids(model)))
     shape = grid(inputs, int(visual.sum()))
-    made = make_config(None, {"ratio": ratio, **settings})
     weights = resolve(made.used_head_weights, model).values
-    single = {
-        **settings, "selector": "hawk", "selector_options": {}, "query": made.used_query,
-        "normalization": made.used_normalization,
-    }  # fmt: skip
     with left_as_it_was(model) as switch:
-        switch(0.0, None)
+        switch(None)
         unpruned = said(model, processor, inputs, max_new_tokens)
-        switch(ratio, settings)
+        switch(made)
         answer = said(model, processor, inputs, max_new_tokens)
-        found = report(model)
-        kept = torch.zeros_like(visual)
-        kept[found.keep_indices[0].cpu()] = True
+        pruned = report(model)
         heads = []
         for head in range(len(weights)):
-            alone = tuple(float(each == head) for each in range(len(weights)))
-            switch(ratio, {**single, "head_weights": alone})
+            switch(of_one_head(made, head, len(weights)))
             with torch.no_grad():
                 model(**inputs)
             heads.append(laid_out(report(model).scores, visual, shape))
+            progress(Progress(head + 1, len(weights)))
+    kept = torch.zeros_like(visual)
+    kept[pruned.keep_indices[0].cpu()] = True
     return Seen(
-        image, question, ratio, str(made.method), kept[visual].reshape(shape).numpy(),
-        laid_out(found.scores, visual, shape), np.stack(heads), weights.tolist(), answer, unpruned,
+        opened, question, made.ratio, str(made.method), kept[visual].reshape(shape).numpy(),
+        laid_out(pruned.scores, visual, shape), np.stack(heads), weights.tolist(), answer, unpruned,
     )  # fmt: skip
+
+
+def of_one_head(config: HawkConfig, head: int, heads: int) -> HawkConfig:
+    """The config's score, by one of its heads alone, as the ranking."""
+    alone = tuple(float(number == head) for number in range(heads))
+    query, normalization = config.used_query, config.used_normalization
+    return replace(config, selector="hawk", query=query, normalization=normalization, head_weights=alone)
 
 
 def said(model: Any, processor: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> str:
