@@ -8,9 +8,11 @@ import pytest
 from transformers import Qwen3Config, T5Config
 from typer.testing import CliRunner, Result
 
+from hawk_compile import Adaptive, selectors
 from hawk_compile.compile.pipeline import PASSES
 from hawk_compile.tools import environment
 from hawk_compile.tools.cli import app
+from hawk_compile.tools.commands.common import settings_of
 from tests import zoo
 
 SMALL = ("--image-tokens", "64", "--tokens", "20", "--layers", "1")
@@ -125,3 +127,26 @@ def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     assert "agree on 8 of 8 answers" in " ".join(result.stdout.split())
     assert [line.split()[0] for line in result.stdout.splitlines() if line.startswith(("random", "oracle"))]
+
+
+def test_settings_on_the_command_line() -> None:
+    """As JSON, or as text; budgets and selectors with options among them."""
+    given = [
+        "query=each", "min_per_image=16", "compile_decode=true", 'modalities=["image"]', "budget=0.7",
+        'selector={"name": "dart", "pivots": 8}', "head_weights=org/name",
+    ]  # fmt: skip
+    assert settings_of(given) == {
+        "query": "each", "min_per_image": 16, "compile_decode": True, "modalities": ("image",),
+        "budget": Adaptive(mass=0.7), "selector": selectors.DART(pivots=8), "head_weights": "org/name",
+    }  # fmt: skip
+    assert settings_of(['budget={"mass": 0.5, "min": 4}']) == {"budget": Adaptive(mass=0.5, min=4)}
+    picture = ("no.png", "What is this?")
+    for pair, message in (
+        ("query", "set must be NAME=VALUE, got 'query'"),
+        ("batch=3", "unknown setting batch"),
+        ('budget={"share": 0.5}', "cannot be read"),
+        ('selector={"name": "dart", "pivot": 8}', "names 'pivot' for selector"),
+    ):
+        for command in (("evaluate", "x", "--data", "y"), ("bench",), ("show", "x", *picture), ("export", "x", "y")):
+            assert message in refused(*command, "--set", pair)
+    assert "query must be one of" in refused("bench", "--set", "query=first", "--backend", "eager")

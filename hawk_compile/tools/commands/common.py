@@ -1,0 +1,93 @@
+"""What commands share: options, errors in one line, and how things are printed."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Ratio = Annotated[float, typer.Option(help="Fraction of visual tokens removed, in [0, 1).")]
+Dtype = Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")]
+Device = Annotated[str | None, typer.Option(help="As torch names it, such as cuda.")]
+Backend = Annotated[str, typer.Option(help="What compiles the prefill: inductor, aot_eager or eager.")]
+SkipBad = Annotated[bool, typer.Option(help="Go on without samples that cannot be used.")]
+Batch = Annotated[int, typer.Option(help="Questions answered together.")]
+AnswerTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="NAME=VALUE",
+        help="Another setting of optimize, such as query=each or budget=0.9; may be given repeatedly.",
+    ),
+]  # fmt: skip
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what this package raises on purpose into one line and exit code 2."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        from hawk_compile.errors import HawkError
+
+        try:
+            command(*args, **kwargs)
+        except HawkError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+    return guarded
+
+
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """Settings by name from texts "name=value", in which a value is JSON or, where it is none, text.
+
+    A budget is the share of the score that is kept, or an object with the fields of `Adaptive`; a selector is a name,
+    or an object with its name and its options.
+
+    Raises:
+        ConfigError: a text of another form, no setting's name, or a budget or a selector that cannot be.
+    """
+    from hawk_compile.errors import ConfigError
+    from hawk_compile.settings.budgets import Adaptive
+    from hawk_compile.settings.config import check_names
+    from hawk_compile.settings.selectors import selector_named
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"set must be NAME=VALUE, got {pair!r}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        try:
+            if name == "budget" and value is not None:
+                value = Adaptive(**value) if isinstance(value, dict) else Adaptive(value)
+            elif name == "selector" and isinstance(value, dict):
+                value = selector_named(value.pop("name", ""), value)
+        except TypeError as error:
+            raise ConfigError(f"set {name}={text} cannot be read: {error}") from None
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    check_names(settings)
+    return settings
+
+
+def rows(facts: dict[str, str]) -> Table:
+    """Names and values side by side; long values are folded, not cut."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def console() -> Console:
+    """Plain text: brackets are shapes here, not markup."""
+    return Console(markup=False, highlight=False, emoji=False)

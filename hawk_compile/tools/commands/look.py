@@ -1,0 +1,119 @@
+"""`hawk-compile inspect`, `show`, `env` and `passes`: what is found, kept and installed."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from hawk_compile.tools.commands.common import (
+    AnswerTokens,
+    Backend,
+    Checkpoint,
+    Device,
+    Dtype,
+    Ratio,
+    Settings,
+    console,
+    rows,
+    settings_of,
+)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a config.json.")],
+    ratio: Ratio = 0.8,
+    image_tokens: Annotated[int, typer.Option(help="Visual tokens of the prompt that numbers are given for.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Its other tokens.")] = 64,
+    layers: Annotated[int, typer.Option(help="Decoder layers to capture; more take longer.")] = 2,
+) -> None:
+    """Show what the passes find in a model, from its configuration alone: no weights are loaded."""
+    from hawk_compile.tools.inspection import inspect_model
+
+    found = inspect_model(path, ratio=ratio, image_tokens=image_tokens, text_tokens=tokens, layers=layers)
+    out = console()
+    ids = ", ".join(map(str, found.placeholders)) or "none named"
+    behind = f"id {' or '.join(map(str, found.vision_end))}" if found.vision_end else "the last visual token"
+    until = f", up to the row's last {' or '.join(map(str, found.end_of_turn))}" if found.end_of_turn else ""
+    facts = {
+        "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured, on the meta device)",
+        "merge": f"{', '.join(found.merges)}: masked_scatter at placeholder ids {ids}",
+        "voting text": f"behind {behind}{until}",
+        "attention": f"{found.attention}: {found.heads} heads, {found.kv_heads} KV heads of {found.head_dim}",
+        "norm": found.norm or "none: the projections read different values",
+        "projections": f"{found.query_projection or 'not one linear'}, {found.key_projection or 'not one linear'}",
+        "scoring": f"{found.form}: {found.why}",
+    }
+    out.print(rows(facts))
+    out.print()
+    out.print("Gathered where the full prompt (S) becomes the pruned one (S'), V visual tokens becoming V':")
+    gathered = Table(box=None, pad_edge=False)
+    for heading in ("value", "shape", "along"):
+        gathered.add_column(heading, overflow="fold")
+    for each in found.gathered:
+        gathered.add_row(each.name, f"[{', '.join(each.shape)}]" if each.shape else "a number", each.along)
+    out.print(gathered)
+    out.print()
+    share = found.kept_tokens / found.prompt_tokens
+    numbers = {
+        "visual tokens": f"{found.visual_tokens} -> {found.kept_visual_tokens}   (ratio {found.ratio:g})",
+        "prompt tokens": f"{found.prompt_tokens} -> {found.kept_tokens}   ({share:.3f} of them)",
+    }
+    if found.flops is not None and found.kept_flops is not None:
+        work = f"{found.flops / 1e9:,.1f} -> {(found.kept_flops + found.scoring_flops) / 1e9:,.1f} GFLOP"
+        numbers["decoder prefill"] = f"{work}   ({found.flop_ratio:.3f}; the score is {found.scoring_flops / 1e9:,.2f})"
+    else:
+        numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
+    out.print(rows(numbers))
+
+
+def show(
+    checkpoint: Checkpoint,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    ratio: Ratio = 0.8,
+    selector: Annotated[str, typer.Option(help="How visual tokens are ranked.")] = "hawk",
+    tokens: AnswerTokens = 64,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    backend: Backend = "inductor",
+    settings: Settings = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("hawk-show.png"),
+) -> None:
+    """Draw what pruning keeps of a picture for a question, the scores, and each head's own."""
+    from hawk_compile.tools.pictures.commands import show_checkpoint
+
+    show_checkpoint(
+        console(), checkpoint, image, question, out, max_new_tokens=tokens, dtype=dtype, device=device,
+        **{"ratio": ratio, "selector": selector, "backend": backend, **settings_of(settings)},
+    )  # fmt: skip
+
+
+def env() -> None:
+    """Print what a bug report needs: versions, machine, backends and switches."""
+    from hawk_compile.tools.environment import describe
+
+    console().print(rows(describe()))
+
+
+def passes() -> None:
+    """List the passes in the order they run, and the environment switches around them."""
+    from hawk_compile.compile.pipeline import EXPORT_PASSES, PASSES, PORTABLE_PASSES, disabled_passes
+    from hawk_compile.tools.environment import SWITCHES
+
+    left_out = disabled_passes()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "pass", "what it does", ""):
+        table.add_column(heading, overflow="fold")
+    for number, step in enumerate(PASSES, start=1):
+        note = "left out now" if step.name in left_out else "optional" if step.optional else ""
+        table.add_row(str(number), step.name, step.summary, note)
+    for step in EXPORT_PASSES:
+        if step not in PASSES:
+            table.add_row("", step.name, step.summary, "ahead of them in exports")
+    for step in PORTABLE_PASSES:
+        table.add_row("", step.name, step.summary, "behind them in exports but aoti")
+    out = console()
+    out.print(table)
+    out.print()
+    out.print(rows(SWITCHES))

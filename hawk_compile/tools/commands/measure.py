@@ -1,0 +1,125 @@
+"""`hawk-compile demo`, `calibrate`, `evaluate` and `bench`: what pruning costs and saves."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hawk_compile.tools.commands.common import (
+    AnswerTokens,
+    Backend,
+    Batch,
+    Checkpoint,
+    Device,
+    Dtype,
+    Ratio,
+    Settings,
+    SkipBad,
+    console,
+    settings_of,
+)
+
+
+def demo(
+    questions: Annotated[int, typer.Option(help="Held-out questions to ask, at least 8.")] = 320,
+    ratio: Ratio = 0.8,
+    seed: Annotated[int, typer.Option(help="Chooses the scene that is shown and the random tokens.")] = 0,
+    backend: Backend = "inductor",
+    out: Annotated[Path, typer.Option(help="Where to write the picture of the kept tokens.")] = Path("hawk-demo.png"),
+) -> None:
+    """Ask the shipped model about scenes it has never seen, with and without pruning."""
+    from hawk_compile.tools.demo.run import run
+
+    run(console(), questions=questions, ratio=ratio, seed=seed, backend=backend, out=out)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    data: Annotated[list[str], typer.Option(help='A JSON Lines file, or "demo:calibration"; may be given repeatedly.')],
+    ablation: Annotated[str, typer.Option(help="What leaving a head out means: score, attention or output.")] = "score",
+    metric: Annotated[str, typer.Option(help="exact_match, anls, relaxed_accuracy or likelihood.")] = "exact_match",
+    ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed (score).")] = "0.6,0.8,0.9",
+    limit: Annotated[int | None, typer.Option(help="No more than the first so many questions of each.")] = None,
+    batch: Batch = 8,
+    heads_at_once: Annotated[int, typer.Option(help="Heads that one forward leaves out (attention, output).")] = 1,
+    tokens: AnswerTokens = 16,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    dtype: Dtype = "fp32",
+    device: Annotated[str | None, typer.Option(help="As torch names it; cuda is another GPU in each process.")] = None,
+    backend: Backend = "inductor",
+    skip_bad: SkipBad = False,
+    settings: Settings = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="The file to write, progress beside it.")] = Path("head_weights.json"),
+) -> None:
+    """Measure how important each query head is; head_weights= takes the file. A run that was cut off goes on.
+
+    Several processes share the work: torchrun --nproc_per_node 2 -m hawk_compile calibrate ...
+    """
+    from hawk_compile.tools.calibration.commands import calibrate_checkpoint
+
+    calibrate_checkpoint(
+        console(), checkpoint, data, out, ratios=ratios, dtype=dtype, device=device, ablation=ablation, metric=metric,
+        limit=limit, batch=batch, heads_at_once=heads_at_once, max_new_tokens=tokens, seed=seed,
+        skip_bad=skip_bad, **{"backend": backend, **settings_of(settings)},
+    )  # fmt: skip
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help='A JSON Lines file of image, question and answer, or "demo".')],
+    ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed.")] = "0.5,0.6,0.8,0.9",
+    selectors: Annotated[str, typer.Option(help='Names with commas between, or "all".')] = "all",
+    baseline: Annotated[str, typer.Option(help="The selector that others are compared with.")] = "hawk",
+    metric: Annotated[str, typer.Option(help="exact_match, anls or relaxed_accuracy.")] = "exact_match",
+    limit: Annotated[int | None, typer.Option(help="No more than the first so many questions.")] = None,
+    batch: Batch = 8,
+    tokens: AnswerTokens = 16,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    backend: Backend = "inductor",
+    skip_bad: SkipBad = False,
+    settings: Settings = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="The folder for table, JSON and plot.")] = Path("evaluation"),
+) -> None:
+    """Compare selectors: how many answers stay right with visual tokens removed."""
+    from hawk_compile.tools.evaluation.commands import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        console(), checkpoint, data, out, ratios=ratios, selectors=selectors, dtype=dtype, device=device,
+        baseline=baseline, metric=metric, limit=limit, batch=batch, max_new_tokens=tokens,
+        skip_bad=skip_bad, **{"backend": backend, **settings_of(settings)},
+    )  # fmt: skip
+
+
+def bench(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint folder; without one, random weights.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="The shapes of: small, tiny, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-4b, internvl3-8b, "
+                     "llava-onevision-7b.", show_default="small"),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed.")] = "0.5,0.8,0.9",
+    tokens: Annotated[str, typer.Option(help="Visual tokens of the image.")] = "576,1024,2048",
+    text: Annotated[int, typer.Option(help="Other tokens of the prompt.")] = 64,
+    batch: Annotated[int, typer.Option(help="Rows of a prompt.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "fp32",
+    layers: Annotated[int | None, typer.Option(help="Keep only the first so many decoder layers.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(help="Some of vision,scoring,prefill,first,decode,shapes.", show_default="all"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed calls of each.")] = 5,
+    backend: Backend = "inductor",
+    settings: Settings = [],  # noqa: B006
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for tables, JSON and plot.")] = None,
+) -> None:
+    """Time what pruning saves, stage by stage, against the same model eager, compiled, and pruned by hand."""
+    from hawk_compile.tools.benchmarking.commands import bench_checkpoint
+
+    bench_checkpoint(
+        console(), checkpoint, config, out, ratios=ratios, tokens=tokens, stages=stages, markdown=markdown, text=text,
+        batch=batch, device=device, dtype=dtype, layers=layers, rounds=rounds,
+        **{"backend": backend, **settings_of(settings)},
+    )  # fmt: skip
