@@ -5,18 +5,18 @@ one size and gives wrong results for others. Here attention is handed the segmen
 on the host. It is registered as an attention implementation; its name holds "flash", which makes models pass the
 segments on instead of splitting them.
 
-A tower undoes its window order by sorting the index that made it; a target's sort may be limited in length, and is no
-work for a graph. The index is a permutation, so a scatter gives the same.
+A tower undoes its window order by sorting the index that made it. The index is a permutation, so a scatter gives the
+same, where a target cannot sort.
 """
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
 ATTENTION = "hawk_flash_segments"
@@ -34,26 +34,25 @@ TOLERANCE = 0.02
 def run(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """A module's forward on what `prepared` gives, beside arguments that are no tensors."""
     renamed = {ARGUMENTS.get(name, name): given for name, given in tensors.items()}
-    with sorted_by_scatter(tensors.get(WINDOW_INDEX)):
-        return forward(**fixed, **renamed)
+    return forward(**fixed, **renamed)
 
 
-@contextlib.contextmanager
-def sorted_by_scatter(permutation: Tensor | None) -> Iterator[None]:
-    """Let `torch.argsort` of this very tensor [n] int64, a permutation of 0 ... n-1, be its inverse by a scatter."""
-    argsort = torch.argsort
+class SortedByScatter(TorchFunctionMode):
+    """Lets `torch.argsort` of this very tensor [n] int64, a permutation of 0 ... n-1, be its inverse by a scatter.
 
-    def inverse(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if values is not permutation or args or kwargs:
-            return argsort(values, *args, **kwargs)
-        places = torch.arange(values.shape[0], device=values.device)
-        return torch.zeros_like(values).scatter(0, values, places)
+    In this thread alone. It is for targets whose sort is limited in length.
+    """
 
-    torch.argsort = inverse  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.argsort = argsort
+    def __init__(self, permutation: Tensor | None):
+        super().__init__()
+        self.permutation = permutation
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.argsort or kwargs or len(args) > 1 or args[0] is not self.permutation:
+            return func(*args, **(kwargs or {}))
+        (permutation,) = args
+        places = torch.arange(permutation.shape[0], device=permutation.device)
+        return torch.zeros_like(permutation).scatter(0, permutation, places)
 
 
 def attention_over_segments(
@@ -84,27 +83,13 @@ def attention_over_segments(
     return rows.index_select(0, max_length_q).reshape(1, patches, heads, width), None
 
 
-@contextlib.contextmanager
-def segmented(child: nn.Module) -> Iterator[None]:
-    """Let a tower over packed patches attend by segments, while it is traced."""
-    from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
-
+def attend_by_segments(copy: nn.Module) -> None:
+    """Let a tower over packed patches attend by segments: a copy (`sharing_copy`), whose configs are its own."""
     AttentionInterface.register(ATTENTION, attention_over_segments)
-    configs: list[Any] = list(
-        {id(part.config): part.config for part in child.modules() if hasattr(part, "config")}.values()
-    )
-    before = [config._attn_implementation for config in configs]
-    patches = utils._PATCHES["dynamo"]
-    utils._PATCHES["dynamo"] = [patch for patch in patches if "VisionAttention" not in patch[0]]
-    try:
-        for config in configs:
+    for part in copy.modules():
+        config: Any = getattr(part, "config", None)
+        if config is not None:
             config._attn_implementation = ATTENTION
-        with torch.no_grad():
-            yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
-        utils._PATCHES["dynamo"] = patches
 
 
 def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,16 @@ between them (splitting by images, packing of tiles) runs on the host, by the mo
 
 Wrapped, because transformers' exporters or their targets need it:
 
-- Towers over a packed row of patches (`grid_thw`) get their indices precomputed, see `hawk_compile.capture.segments`.
+- Towers over a packed row of patches (`grid_thw`) get their indices precomputed, and attend by them: see
+  `hawk_compile.capture.segments`. What is exported is a copy that shares the tower's weights.
 - Outputs that nobody reads (hidden states of all layers) are left out; which are read is found by autograd.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import segments as packed
+from hawk_compile.capture import segments
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
 from hawk_compile.capture.modalities import placeholder_ids
+from hawk_compile.capture.twin import sharing_copy
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
 from hawk_compile.plan.question import is_any
@@ -33,7 +37,7 @@ SIZES: dict[str, Shape] = {
     "segment_places": ("patches",),
     "windows": ("windows", "longest_window"),
     "window_places": ("patches",),
-    packed.WINDOW_INDEX: ("merged_patches",),
+    segments.WINDOW_INDEX: ("merged_patches",),
 }
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """Fields that every encoder's output has, so that a model can set them."""
@@ -44,7 +48,7 @@ class Encoder(nn.Module):
 
     Args:
         fixed: arguments that are no tensors.
-        outputs: names of outputs, as `packed.named` gives them; None for all.
+        outputs: names of outputs, as `segments.named` gives them; None for all.
     """
 
     def __init__(self, child: nn.Module, fixed: dict[str, Any], outputs: list[str] | None):
@@ -52,12 +56,30 @@ class Encoder(nn.Module):
         self.child, self.fixed, self.outputs = child, fixed, outputs
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
-        found = packed.named(packed.run(self.child, self.fixed, tensors))
-        return {name: found[name] for name in self.outputs or found}
+        with segments.SortedByScatter(tensors.get(segments.WINDOW_INDEX)):
+            named = segments.named(segments.run(self.child, self.fixed, tensors))
+        return {name: named[name] for name in self.outputs or named}
+
+
+@contextlib.contextmanager
+def own_attention() -> Iterator[None]:
+    """Let transformers' exporter leave a tower's attention as it is: its own needs images of one size.
+
+    The table of what it replaces is the process's: hold the lock of exports.
+    """
+    from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
+
+    patches = utils._PATCHES["dynamo"]
+    utils._PATCHES["dynamo"] = [patch for patch in patches if "VisionAttention" not in patch[0]]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        utils._PATCHES["dynamo"] = patches
 
 
 def unnamed(tensors: dict[str, Tensor]) -> Any:
-    """The output that `packed.named` took apart; parts of a tuple that were left out are None."""
+    """The output that `segments.named` took apart; parts of a tuple that were left out are None."""
     if list(tensors) == ["features"]:
         return tensors["features"]
     fields: dict[str, Any] = {}
@@ -95,8 +117,8 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
             reason = f"takes {IMAGE_SIZES}, which would be fixed in its graph" if tensors else "takes no tensor"
             raise UnsupportedModelError(f"{type(model).__name__} cannot be exported: its encoder's {name} {reason}")
         fixed = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
-        sample = packed.prepared(child, {key: torch.cat([value, value]).detach() for key, value in tensors.items()})
-        by_grid = packed.GRID in tensors
+        sample = segments.prepared(child, {key: torch.cat([value, value]).detach() for key, value in tensors.items()})
+        by_grid = segments.GRID in tensors
         rows = next(iter(sample.values())).shape[0]
         shapes: dict[str, Shape] = {
             key: SIZES.get(key) or (("patches" if by_grid else "tiles"), *value.shape[1:])
@@ -104,10 +126,13 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
             for key, value in sample.items()
         }  # fmt: skip
         if by_grid:
-            fixed[packed.GRID] = None
-        around = (lambda child=child: packed.segmented(child)) if by_grid else torch.no_grad
+            fixed[segments.GRID] = None
+            child = sharing_copy(child)
+            segments.attend_by_segments(child)
         encoder = Encoder(child, fixed, list(outputs))
-        component = Component(name, encoder, sample, shapes, around, visual=visual)
+        component = Component(
+            name, encoder, sample, shapes, own_attention if by_grid else torch.no_grad, visual=visual
+        )
         if by_grid:
             check_segments(component, outputs, type(model).__name__)
         components.append(component)
@@ -121,7 +146,7 @@ def check_segments(component: Component, expected: dict[str, Tensor], model: str
         expected: its outputs for the first half of the component's sample.
     """
     try:
-        reason = packed.difference(component.results, expected)
+        reason = segments.difference(component.results, expected)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = str(error)
     if not reason:
@@ -146,10 +171,10 @@ def recorded_calls(
                 "one component: give inputs with images only"
             )
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        calls[name] = packed.flat(bound)
+        calls[name] = segments.flat(bound)
 
     def after(name: str, output: Any) -> None:
-        results[name] = packed.named(output)
+        results[name] = segments.named(output)
         for value in results[name].values():
             if value.is_floating_point() and not value.requires_grad:
                 value.requires_grad_()

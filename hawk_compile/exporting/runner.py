@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture import segments as packed
+from hawk_compile.capture import segments
 from hawk_compile.capture.features import EXTRA_ROWS
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
@@ -178,9 +178,9 @@ def encoder_call(child: nn.Module, session: Session) -> Callable[..., Any]:
     signature = inspect.signature(type(child).forward)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = packed.flat(signature.bind(self, *args, **kwargs))
+        given = segments.flat(signature.bind(self, *args, **kwargs))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        return unnamed(session(packed.prepared(child, tensors)))
+        return unnamed(session(segments.prepared(child, tensors)))
 
     return types.MethodType(forward, child)
 

@@ -1,6 +1,5 @@
 """What an optimised model shadows: its forward, generate and what generate calls, and the saving of it."""
 
-import contextlib
 import functools
 import inspect
 import os
@@ -207,9 +206,10 @@ def prefill_whole(
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The vision encoder, compiled if the settings ask for that."""
     runtime = self.__dict__.get(RUNTIME)
-    compiled = None if runtime is None or not runtime.config.compile_vision else runtime.vision
-    with contextlib.nullcontext() if compiled is None else compiled.encoding(self):
-        return original(self, "_prepare_multimodal_encoder_kwargs_for_generation")(model_kwargs)
+    encode = original(self, "_prepare_multimodal_encoder_kwargs_for_generation")
+    if runtime is not None and runtime.config.compile_vision:
+        encode = runtime.vision.method(self, encode)
+    return encode(model_kwargs)
 
 
 def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:

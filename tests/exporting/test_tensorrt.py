@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
-from hawk_compile.capture.segments import sorted_by_scatter
+from hawk_compile.capture.segments import SortedByScatter
 from hawk_compile.errors import ConfigError, ExportError, InputError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting import profile, tensorrt, write
@@ -30,7 +30,7 @@ from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.manifest import Manifest
 from hawk_compile.tools.demo.scenes import make_scene
 
-DEMO = Path(str(resources.files("hawk_compile"))) / "demo" / "model"
+DEMO = Path(str(resources.files("hawk_compile"))) / "tools" / "demo" / "model"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 LONG = {"batch": (1, 1, 2), "prompt": (64, 256, 4096), "visual": (64, 160, 4096), "images": (1, 1, 2)}
 SHORT = {"prompt": (64, 256, 1024)}
@@ -406,7 +406,7 @@ def test_a_warning_that_matters_is_kept(tmp_path: Path) -> None:
 
 def test_a_scatter_sorts_a_permutation() -> None:
     permutation, other, argsort = torch.randperm(9), torch.randperm(9), torch.argsort
-    with sorted_by_scatter(permutation):
+    with SortedByScatter(permutation):
         assert torch.argsort(permutation).equal(argsort(permutation))
         assert torch.argsort(other).equal(argsort(other))
         assert torch.argsort(permutation, descending=True).equal(argsort(permutation).flip(0))

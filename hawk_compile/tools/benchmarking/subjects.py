@@ -60,8 +60,7 @@ class Subjects:
             return self.graph(self.unpruned.forward, inputs, None, inputs["input_ids"])
 
     def compiled_vision(self, prompt: Prompt) -> dict[str, Any]:
-        with self.vision.encoding(self.unpruned):
-            return encode(self.unpruned, prompt)
+        return encode(self.vision.twin(self.unpruned), prompt)
 
     def compiled_whole(self, prompt: Prompt) -> Any:
         return self.compiled(self.compiled_vision(prompt))

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hawk_compile.tools.demo.scenes import make_scene, pick_questions, scene_size
 
-FOLDER = Path(str(resources.files("hawk_compile"))) / "demo" / "model"
+FOLDER = Path(str(resources.files("hawk_compile"))) / "tools" / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
