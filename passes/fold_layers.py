@@ -20,12 +20,10 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_flatten
 
-from hawk_compile.passes.graph import expr, is_call, op_name, tensor, value
+from hawk_compile.passes.graph import expr, is_call, memories, op_name, tensor, value, written_by
 from hawk_compile.passes.site import site_of
 
 NAME = "hawk_layer"
-WRITES = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "iand", "ior", "ixor"})
-"""Functions of `operator` that write into their first argument."""
 
 
 @dataclass(frozen=True)
@@ -154,24 +152,14 @@ def callable_alone(given: Stretch, returned: list[int]) -> bool:
     results = [tensor(given.nodes[place]) for place in returned]
     if any(result is None for result in results):
         return False
-    read = {memory(found) for node in given.inputs if (found := tensor(node)) is not None}
-    made = [memory(result) for result in results]
+    read = set().union(*(memories(value(node)) for node in given.inputs))
+    made = [memory for result in results for memory in memories(result)]
     return len({*made}) == len(made) and read.isdisjoint(made)
-
-
-def memory(given: Tensor | None) -> int:
-    assert given is not None
-    return given.untyped_storage()._cdata
 
 
 def has_effects(node: fx.Node) -> bool:
     """Whether it does something beside returning a value."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = op_name(node)
-    writes = name in WRITES or (name.endswith("_") and not name.endswith("__"))
-    writes = writes or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-    return writes or name.startswith("_") or node.is_impure()
+    return bool(written_by(node)) or op_name(node).startswith("_") or node.is_impure()
 
 
 def replace(

@@ -5,8 +5,9 @@ is a method name, a function or an overload. The helpers here hide both differen
 """
 
 import operator
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -16,15 +17,24 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
-from hawk_compile.passes.errors import ShapeError
+from hawk_compile.passes.errors import GraphError, ShapeError
 
 Size = fx.Node | int
 """A size in a graph: a node where it is symbolic, a number where it is fixed."""
+EMPTY: Mapping[Any, Any] = MappingProxyType({})
 VALUE_KEYS = ("example_value", "val")
 LAYOUT_OPS = frozenset(
     {"view", "reshape", "_unsafe_view", "unflatten", "transpose", "permute", "movedim", "contiguous", "clone", "alias"}
 )
 """Operators that move elements without changing them."""
+OPERATOR_WRITES = frozenset(
+    {
+        "setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+        "ilshift", "irshift",
+    }
+)  # fmt: skip
+"""Functions of `operator` that write into their first argument; those that end in an underscore, as `and_`, do not."""
+WRITE_NO_ELEMENT = frozenset({"requires_grad_", "share_memory_", "detach_"})
 
 
 def value(node: fx.Node) -> Any:
@@ -51,7 +61,11 @@ def shape_of(node: Any) -> tuple[Any, ...]:
 
 def op_name(node: fx.Node) -> str:
     """The operator's plain name: `masked_scatter` for the method, the function and every ATen overload alike."""
-    target = node.target
+    return name_of(node.target)
+
+
+def name_of(target: Any) -> str:
+    """The plain name of what a node calls."""
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -84,13 +98,63 @@ def sizes_equal_to(shape: Iterable[Any], size: Any) -> list[int]:
     return [dim for dim, found in enumerate(shape) if same(found, size)]
 
 
-def ancestors(*nodes: fx.Node) -> set[fx.Node]:
-    """The nodes and all that they are computed from."""
+def memories(found: Any) -> set[int]:
+    """Which storages a value lies in: a tensor, or a tuple or list of them. Views share their tensor's."""
+    if isinstance(found, Tensor):
+        return {found.untyped_storage()._cdata}
+    if isinstance(found, (tuple, list)):
+        return set().union(*map(memories, found))
+    return set()
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The tensors among a node's arguments that it writes into."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    schema = schema_of(node)
+    name = op_name(node)
+    if schema is not None:
+        named = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+        writes = [argument.name for argument in schema.arguments if argument.is_write]
+        written = [named[name] for name in writes if name in named]
+    else:
+        of_operator = getattr(node.target, "__module__", None) == "_operator"
+        in_place = name.endswith("_") and not name.endswith("__") and not of_operator
+        first = in_place or name.strip("_") in OPERATOR_WRITES or bool(node.kwargs.get("inplace"))
+        written = [node.kwargs["out"]] if node.kwargs.get("out") is not None else []
+        written += [node.args[0] if node.args else node.kwargs.get("input")] if first else []
+    if name in WRITE_NO_ELEMENT:
+        return []
+    leaves = [leaf for each in written for leaf in (each if isinstance(each, (tuple, list)) else (each,))]
+    return [leaf for leaf in leaves if isinstance(leaf, fx.Node) and memories(value(leaf))]
+
+
+def schema_of(node: fx.Node) -> torch._C.FunctionSchema | None:
+    """The schema of an ATen or custom operator; None of what is called by a torch function or method."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema
+    if isinstance(node.target, torch._ops.OpOverloadPacket) and len(node.target.overloads()) == 1:
+        return getattr(node.target, node.target.overloads()[0])._schema
+    return None
+
+
+def run_on_values(node: fx.Node) -> Any:
+    """The node's value, worked out from its inputs' values."""
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def ancestors(*nodes: fx.Node, replaced: Mapping[fx.Node, fx.Node] = EMPTY) -> set[fx.Node]:
+    """The nodes and all that they are computed from, where some are replaced by others."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node in replaced:
+            stack.append(replaced[node])
+        elif node not in found:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
@@ -133,10 +197,15 @@ class Builder:
         """Insert `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        fake_args, fake_kwargs = map_arg((args, kwargs), value)
-        with self.fake_mode or nullcontext(), self.fresh(), enable_python_dispatcher(), torch.no_grad():
-            node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        with self.on_values():
+            node.meta[self.key] = run_on_values(node)
         return node
+
+    @contextmanager
+    def on_values(self) -> Iterator[None]:
+        """A context in which operators run on the graph's fake values."""
+        with self.fake_mode or nullcontext(), self.fresh(), enable_python_dispatcher(), torch.no_grad():
+            yield
 
     def fresh(self) -> Any:
         """A context in which sizes read from values are new symbols, which the compiler behind makes again."""
@@ -158,9 +227,26 @@ class Builder:
         return self.call(operator.getitem, node, index)
 
     def clone(self, nodes: Iterable[fx.Node], replaced: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Copy nodes (in graph order) with some of their inputs replaced; returns old -> new, `replaced` included."""
-        copies = dict(replaced)
+        """Copy nodes (in graph order) with some of their inputs replaced; returns old -> new, `replaced` included.
+
+        What is replaced by a node that is copied is replaced by the copy.
+
+        Raises:
+            GraphError: a node writes in place, which a copy of it would do again.
+        """
+        copies: dict[fx.Node, fx.Node] = {}
+
+        def copied(old: fx.Node) -> fx.Node:
+            new = replaced.get(old, old)
+            return copies.get(new, new)
+
         for node in in_order(self.graph, nodes):
+            if written := written_by(node):
+                raise GraphError(
+                    f"{node.name} = {op_name(node)} writes in place into {written[0].name}, which the graph is given, "
+                    "and is needed to score the visual tokens, so it would be written twice: let the model write into "
+                    "a copy"
+                )
             with self.graph.inserting_before(self.before):
-                copies[node] = self.graph.node_copy(node, lambda old: copies.get(old, old))
-        return copies
+                copies[node] = self.graph.node_copy(node, copied)
+        return copies | {old: copied(old) for old in replaced}

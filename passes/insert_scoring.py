@@ -16,6 +16,7 @@ In a tensor-parallel model each rank has some of the heads: it scores by these, 
 all of them, is the score.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ import hawk_compile.kernels.gather.op
 import hawk_compile.kernels.score.op  # noqa: F401  both register operators
 from hawk_compile.kernels.score.voters import last_vote, last_voters, split_heads
 from hawk_compile.passes.errors import GraphError
-from hawk_compile.passes.graph import Builder, ancestors, same, shape_of, tensor
+from hawk_compile.passes.graph import Builder, ancestors, expr, is_call, same, shape_of, sizes_equal_to, tensor
 from hawk_compile.passes.site import Site, site_of
 
 
@@ -185,9 +186,34 @@ def projections(build: Builder, site: Site) -> list[Any]:
 
 
 def heads_first(build: Builder, site: Site) -> list[fx.Node]:
-    """Copies at full length of query [B, H, S, d] and key [B, Hkv, S, d]."""
-    copies = build.clone(ancestors(site.query, site.key) - site.full, {})
-    return [
-        node if same(shape_of(node)[2], site.length) else build.call(torch.transpose, node, 1, 2)
-        for node in (copies[site.query], copies[site.key])
+    """Copies at full length of query [B, H, S, d] and key [B, Hkv, S, d], before position enters them."""
+    needed = ancestors(site.query, site.key, replaced=site.rotated)
+    copies = build.clone(needed - site.full, site.rotated)
+    return [this_prompt(build, site, copies[node]) for node in (site.query, site.key)]
+
+
+def this_prompt(build: Builder, site: Site, node: fx.Node) -> fx.Node:
+    """Heads first, and without what a filled cache holds in front of the prompt.
+
+    Raises:
+        GraphError: it cannot be told that the prompt's own positions are the last ones.
+    """
+    shape = shape_of(node)
+    if same(shape[2], site.length):
+        return node
+    if same(shape[1], site.length):
+        return build.call(torch.transpose, node, 1, 2)
+    joins = [
+        source.args[0][-1]  # type: ignore[index]
+        for source in ancestors(node)
+        if is_call(source, "cat") and sizes_equal_to(shape_of(source), shape[2])
     ]
+    if not joins or not all(isinstance(last, fx.Node) and site.merged in ancestors(last) for last in joins):
+        raise GraphError(
+            f"the first attention, {site.attention.name}, has a {site.key.name} of {expr(shape[2])} positions for a "
+            f"prompt of {expr(site.length)}, and it cannot be told which of them are the prompt's: start the turn with "
+            "an empty cache"
+        )
+    length = build.size_of(site.merged, 1)
+    past = build.size(operator.sub, build.size_of(node, 2), length)
+    return build.call(torch.narrow, node, 2, past, length)

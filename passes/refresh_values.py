@@ -8,13 +8,20 @@ Numerics are unchanged. A node that cannot run at the pruned length is named, an
 
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.node import map_arg
+from torch import fx
 
 from hawk_compile.passes.errors import ShapeError
-from hawk_compile.passes.graph import Builder, dependents, expr, is_call, output_node, same, value
+from hawk_compile.passes.graph import (
+    Builder,
+    dependents,
+    expr,
+    is_call,
+    output_node,
+    run_on_values,
+    same,
+    tensor,
+    value,
+)
 from hawk_compile.passes.site import site_of
 
 
@@ -30,7 +37,7 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     if build.fake_mode is None:
         return gm
     behind = False
-    with build.fake_mode, enable_python_dispatcher(), torch.no_grad(), build.fresh():
+    with build.on_values():
         for node in gm.graph.nodes:
             behind = behind or node is site.boundary
             if behind and node is not output_node(gm.graph):
@@ -44,13 +51,10 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
 
 
 def run(node: fx.Node) -> Any:
-    args, kwargs = map_arg((node.args, node.kwargs), value)
     try:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return run_on_values(node)
     except Exception as error:
-        shapes = [tuple(arg.shape) if isinstance(arg, Tensor) else arg for arg in args]
+        shapes = [tuple(found.shape) if (found := tensor(arg)) is not None else arg for arg in node.args]
         raise ShapeError(
             f"{node.name} = {node.target} cannot run at the pruned length (inputs {shapes}): {error}"
         ) from error

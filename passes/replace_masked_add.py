@@ -1,7 +1,7 @@
 """Replace "add these rows where the mask holds" by arithmetic of fixed shape.
 
     before: part [n, D] = hidden[mask]                   n is read back from the device
-            hidden[mask] = part + features               features [V, D], V = n
+            hidden' = written(hidden, [mask], part + features)   features [V, D], V = n; or index_put
     after:  index [B, S]    = running count of mask - 1
             placed [B, S, D] = features[index]
             hidden'         = where(mask, hidden + placed, hidden)
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hawk_compile.passes.graph import Builder, dependents, in_order, is_call, op_name, tensor
+from hawk_compile.passes.graph import Builder, dependents, in_order, is_call, name_of, tensor
+from hawk_compile.passes.written import Written
 
 
 def replace_masked_add(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
@@ -39,9 +40,7 @@ def mask_of(index: Any) -> fx.Node | None:
 
 def masked_add(write: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(part, sum, features) of `hidden[mask] = hidden[mask] + features`, or None if the node is nothing of the kind."""
-    if not is_call(write, "setitem", "index_put", "index_put_") or len(write.args) != 3:
-        return None
-    hidden, index, total = write.args
+    hidden, index, total = arguments(write) or (None, None, None)
     mask = mask_of(index)
     if mask is None or not isinstance(total, fx.Node) or not is_call(total, "add", "iadd") or len(total.args) != 2:
         return None
@@ -54,6 +53,17 @@ def masked_add(write: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     return None
 
 
+def arguments(write: fx.Node) -> tuple[Any, ...] | None:
+    """(hidden, index, rows) of a node that puts rows where an index says, into all of a tensor; None of other nodes."""
+    if is_call(write, "index_put"):
+        return write.args if len(write.args) == 3 else None
+    written = write.target
+    if not isinstance(written, Written) or written.views or name_of(written.write) not in ("setitem", "index_put_"):
+        return None
+    base, _, args, _ = write.args
+    return (base, *args[1:]) if len(args) == 3 else None  # type: ignore[arg-type,index,misc]
+
+
 def tensors_of(part: fx.Node, total: fx.Node) -> list[fx.Node]:
     """What is computed from the part's elements apart from the sum; its size may be looked at and checked."""
     beside = dependents(part) - dependents(total) - {total}
@@ -61,7 +71,7 @@ def tensors_of(part: fx.Node, total: fx.Node) -> list[fx.Node]:
 
 
 def rewrite(gm: fx.GraphModule, write: fx.Node, part: fx.Node, total: fx.Node, features: fx.Node) -> None:
-    hidden, index, _ = write.args
+    hidden, index, _ = arguments(write) or (None, None, None)
     assert isinstance(hidden, fx.Node)
     mask = mask_of(index)
     build = Builder(gm, write)
@@ -71,19 +81,7 @@ def rewrite(gm: fx.GraphModule, write: fx.Node, part: fx.Node, total: fx.Node, f
     aligned = build.call(torch.reshape, placed, tuple(build.size_of(hidden, dim) for dim in range(3)))
     added = build.call(torch.add, hidden, aligned)
     result = build.call(torch.where, build.call(torch.unsqueeze, mask, -1), added, hidden)
-    if op_name(write) == "index_put":
-        write.replace_all_uses_with(result)
-    else:
-        replace_later_uses(gm.graph, hidden, write, result)
+    write.replace_all_uses_with(result)
     unused = in_order(gm.graph, dependents(part) - dependents(write) - {write})
     for node in [write, *reversed(unused), part]:
         gm.graph.erase_node(node)
-
-
-def replace_later_uses(graph: fx.Graph, hidden: fx.Node, write: fx.Node, result: fx.Node) -> None:
-    """The write changed `hidden` in place: what reads it afterwards, or reads the write's own result, reads the new."""
-    write.replace_all_uses_with(result)
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for user in list(hidden.users):
-        if order[user] > order[write]:
-            user.replace_input_with(hidden, result)

@@ -35,6 +35,8 @@ class Site:
     query: fx.Node
     """[B, H, S, d] or [B, S, H, d]: the queries of the first attention just before position enters them."""
     key: fx.Node
+    rotated: dict[fx.Node, fx.Node]
+    """What position has entered on the way to `query` and `key`, and what to compute them with in its place."""
     normed: fx.Node | None
     """[B, S, D]: what the query and key projections read; None if they do not read one value."""
     form: Literal["folded", "projected"]

@@ -12,7 +12,18 @@ from typing import Any
 
 from torch import SymInt, fx
 
-from hawk_compile.passes.graph import ancestors, dependents, op_name, output_node, sizes_equal_to, tensor
+from hawk_compile.passes.errors import GraphError
+from hawk_compile.passes.graph import (
+    ancestors,
+    dependents,
+    memories,
+    op_name,
+    output_node,
+    sizes_equal_to,
+    tensor,
+    value,
+    written_by,
+)
 from hawk_compile.passes.site import Site, site_of
 
 
@@ -23,6 +34,7 @@ def split_at_merge(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     if site.boundary is not None:
         return gm
     site.full = full_length_nodes(gm.graph, site)
+    refuse_reordered_writes(gm.graph, site.full)
     output = output_node(gm.graph)
     behind = [node for node in gm.graph.nodes if node not in site.full and node is not output]
     for node in behind:
@@ -38,6 +50,30 @@ def full_length_nodes(graph: fx.Graph, site: Site) -> set[fx.Node]:
     checks = [node for node in graph.nodes if is_check(node) and node not in decoder]
     features = [node for node in graph.nodes if node not in decoder and holds_features(node, site)]
     return ancestors(site.merged, *inputs, *plan, *site.position_chain, *checks, *features)
+
+
+def refuse_reordered_writes(graph: fx.Graph, full: set[fx.Node]) -> None:
+    """Writes into the graph's inputs stay in place: no access that is to come before one may stand behind it.
+
+    Raises:
+        GraphError: what runs at full length would no longer see such a write, or would see it too early.
+    """
+    written = set().union(*(memories(value(target)) for node in graph.nodes for target in written_by(node)))
+    if not written:
+        return
+    passed: dict[int, list[tuple[fx.Node, bool]]] = {}
+    for node in graph.nodes:
+        writes = set().union(*(memories(value(target)) for target in written_by(node)))
+        accessed = set().union(*(memories(value(source)) for source in node.all_input_nodes)) & written
+        for memory in accessed:
+            for earlier, wrote in passed.get(memory, []):
+                if node in full and earlier not in full and (wrote or memory in writes):
+                    raise GraphError(
+                        f"{earlier.name} and {node.name} share an input of the graph, which one of them writes in "
+                        f"place; {node.name} is needed before visual tokens are removed and {earlier.name} runs "
+                        "behind: let the model write into a copy of its input"
+                    )
+            passed.setdefault(memory, []).append((node, memory in writes))
 
 
 def holds_features(node: fx.Node, site: Site) -> bool:

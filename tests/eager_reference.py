@@ -47,11 +47,25 @@ def first_layer_query_key(model: PreTrainedModel, merged: Tensor) -> tuple[Tenso
     layer = language_model(model).layers[0]
     attention = layer.self_attn
     normed = layer.input_layernorm(merged)
+    if hasattr(attention, "kv_b_proj"):
+        return latent_query_key(attention, normed)
     width = attention.head_dim
     query, key = (projection(normed).unflatten(-1, (-1, width)) for projection in (attention.q_proj, attention.k_proj))
     if getattr(attention, "q_norm", None) is not None:
         query, key = attention.q_norm(query), attention.k_norm(key)
     return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def latent_query_key(attention: nn.Module, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key [B, H, S, n + r] of latent attention before RoPE: what knows no position, and what rotates, which
+    all heads of the key share."""
+    query = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normed)))
+    query = query.unflatten(-1, (-1, attention.qk_head_dim)).transpose(1, 2)
+    sizes = [attention.kv_lora_rank, attention.qk_rope_head_dim]
+    latent, rotating = attention.kv_a_proj_with_mqa(normed).split(sizes, dim=-1)
+    made = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
+    fixed = made[..., : attention.qk_nope_head_dim]
+    return query, torch.cat([fixed, rotating.unsqueeze(1).expand(*fixed.shape[:-1], -1)], dim=-1)
 
 
 def scores(query: Tensor, key: Tensor, visual: Tensor, votes: Tensor, head_weights: Tensor) -> Tensor:

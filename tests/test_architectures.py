@@ -15,7 +15,7 @@ from tests import zoo
 from tests.zoo import common, rows
 
 RATIOS = (0.3, 0.6, 0.8, 0.9)
-CONFIG_NAMES_VISION_END = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "glm4v")
+CONFIG_NAMES_VISION_END = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "glm4v", "kimi_k25")
 NO_ID = -1
 
 
@@ -96,7 +96,7 @@ def graphs(model, visual_counts):
     return 2 if later_layers and 1 in visual_counts else 1
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", (*zoo.NAMES, *zoo.LATENT_NAMES))
 def test_kept_tokens_logits_and_cache_equal_the_hand_gathered_eager_model(name):
     """Bit for bit, at every ratio, from one compilation."""
     model = zoo.build(name, layers=2)

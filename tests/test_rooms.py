@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "hawk_compile"
-SHARED_BY_PASSES = {"graph", "site", "errors"}
+SHARED_BY_PASSES = {"graph", "site", "errors", "written"}
 """Modules in passes/ that are no pass."""
 FORBIDDEN_CALLS = {"exec", "eval", "__import__"}
 FORBIDDEN_ATTRIBUTES = {("torch", "load"), ("torch", "save")}

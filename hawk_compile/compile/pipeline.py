@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.passes.fold_layers import fold_layers
+from hawk_compile.passes.functionalize_writes import functionalize_writes
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.inline_operators import inline_operators
 from hawk_compile.passes.insert_budget import insert_budget
@@ -56,6 +57,7 @@ class Step:
 
 
 PRUNING = (
+    Step(functionalize_writes, "write what is written in place as new values"),
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),

@@ -18,6 +18,7 @@ def captured():
 
 def test_the_passes_read_as_one_list():
     assert [step.name for step in PASSES] == [
+        "functionalize_writes",
         "locate_prefill",
         "replace_masked_add",
         "split_at_merge",

@@ -68,24 +68,43 @@ def test_layers_of_two_kinds_become_two_graphs():
     assert calls_of(folded(Decoder(lambda hidden, layer, kept: hidden * (layer + 1)))) == []
 
 
-def in_place(hidden, layer, kept):
-    return hidden.mul_(2)
-
-
 def returns_a_view(hidden, layer, kept):
     kept += [hidden, hidden[..., :2]]
     return hidden
 
 
+CALLS = torch.zeros(1)
 
 
-def writes_into_an_input(hidden, layer, kept):
+def writes_into_an_input_of_the_graph(hidden, layer, kept):
+    CALLS.add_(1)
+    return hidden
+
+
+@pytest.mark.parametrize("between", [returns_a_view, writes_into_an_input_of_the_graph])
+def test_what_cannot_be_called_stays(between):
+    assert calls_of(folded(Decoder(between))) == []
+
+
+def in_place(hidden, layer, kept):
+    return hidden.mul_(2)
+
+
+def into_an_earlier_layer(hidden, layer, kept):
     return F.relu(kept[0], inplace=True) + hidden if kept else kept.append(hidden) or hidden
 
 
-@pytest.mark.parametrize("between", [in_place, returns_a_view, writes_into_an_input])
-def test_what_cannot_be_called_stays(between):
-    assert calls_of(folded(Decoder(between))) == []
+@pytest.mark.parametrize("between", [in_place, into_an_earlier_layer])
+def test_writes_in_place_are_values_and_no_obstacle(between, monkeypatch):
+    decoder, inputs = Decoder(between), graphs.prompt()
+    assert len(calls_of(folded(decoder))) > 1
+    options = {"ratio": 0.6, "backend": "eager"}
+    with torch.no_grad():
+        hidden, kept = torch.compile(decoder, backend="hawk", options=options, dynamic=True)(*inputs)
+        monkeypatch.setenv("HAWK_DISABLE", "fold_layers")
+        torch._dynamo.reset()
+        expected = torch.compile(decoder, backend="hawk", options=options, dynamic=True)(*inputs)
+    assert torch.equal(hidden, expected[0]) and all(map(torch.equal, kept, expected[1]))
 
 
 @pytest.mark.parametrize("widths", [(16,) * LAYERS, (16, 32) * 2])

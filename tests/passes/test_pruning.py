@@ -8,6 +8,7 @@ from torch import SymInt
 
 from hawk_compile.compile.pipeline import PassOptions, run_passes
 from hawk_compile.errors import GraphError, ShapeError
+from hawk_compile.passes.functionalize_writes import functionalize_writes
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.graph import ancestors, expr, is_call, same, value
 from hawk_compile.passes.insert_budget import insert_budget
@@ -23,6 +24,7 @@ from hawk_compile.passes.split_at_merge import split_at_merge
 from tests.passes import graphs
 
 PASSES = (
+    functionalize_writes,
     locate_prefill,
     replace_masked_add,
     split_at_merge,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import audio, common, fixed, grids, tiles
+from . import audio, common, fixed, grids, latent, tiles
 from .common import Architecture, Row, Size
 
 __all__ = [
-    "AUDIO_NAMES", "NAMES", "VIDEO_NAMES", "Row", "build", "inputs", "sizes", "text_only", "visual_count",
-    "visual_mask",
+    "AUDIO_NAMES", "LATENT_NAMES", "NAMES", "VIDEO_NAMES", "Row", "build", "inputs", "sizes", "text_only",
+    "visual_count", "visual_mask",
 ]  # fmt: skip
 
 _ARCHITECTURES: dict[str, Architecture] = {
@@ -37,6 +37,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
         fixed.PaliGemma(),
         grids.Mistral3(),
         grids.Glm4v(),
+        latent.KimiK25(),
         audio.Qwen2Audio(),
         audio.Voxtral(),
         audio.Qwen25Omni(),
@@ -44,7 +45,9 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 
 AUDIO_NAMES: tuple[str, ...] = tuple(name for name, a in _ARCHITECTURES.items() if a.audio_sizes)
-NAMES: tuple[str, ...] = tuple(name for name in _ARCHITECTURES if name not in AUDIO_NAMES)
+LATENT_NAMES: tuple[str, ...] = ("kimi_k25",)
+"""Of latent attention: its own tests, beside those of all others."""
+NAMES: tuple[str, ...] = tuple(name for name in _ARCHITECTURES if name not in (*AUDIO_NAMES, *LATENT_NAMES))
 VIDEO_NAMES: tuple[str, ...] = tuple(name for name in NAMES if _ARCHITECTURES[name].video_sizes)
 
 
