@@ -3,7 +3,7 @@
 Environment switches, read at each compilation:
 
     HAWK_DUMP=dir       write the graph before the first pass and after each one to dir/NNN_<pass>.py
-    HAWK_DISABLE=a,b    leave out optional passes by name
+    HAWK_DISABLE=a,b    leave out passes by name; each list says which of its passes are optional
     HAWK_FUEL=n         run at most n optional passes (to find the one that breaks something)
 """
 
@@ -112,13 +112,13 @@ def run_passes(
 
     Raises:
         GraphError: a pass refuses the graph.
-        ConfigError: an environment switch names no pass, or one that cannot be left out.
+        ConfigError: an environment switch names no pass, or one that this list cannot do without.
     """
-    left_out = disabled_passes()
+    skipped = left_out(passes)
     serial = next(dumped)
     dump(gm, serial, 0, "captured")
     for number, step in enumerate(passes, start=1):
-        if step.name in left_out:
+        if step.name in skipped:
             log.warning("%d. %s: left out (HAWK_DISABLE or HAWK_FUEL)", number, step.name)
             continue
         before, started = len(gm.graph.nodes), time.perf_counter()
@@ -141,23 +141,30 @@ def source_tag() -> str:
     return f"hawk-{digest.hexdigest()[:16]}"
 
 
-def disabled_passes() -> set[str]:
-    """The names that HAWK_DISABLE and HAWK_FUEL leave out."""
-    known = {step.name: step for step in PASSES}
+def left_out(passes: Sequence[Step]) -> set[str]:
+    """The names that HAWK_DISABLE and HAWK_FUEL leave out, among these passes only what is optional there.
+
+    Raises:
+        ConfigError: HAWK_DISABLE names no pass at all, or one that this list cannot do without; HAWK_FUEL is no number.
+    """
+    optional = [step.name for step in passes if step.optional]
+    mandatory = {step.name for step in passes} - set(optional)
+    known = [step.name for step in (*PASSES, *EXPORT_PASSES, *PORTABLE_PASSES)]
     names = {name.strip() for name in os.environ.get("HAWK_DISABLE", "").split(",") if name.strip()}
     for name in names:
         if name not in known:
-            raise ConfigError(f"HAWK_DISABLE names {name!r}; the passes are {', '.join(known)}")
-        if not known[name].optional:
-            optional = ", ".join(step.name for step in PASSES if step.optional)
-            raise ConfigError(f"HAWK_DISABLE names {name!r}, without which nothing is pruned; optional are: {optional}")
+            raise ConfigError(f"HAWK_DISABLE names {name!r}; the passes are {', '.join(dict.fromkeys(known))}")
+        if name in mandatory:
+            raise ConfigError(
+                f"HAWK_DISABLE names {name!r}, without which this graph would be unpruned, wrong or not to be "
+                f"exported; optional here are: {', '.join(optional) or 'none'}"
+            )
     fuel = os.environ.get("HAWK_FUEL")
-    if fuel is not None:
-        if not fuel.isdecimal():
-            raise ConfigError(f"HAWK_FUEL must be a whole number of optional passes, got {fuel!r}")
-        optional_names = [step.name for step in PASSES if step.optional and step.name not in names]
-        names |= set(optional_names[int(fuel) :])
-    return names
+    if fuel is None:
+        return names
+    if not fuel.isdecimal():
+        raise ConfigError(f"HAWK_FUEL must be a whole number of optional passes, got {fuel!r}")
+    return names | set([name for name in optional if name not in names][int(fuel) :])
 
 
 def dump(gm: fx.GraphModule, serial: int, number: int, name: str) -> None:

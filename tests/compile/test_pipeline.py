@@ -5,7 +5,15 @@ import logging
 import pytest
 import torch
 
-from hawk_compile.compile.pipeline import PASSES, PassOptions, disabled_passes, run_passes, source_tag
+from hawk_compile.compile.pipeline import (
+    EXPORT_PASSES,
+    PASSES,
+    PORTABLE_PASSES,
+    PassOptions,
+    left_out,
+    run_passes,
+    source_tag,
+)
 from hawk_compile.errors import ConfigError
 from hawk_compile.passes.graph import is_call
 from tests.passes import graphs
@@ -65,17 +73,35 @@ def test_an_optional_pass_can_be_left_out_and_says_so(monkeypatch, caplog):
 
 def test_fuel_counts_optional_passes(monkeypatch):
     monkeypatch.setenv("HAWK_FUEL", "0")
-    assert disabled_passes() == {"replace_masked_add", "refresh_values", "replace_masked_scatter", "fold_layers"}
+    assert left_out(PASSES) == {"replace_masked_add", "refresh_values", "replace_masked_scatter", "fold_layers"}
     monkeypatch.setenv("HAWK_FUEL", "1")
-    assert disabled_passes() == {"refresh_values", "replace_masked_scatter", "fold_layers"}
+    assert left_out(PASSES) == {"refresh_values", "replace_masked_scatter", "fold_layers"}
     monkeypatch.setenv("HAWK_FUEL", "4")
-    assert disabled_passes() == set()
+    assert left_out(PASSES) == set()
+
+
+def test_fuel_spares_what_an_export_cannot_do_without(monkeypatch):
+    """The same pass is optional in front of a compiler, and mandatory for a target without NonZero."""
+    monkeypatch.setenv("HAWK_FUEL", "0")
+    assert "replace_masked_scatter" not in left_out((*EXPORT_PASSES, *PORTABLE_PASSES))
+    inputs = graphs.prompt()
+    exported = torch.export.export(graphs.Decoder(), inputs, strict=False).module()
+    gm = run_passes(exported, [], PassOptions(), PORTABLE_PASSES)
+    assert not any(is_call(node, "masked_scatter") for node in gm.graph.nodes)
+
+
+def test_an_export_refuses_to_leave_out_what_it_needs(monkeypatch):
+    monkeypatch.setenv("HAWK_DISABLE", "replace_masked_scatter")
+    assert left_out(PASSES) == {"replace_masked_scatter"}
+    exported = torch.export.export(graphs.Decoder(), graphs.prompt(), strict=False).module()
+    with pytest.raises(ConfigError, match=r"'replace_masked_scatter', without which .* optional here are: none"):
+        run_passes(exported, [], PassOptions(), PORTABLE_PASSES)
 
 
 @pytest.mark.parametrize(
     ("switch", "value", "message"),
     [
-        ("HAWK_DISABLE", "insert_scoring", "without which nothing is pruned"),
+        ("HAWK_DISABLE", "insert_scoring", "without which this graph would be"),
         ("HAWK_DISABLE", "no_such_pass", "the passes are"),
         ("HAWK_FUEL", "many", "whole number"),
     ],

@@ -98,15 +98,15 @@ def env() -> None:
 
 def passes() -> None:
     """List the passes in the order they run, and the environment switches around them."""
-    from hawk_compile.compile.pipeline import EXPORT_PASSES, PASSES, PORTABLE_PASSES, disabled_passes
+    from hawk_compile.compile.pipeline import EXPORT_PASSES, PASSES, PORTABLE_PASSES, left_out
     from hawk_compile.tools.environment import SWITCHES
 
-    left_out = disabled_passes()
+    skipped = left_out(PASSES)
     table = Table(box=None, pad_edge=False)
     for heading in ("", "pass", "what it does", ""):
         table.add_column(heading, overflow="fold")
     for number, step in enumerate(PASSES, start=1):
-        note = "left out now" if step.name in left_out else "optional" if step.optional else ""
+        note = "left out now" if step.name in skipped else "optional" if step.optional else ""
         table.add_row(str(number), step.name, step.summary, note)
     for step in EXPORT_PASSES:
         if step not in PASSES:
