@@ -1,8 +1,8 @@
 # make demo    install into .venv and show pruning on the shipped model
-# make test    install into .venv and run ruff, mypy and the tests that are not slow
+# make test    install into .venv and run ruff, mypy, import-linter and the tests that are not slow
 # make test-slow   the slow tests; make test-all   everything
 # make test-compat   the suite's core at both ends of the supported torch and transformers; make test-compat-low: one
-# make check   ruff and mypy alone
+# make check   ruff, mypy and the rooms' imports alone
 # make bench   install into .venv and time pruning against the same model unpruned
 
 PYTHON ?= python3
@@ -34,6 +34,7 @@ test-compat-low: $(VENV)/.test
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.run

@@ -33,7 +33,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a checkpoint with pruning inside its prefill, to run without PyTorch."""
-    from hawk_compile.exporting.commands import export_checkpoint, sizes_of
+    from hawk_compile.tools.export_commands import export_checkpoint, sizes_of
 
     own = {"quantization": quantization, "sizes": sizes_of(size), "compute_capabilities": capability}
     settings: dict[str, Any] = {"format": format, "ratio": ratio, "overwrite": overwrite}
@@ -49,6 +49,6 @@ def run(
     tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
 ) -> None:
     """Ask an exported model."""
-    from hawk_compile.exporting.commands import run_export
+    from hawk_compile.tools.export_commands import run_export
 
     run_export(console(), folder, image, question, ratio=ratio, tokens=tokens)
