@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_flatten
 
 from hawk_compile.passes.graph import expr, is_call, memories, op_name, tensor, value, written_by
-from hawk_compile.passes.site import site_of
+from hawk_compile.passes.site import Split, read
 
 NAME = "hawk_layer"
 
@@ -38,12 +38,11 @@ class Stretch:
 
 def fold_layers(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     """Replace equal stretches by calls of one subgraph each."""
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
+    boundary = read(gm, Split).boundary
     if torch.is_grad_enabled() and any(needs_gradient(node) for node in gm.graph.nodes):
         return gm
     groups: dict[tuple[Any, ...], list[Stretch]] = {}
-    for nodes in between_attentions(gm.graph, site.boundary):
+    for nodes in between_attentions(gm.graph, boundary):
         found = stretch(nodes)
         groups.setdefault(found.work, []).append(found)
     replaced: dict[fx.Node, fx.Node] = {}

@@ -18,44 +18,44 @@ from torch import SymInt, Tensor, fx
 import hawk_compile.kernels.gather.op  # noqa: F401  registers the operator
 from hawk_compile.passes.errors import ShapeError
 from hawk_compile.passes.graph import Builder, expr, output_node, same, shape_of, sizes_equal_to, tensor, value
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import Budgeted, Gathered, Located, Scored, Selected, Split, find, note, read
 
 
 def gather_by_shape(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-    """Gather every value that crosses from full length to pruned length; `site.gathered` lists them.
+    """Gather every value that crosses from full length to pruned length, and note which they are.
 
     Raises:
         ShapeError: a value crosses whose shape depends on S or V in a way that no gather expresses.
     """
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
-    if site.gathered:
+    if find(gm, Gathered) is not None:
         return gm
-    crossing = Crossing(Builder(gm, site.boundary), site)
+    located, split, budgeted = read(gm, Located), read(gm, Split), read(gm, Budgeted)
+    crossing = Crossing(Builder(gm, split.boundary), located, read(gm, Scored), budgeted, read(gm, Selected))
     output = output_node(gm.graph)
     behind = False
     for node in list(gm.graph.nodes):
-        behind = behind or node is site.boundary
+        behind = behind or node is split.boundary
         if behind and node is not output:
             for source in node.all_input_nodes:
-                if source in site.full:
+                if source in split.full:
                     node.replace_input_with(source, crossing.of(source))
-            replace_numbers(node, site)
-    if site.merged in output.all_input_nodes:
+            replace_numbers(node, located.length, budgeted.kept_length)
+    if located.merged in output.all_input_nodes:
         # The decoder's first hidden state. Everything else that the caller gets from before the cut stays whole.
-        output.replace_input_with(site.merged, crossing.of(site.merged))
+        output.replace_input_with(located.merged, crossing.of(located.merged))
+    note(gm, Gathered(tuple(crossing.gathered)))
     return gm
 
 
 class Crossing:
     """The pruned stand-in of each value that crosses, made once."""
 
-    def __init__(self, build: Builder, site: Site):
+    def __init__(self, build: Builder, located: Located, scored: Scored, budgeted: Budgeted, selected: Selected):
         self.build = build
-        self.site = site
-        assert site.keep is not None
-        self.keep = site.keep
+        self.located, self.scored, self.budgeted, self.selected = located, scored, budgeted, selected
+        self.keep = selected.keep
         self.made: dict[fx.Node, fx.Node] = {}
+        self.gathered: list[tuple[str, tuple[Any, ...], str]] = []
         self.kept_visual_index: fx.Node | None = None
 
     def of(self, node: fx.Node) -> Any:
@@ -71,9 +71,9 @@ class Crossing:
 
     def of_size(self, node: fx.Node, found: Any) -> Any:
         """S' + n for S + n, V' + n for V + n, and an expression of such sizes computed again from its parts."""
-        known = [(self.site.length, self.site.kept_length)]
-        if len(self.site.visual) == 1:
-            known.append((self.site.visual[0], self.site.kept_visual))
+        known = [(self.located.length, self.budgeted.kept_length)]
+        if len(self.located.visual) == 1:
+            known.append((self.located.visual[0], self.budgeted.kept_visual))
         for size, kept in known:
             more = expr(found) - expr(size)  # type: ignore[operator]
             if more.is_Integer and isinstance(size, SymInt):
@@ -88,15 +88,15 @@ class Crossing:
         return copies[node]
 
     def depends_on_length(self, size: Any) -> bool:
-        known = [expr(size) for size in (self.site.length, *self.site.visual)]
+        known = [expr(size) for size in (self.located.length, *self.located.visual)]
         symbols = set().union(*(found.free_symbols for found in known if found is not None))
         found = expr(size)
         return found is not None and bool(found.free_symbols & symbols)
 
     def of_tensor(self, node: fx.Node, found: Tensor) -> fx.Node:
-        result, site = node, self.site
-        lengths = sizes_equal_to(found.shape, site.length)
-        if lengths and site.ambiguous and is_features(found) and not sizes_equal_to(found.shape, site.rows):
+        result, located = node, self.located
+        lengths = sizes_equal_to(found.shape, located.length)
+        if lengths and located.ambiguous and is_features(found) and not sizes_equal_to(found.shape, located.rows):
             raise ShapeError(
                 f"{node.name} {tuple(found.shape)} crosses into the decoder; this batch has as many visual tokens as "
                 "positions, so it cannot be told whether it has one row per visual token: pad the prompts by one "
@@ -104,12 +104,12 @@ class Crossing:
             )
         for dim in lengths:
             result = self.gather_tokens(result, dim, lengths[0])
-        if node is site.padding_mask:
-            result = self.build.call(torch.mul, result, site.valid)
+        if node is located.padding_mask:
+            result = self.build.call(torch.mul, result, self.selected.valid)
         if lengths:
             self.record(node, tuple(found.shape), "tokens", result)
-        elif len(site.visual) == 1 and (dims := sizes_equal_to(found.shape, site.visual[0])) and is_features(found):
-            result = self.gather_visual(node, found, dims)
+        elif len(located.visual) == 1 and is_features(found) and sizes_equal_to(found.shape, located.visual[0]):
+            result = self.gather_visual(node, found, sizes_equal_to(found.shape, located.visual[0]))
             self.record(node, tuple(found.shape), "visual tokens", result)
         for size in shape_of(result):
             if self.depends_on_length(size) and not self.is_kept(size):
@@ -120,15 +120,15 @@ class Crossing:
         return result
 
     def is_kept(self, size: Any) -> bool:
-        known = (self.site.kept_length, self.site.kept_visual)
+        known = (self.budgeted.kept_length, self.budgeted.kept_visual)
         return any(same(size, value(kept) if isinstance(kept, fx.Node) else kept) for kept in known)
 
     def gather_tokens(self, node: fx.Node, dim: int, first: int) -> fx.Node:
         """Gather dimension `dim` (size S) of a value by each row's kept positions."""
         shape = shape_of(node)
-        if same(self.site.rows, 1):
+        if same(self.located.rows, 1):
             return self.build.call(torch.index_select, node, dim, self.build.call(torch.select, self.keep, 0, 0))
-        batch = next((left for left in reversed(range(first)) if same(shape[left], self.site.rows)), None)
+        batch = next((left for left in reversed(range(first)) if same(shape[left], self.located.rows)), None)
         if batch is None:
             shared = next((left for left in reversed(range(first)) if same(shape[left], 1)), None)
             if shared is None:
@@ -145,7 +145,7 @@ class Crossing:
 
     def gather_visual(self, node: fx.Node, found: Tensor, dims: list[int]) -> fx.Node:
         """Gather dimension V of a value by the kept visual tokens, in the order of rows and positions."""
-        if not isinstance(self.site.visual[0], SymInt):
+        if not isinstance(self.located.visual[0], SymInt):
             raise ShapeError(
                 f"{node.name} {tuple(found.shape)} crosses into the decoder with one row per visual token, and their "
                 "number is fixed in this graph: capture it with a symbolic number, as hawk_compile.optimize does"
@@ -158,21 +158,21 @@ class Crossing:
 
     def index_of_kept_visual(self) -> fx.Node:
         """[V'] int64 into the V visual tokens: ascending, without reading a count from the device."""
-        call, site = self.build.call, self.site
-        mask = call(torch.flatten, site.visual_mask)
+        call, located, scored = self.build.call, self.located, self.scored
+        mask = call(torch.flatten, scored.visual_mask)
         rank = call(torch.sub, call(torch.cumsum, mask, 0), 1)
-        ranks = call(torch.reshape, rank, (self.build.size_of(site.merged, 0), self.build.size_of(site.merged, 1)))
+        ranks = call(torch.reshape, rank, tuple(self.build.size_of(located.merged, dim) for dim in (0, 1)))
         kept_rank = call(torch.flatten, call(torch.ops.hawk.gather.default, ranks, self.keep))
-        kept_mask = call(torch.ops.hawk.gather.default, site.visual_mask, self.keep)
-        kept = call(torch.flatten, call(torch.logical_and, kept_mask, site.valid))
+        kept_mask = call(torch.ops.hawk.gather.default, scored.visual_mask, self.keep)
+        kept = call(torch.flatten, call(torch.logical_and, kept_mask, self.selected.valid))
         # The n-th kept one goes to slot n; all others go to one slot more, which is cut off. No sort: targets limit it.
-        size = self.build.size(operator.add, site.kept_visual, 1)
-        slot = call(torch.where, kept, call(torch.sub, call(torch.cumsum, kept, 0), 1), site.kept_visual)
+        size = self.build.size(operator.add, self.budgeted.kept_visual, 1)
+        slot = call(torch.where, kept, call(torch.sub, call(torch.cumsum, kept, 0), 1), self.budgeted.kept_visual)
         slots = call(torch.scatter, call(torch.ops.aten.new_zeros.default, kept_rank, [size]), 0, slot, kept_rank)
-        return call(operator.getitem, slots, slice(None, site.kept_visual))
+        return call(operator.getitem, slots, slice(None, self.budgeted.kept_visual))
 
     def record(self, node: fx.Node, shape: tuple[Any, ...], kind: str, result: Any) -> Any:
-        self.site.gathered.append((node.name, shape, kind))
+        self.gathered.append((node.name, shape, kind))
         return result
 
 
@@ -181,17 +181,17 @@ def is_features(found: Tensor) -> bool:
     return found.ndim >= 2 and found.is_floating_point() and not isinstance(found, torch.nn.Parameter)
 
 
-def replace_numbers(node: fx.Node, site: Site) -> None:
+def replace_numbers(node: fx.Node, length: Any, kept_length: Any) -> None:
     """Where S is a fixed number of the graph, put S' in its place among the arguments."""
-    if isinstance(site.length, SymInt) or not isinstance(site.kept_length, int):
+    if isinstance(length, SymInt) or not isinstance(kept_length, int):
         return
 
     def swap(argument: Any) -> Any:
         if isinstance(argument, slice):
             return slice(swap(argument.start), swap(argument.stop), swap(argument.step))
         if isinstance(argument, (tuple, list)):
-            return type(argument)(swap(each) for each in argument)
-        return site.kept_length if type(argument) is int and argument == site.length else argument
+            return type(argument)(swap(part) for part in argument)
+        return kept_length if type(argument) is int and argument == length else argument
 
     node.args = swap(node.args)
     node.kwargs = {name: swap(argument) for name, argument in node.kwargs.items()}

@@ -20,56 +20,60 @@ from torch import fx
 from hawk_compile.kernels.plan.op import VISUAL_OFFSET
 from hawk_compile.kernels.select.budgets import guaranteed_first, kept_of_all, longest_row, tokens_for_mass
 from hawk_compile.passes.graph import Builder, Size
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import Budgeted, Located, Scored, Split, find, note, read
 
 
 def insert_budget(
     gm: fx.GraphModule, example_inputs: list[Any], *, removed: Fraction = Fraction(0), mass: float | None = None
 ) -> fx.GraphModule:
-    """Insert the budget; `site.budget`, `site.kept_length` and `site.kept_visual` name it and the sizes.
+    """Insert the budget and the sizes that follow from it, and note them.
 
     Args:
         removed: the fraction of visual tokens that is removed, for graphs without a `hawk::plan`.
         mass: the share of the score that is kept, for plans with bounds.
     """
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
-    if site.budget is not None:
+    if find(gm, Budgeted) is not None:
         return gm
-    build = Builder(gm, site.boundary)
+    located, scored = read(gm, Located), read(gm, Scored)
+    build = Builder(gm, read(gm, Split).boundary)
     if mass is not None:
-        insert_mass_budget(build, site, mass)
-    elif site.plan is not None:
-        site.budget = site.plan.args[1]  # type: ignore[assignment]
-        slots: Any = site.plan.args[3:5]
-        length, visual = (build.size_of(each, 0) for each in slots)
-        site.kept_length, site.kept_visual = length, build.size(operator.sub, visual, VISUAL_OFFSET)
+        note(gm, mass_budget(build, located, scored, mass))
+    elif located.plan is not None:
+        note(gm, planned_budget(build, located.plan))
     else:
-        site.budget = uniform_budget(build, site, removed)
+        note(gm, uniform_budget(build, located, scored, removed))
     return gm
 
 
-def insert_mass_budget(build: Builder, site: Site, mass: float) -> None:
-    assert site.plan is not None
-    most, least = site.plan.args[1], site.planned("least")
-    candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
-    ranks, image = None, site.planned("image")
+def planned_budget(build: Builder, plan: fx.Node) -> Budgeted:
+    budget, _, *slots = plan.args[1:5]
+    length, visual = (build.size_of(slot, 0) for slot in slots)  # type: ignore[arg-type]
+    return Budgeted(budget, length, build.size(operator.sub, visual, VISUAL_OFFSET))  # type: ignore[arg-type]
+
+
+def mass_budget(build: Builder, located: Located, scored: Scored, mass: float) -> Budgeted:
+    """The fewest tokens that hold a share of a row's score, within the plan's bounds."""
+    assert located.plan is not None
+    most, least = located.plan.args[1], located.planned("least")
+    candidate = build.call(torch.logical_and, scored.visual_mask, scored.token_mask)
+    ranks, image = None, located.planned("image")
     if image is not None:  # what is guaranteed holds its share too, and is kept first
-        ranks = build.call(guaranteed_first, site.scores, site.scores, candidate, image, site.planned("floor"))
-    site.budget = build.call(tokens_for_mass, site.scores, candidate, mass, least, most, ranks)
-    site.kept_length = build.call(longest_row, candidate, site.token_mask, site.budget)
-    site.kept_visual = build.call(kept_of_all, site.budget)
+        floor = located.planned("floor")
+        ranks = build.call(guaranteed_first, scored.scores, scored.scores, candidate, image, floor)
+    budget = build.call(tokens_for_mass, scored.scores, candidate, mass, least, most, ranks)
+    length = build.call(longest_row, candidate, scored.token_mask, budget)
+    return Budgeted(budget, length, build.call(kept_of_all, budget))
 
 
-def uniform_budget(build: Builder, site: Site, removed: Fraction) -> fx.Node:
-    """[B] budget of rows that all hold V / B visual tokens; sets `site.kept_length` and `site.kept_visual`."""
-    rows, length = (build.size_of(site.merged, dim) for dim in (0, 1))
+def uniform_budget(build: Builder, located: Located, scored: Scored, removed: Fraction) -> Budgeted:
+    """The budget of rows that all hold V / B visual tokens."""
+    rows, length = (build.size_of(located.merged, dim) for dim in (0, 1))
     visual: Size = 0
-    for merge in site.merges:
+    for merge in located.merges:
         flat = build.call(torch.flatten, merge.args[2], 0, -2)
         visual = build.size(operator.add, build.size_of(flat, 0), visual)
     per_row = build.size(operator.floordiv, visual, rows)
-    counts = build.call(torch.sum, site.visual_mask, 1)
+    counts = build.call(torch.sum, scored.visual_mask, 1)
     equal = build.call(torch.all, build.call(torch.eq, counts, per_row))
     build.call(
         torch._assert_async,
@@ -78,9 +82,9 @@ def uniform_budget(build: Builder, site: Site, removed: Fraction) -> fx.Node:
         "budget for each row, or batch rows with equal numbers",
     )
     kept = kept_of(build, per_row, 1 - removed)
-    site.kept_visual = build.size(operator.mul, kept, rows)
-    site.kept_length = build.size(operator.add, build.size(operator.sub, length, per_row), kept)
-    return build.call(torch.mul, build.call(torch.ones_like, counts), kept)
+    kept_visual = build.size(operator.mul, kept, rows)
+    kept_length = build.size(operator.add, build.size(operator.sub, length, per_row), kept)
+    return Budgeted(build.call(torch.mul, build.call(torch.ones_like, counts), kept), kept_length, kept_visual)
 
 
 def kept_of(build: Builder, count: Size, fraction: Fraction) -> Size:

@@ -15,17 +15,19 @@ from torch import fx
 
 from hawk_compile.kernels.select.budgets import guaranteed_first
 from hawk_compile.passes.graph import Builder
-from hawk_compile.passes.site import site_of
+from hawk_compile.passes.site import Located, Ordered, Ranked, Scored, Split, find, note, read
 
 
 def insert_quotas(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-    """Put what is guaranteed first; `site.ranks` names the new order."""
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
-    image, floor = site.planned("image"), site.planned("floor")
-    if image is None or site.ranks is not None:
+    """Put what is guaranteed first, and note what visual tokens are then chosen by."""
+    if find(gm, Ordered) is not None:
         return gm
-    build = Builder(gm, site.boundary)
-    candidate = build.call(torch.logical_and, site.visual_mask, site.token_mask)
-    site.ranks = build.call(guaranteed_first, site.scores, site.hawk_scores or site.scores, candidate, image, floor)
+    located, scored, ranked = read(gm, Located), read(gm, Scored), read(gm, Ranked)
+    ranks, image = ranked.scores, located.planned("image")
+    if image is not None:
+        build = Builder(gm, read(gm, Split).boundary)
+        candidate = build.call(torch.logical_and, scored.visual_mask, scored.token_mask)
+        floor = located.planned("floor")
+        ranks = build.call(guaranteed_first, ranked.scores, ranked.tie_scores, candidate, image, floor)
+    note(gm, Ordered(ranks))
     return gm

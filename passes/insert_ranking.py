@@ -17,14 +17,14 @@ from torch import Tensor, fx
 
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, same, shape_of, value
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import Budgeted, Located, Ranked, Scored, Split, find, note, read
 
-READABLE: dict[str, Callable[[Builder, Site], Any]] = {
-    "scores": lambda build, site: site.scores,
-    "embeddings": lambda build, site: site.merged,
-    "visual_mask": lambda build, site: build.call(torch.logical_and, site.visual_mask, site.token_mask),
-    "votes": lambda build, site: build.call(torch.ne, site.votes, 0),
-    "budget": lambda build, site: site.budget,
+READABLE: dict[str, Callable[[Builder, Located, Scored, Budgeted], Any]] = {
+    "scores": lambda build, located, scored, budgeted: scored.scores,
+    "embeddings": lambda build, located, scored, budgeted: located.merged,
+    "visual_mask": lambda build, located, scored, budgeted: candidates(build, scored),
+    "votes": lambda build, located, scored, budgeted: build.call(torch.ne, scored.votes, 0),
+    "budget": lambda build, located, scored, budgeted: budgeted.budget,
 }
 """What a ranking may read, by name."""
 
@@ -36,7 +36,7 @@ def insert_ranking(
     ranking: Callable[..., Tensor] | None = None,
     ranking_options: tuple[tuple[str, Any], ...] = (),
 ) -> fx.GraphModule:
-    """Replace `site.scores` by what the ranking makes.
+    """Put what the ranking makes in the place of the scores, and note by what visual tokens are then ranked.
 
     Args:
         ranking: a function of tensors [B, S] and [B, S, D], see above; None leaves the scores.
@@ -45,19 +45,21 @@ def insert_ranking(
     Raises:
         GraphError: it asks for something else, fails, or does not return one value per position.
     """
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
-    if ranking is None or site.ranked:
+    if find(gm, Ranked) is not None:
         return gm
-    build = Builder(gm, site.boundary)
+    located, split, scored, budgeted = read(gm, Located), read(gm, Split), read(gm, Scored), read(gm, Budgeted)
+    scores = scored.scores
+    if ranking is None:
+        note(gm, Ranked(scores, scores))
+        return gm
+    build = Builder(gm, split.boundary)
     options = dict(ranking_options)
     wanted = [name for name in inspect.signature(ranking).parameters if name not in options]
     if unknown := [name for name in wanted if name not in READABLE]:
         raise GraphError(f"selector {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}")
-    scores = site.scores
-    assert scores is not None
     try:
-        ranks = build.call(ranking, **{name: READABLE[name](build, site) for name in wanted}, **options)
+        read_by_it = {name: READABLE[name](build, located, scored, budgeted) for name in wanted}
+        ranks = build.call(ranking, **read_by_it, **options)
     except Exception as error:
         raise GraphError(f"selector {ranking.__name__} cannot be traced with symbolic sizes: {error}") from error
     found = value(ranks)
@@ -67,12 +69,18 @@ def insert_ranking(
         raise GraphError(
             f"selector {ranking.__name__} must return a float tensor {shape_of(scores)} like `scores`, got {shape}"
         )
-    site.scores, site.ranked = build.call(torch.ops.aten.to.dtype, ranks, torch.float32), True
-    if site.planned("image") is not None:
-        site.hawk_scores = scores
+    ranked = build.call(torch.ops.aten.to.dtype, ranks, torch.float32)
+    if located.planned("image") is not None:
+        note(gm, Ranked(ranked, scores))
     else:
-        erase_unread(gm.graph, scores, {site.visual_mask, site.token_mask, site.votes, *site.full})
+        note(gm, Ranked(ranked, ranked))
+        erase_unread(gm.graph, scores, {scored.visual_mask, scored.token_mask, scored.votes, *split.full})
     return gm
+
+
+def candidates(build: Builder, scored: Scored) -> fx.Node:
+    """[B, S] bool: the visual tokens that are no padding."""
+    return build.call(torch.logical_and, scored.visual_mask, scored.token_mask)
 
 
 def erase_unread(graph: fx.Graph, node: fx.Node, needed: set[Any]) -> None:

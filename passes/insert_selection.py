@@ -16,35 +16,40 @@ from torch import fx
 
 import hawk_compile.kernels.select.op  # noqa: F401  registers the operator
 from hawk_compile.passes.graph import Builder
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import (
+    Budgeted,
+    Located,
+    Ordered,
+    Ranked,
+    Scored,
+    Selected,
+    Split,
+    find,
+    note,
+    read,
+)
 
 
 def insert_selection(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-    """Insert the selection; `site.keep` and `site.valid` name its results."""
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
-    if site.keep is not None:
+    """Insert the selection, and note its results."""
+    if find(gm, Selected) is not None:
         return gm
-    build = Builder(gm, site.boundary)
-    ranks = site.ranks or site.scores
+    scored, budgeted = read(gm, Scored), read(gm, Budgeted)
+    build = Builder(gm, read(gm, Split).boundary)
+    masks = (scored.visual_mask, scored.token_mask)
     select = torch.ops.hawk.select.default
-    chosen = build.call(select, ranks, site.visual_mask, site.token_mask, site.budget, site.kept_length)
-    site.keep, site.valid = build.item(chosen, 0), build.item(chosen, 1)
-    if site.plan is not None:
-        answer_plan(gm.graph, site)
+    chosen = build.call(select, read(gm, Ordered).ranks, *masks, budgeted.budget, budgeted.kept_length)
+    selected = Selected(keep=build.item(chosen, 0), valid=build.item(chosen, 1))
+    note(gm, selected)
+    plan = read(gm, Located).plan
+    if plan is not None:
+        answer_plan(gm.graph, plan, (selected.keep, selected.valid, read(gm, Ranked).scores))
     return gm
 
 
-def answer_plan(graph: fx.Graph, site: Site) -> None:
+def answer_plan(graph: fx.Graph, plan: fx.Node, answers: tuple[fx.Node, ...]) -> None:
     """Give the plan's results (keep, valid, scores) the values that were computed, and drop the marker."""
-    assert site.plan is not None
-    answers = (site.keep, site.valid, site.scores)
-    for taken in list(site.plan.users):
-        answer = answers[taken.args[1]]  # type: ignore[index]
-        assert answer is not None
-        taken.replace_all_uses_with(answer)
+    for taken in list(plan.users):
+        taken.replace_all_uses_with(answers[taken.args[1]])  # type: ignore[index]
         graph.erase_node(taken)
-        site.full.discard(taken)
-    graph.erase_node(site.plan)
-    site.full.discard(site.plan)
-    site.plan = None
+    graph.erase_node(plan)

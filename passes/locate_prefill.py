@@ -1,6 +1,6 @@
 """Find where a graph merges visual features into token embeddings, and the first attention that reads the result.
 
-Before and after: the graph is unchanged; what was found stands in `gm.meta` as a `Site`.
+Before and after: the graph is unchanged; what was found is noted as `Located`.
 
     embeds  [B, S, D] = embedding(ids)
     merged  [B, S, D] = embeds.masked_scatter(mask, features)        <- merge (the last of them)
@@ -21,7 +21,7 @@ attention (MLA):
 
 the key is computed as the attention computes it, with `k_rope` in the place of `rope(k_rope)`: what is scored is the
 whole head, its part without position and its part that rotates, before it does (shared by all heads here).
-`Site.rotated` names such pairs. The graph must be free of writes in place (`functionalize_writes`).
+`Located.rotated` names such pairs. The graph must be free of writes in place (`functionalize_writes`).
 """
 
 from typing import Any
@@ -45,14 +45,14 @@ from hawk_compile.passes.graph import (
     value,
     written_by,
 )
-from hawk_compile.passes.site import KEY, Site
+from hawk_compile.passes.site import Located, find, note
 
 PADDING_MASK = "attention_mask"
 """The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
 
 
 def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
-    """Write the graph's `Site` into `gm.meta`.
+    """Note where the graph merges, and what the first attention reads.
 
     Raises:
         MergeNotFoundError: no masked_scatter into [B, S, D] embeddings.
@@ -61,7 +61,7 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         GraphError: its query or key is read from an input of the graph that is written in place.
         ShapeError: the sizes of the graph are specialised in a way that makes S ambiguous.
     """
-    if KEY in gm.meta:
+    if find(gm, Located) is not None:
         return gm
     merges = find_merges(gm.graph)
     merged = merges[-1]
@@ -79,12 +79,12 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     between = tuple(dict.fromkeys(query_between + key_between))
     one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
     folded = one_input and not between
-    gm.meta[KEY] = Site(
+    located = Located(
         merged=merged,
-        merges=merges,
+        merges=tuple(merges),
         rows=rows,
         length=length,
-        visual=[visual_count(merge) for merge in merges],
+        visual=tuple(visual_count(merge) for merge in merges),
         padding_mask=find_padding_mask(gm.graph, length),
         attention=attention,
         query=query,
@@ -99,8 +99,9 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         key_linear=key_linear,
         between=between,
         plan=next((node for node in gm.graph.nodes if is_call(node, "plan")), None),
-        position_chain=find_position_chain(gm.graph, merged, length),
+        position_chain=frozenset(find_position_chain(gm.graph, merged, length)),
     )
+    note(gm, located)
     return gm
 
 

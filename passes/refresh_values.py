@@ -22,7 +22,7 @@ from hawk_compile.passes.graph import (
     tensor,
     value,
 )
-from hawk_compile.passes.site import site_of
+from hawk_compile.passes.site import Budgeted, Gathered, Located, Split, read
 
 
 def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
@@ -31,19 +31,19 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     Raises:
         ShapeError: a node fails at the pruned length, or a decoder attention still has S queries.
     """
-    site = site_of(gm)
-    assert site is not None and site.boundary is not None
-    build = Builder(gm, site.boundary)
+    boundary, length = read(gm, Split).boundary, read(gm, Budgeted).kept_length
+    read(gm, Gathered)  # before which every shape still says S
+    build = Builder(gm, boundary)
     if build.fake_mode is None:
         return gm
     behind = False
     with build.on_values():
         for node in gm.graph.nodes:
-            behind = behind or node is site.boundary
+            behind = behind or node is boundary
             if behind and node is not output_node(gm.graph):
                 node.meta[build.key] = run(node)
-    kept = value(site.kept_length) if isinstance(site.kept_length, fx.Node) else site.kept_length
-    for node in dependents(site.merged):
+    kept = value(length) if isinstance(length, fx.Node) else length
+    for node in dependents(read(gm, Located).merged):
         if is_call(node, "scaled_dot_product_attention") and not same(value(node).shape[-2], kept):
             length = value(node).shape[-2]
             raise ShapeError(f"{node.name} still runs over {expr(length)} positions instead of {expr(kept)}")

@@ -1,7 +1,7 @@
 """Order a graph so that all that runs at full length stands before all that will run at the pruned length.
 
     before: ids, mask_from(S), merged, decoder(merged, mask)      masks may be built before the merge
-    after:  ids, merged | mask_from(S), decoder(merged, mask)     | = `site.boundary`
+    after:  ids, merged | mask_from(S), decoder(merged, mask)     | = `Split.boundary`
 
 At full length stay the inputs, the merge and what it depends on, checks of inputs, features of visual tokens, and
 positions that the graph counts itself. Everything else (masks, rotary tables, the decoder) moves behind. Numerics are
@@ -24,32 +24,30 @@ from hawk_compile.passes.graph import (
     value,
     written_by,
 )
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import Located, Split, find, note, read
 
 
 def split_at_merge(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
     """Move every node that will run at the pruned length behind the last that runs at full length."""
-    site = site_of(gm)
-    assert site is not None
-    if site.boundary is not None:
+    if find(gm, Split) is not None:
         return gm
-    site.full = full_length_nodes(gm.graph, site)
-    refuse_reordered_writes(gm.graph, site.full)
+    full = full_length_nodes(gm.graph, read(gm, Located))
+    refuse_reordered_writes(gm.graph, full)
     output = output_node(gm.graph)
-    behind = [node for node in gm.graph.nodes if node not in site.full and node is not output]
+    behind = [node for node in gm.graph.nodes if node not in full and node is not output]
     for node in behind:
         output.prepend(node)
-    site.boundary = behind[0]
+    note(gm, Split(frozenset(full), behind[0]))
     return gm
 
 
-def full_length_nodes(graph: fx.Graph, site: Site) -> set[fx.Node]:
+def full_length_nodes(graph: fx.Graph, located: Located) -> set[fx.Node]:
     inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
-    plan = [site.plan, *site.plan.users] if site.plan is not None else []
-    decoder = dependents(site.merged)
+    plan = [located.plan, *located.plan.users] if located.plan is not None else []
+    decoder = dependents(located.merged)
     checks = [node for node in graph.nodes if is_check(node) and node not in decoder]
-    features = [node for node in graph.nodes if node not in decoder and holds_features(node, site)]
-    return ancestors(site.merged, *inputs, *plan, *site.position_chain, *checks, *features)
+    features = [node for node in graph.nodes if node not in decoder and holds_features(node, located)]
+    return ancestors(located.merged, *inputs, *plan, *located.position_chain, *checks, *features)
 
 
 def refuse_reordered_writes(graph: fx.Graph, full: set[fx.Node]) -> None:
@@ -76,12 +74,12 @@ def refuse_reordered_writes(graph: fx.Graph, full: set[fx.Node]) -> None:
             passed.setdefault(memory, []).append((node, memory in writes))
 
 
-def holds_features(node: fx.Node, site: Site) -> bool:
+def holds_features(node: fx.Node, located: Located) -> bool:
     """Whether the node's value has one row per visual token, as features that later layers add."""
     found = tensor(node)
-    if found is None or not found.is_floating_point() or site.ambiguous:
+    if found is None or not found.is_floating_point() or located.ambiguous:
         return False
-    return any(isinstance(count, SymInt) and sizes_equal_to(found.shape, count) for count in site.visual)
+    return any(isinstance(count, SymInt) and sizes_equal_to(found.shape, count) for count in located.visual)
 
 
 def is_check(node: fx.Node) -> bool:

@@ -28,7 +28,8 @@ from hawk_compile.compile.pipeline import PRUNING, run_passes
 from hawk_compile.errors import CaptureError, InputError, UnsupportedModelError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
-from hawk_compile.passes.site import Site, site_of
+from hawk_compile.passes.site import Gathered as Gathering
+from hawk_compile.passes.site import Located, Selected, read
 from hawk_compile.plan.question import SpecialIds, special_ids
 from hawk_compile.runtime.api import restore
 from hawk_compile.runtime.checks import check_model
@@ -151,8 +152,8 @@ def inspect_model(
     before, after = text_tokens + image_tokens, text_tokens + kept
     flops, kept_flops = count_flops(model, before), count_flops(model, after)
     captured = keep_layers(model, layers, total)
-    site = find_site(model, config, before, image_tokens, modality)
-    facts = described(site) | identifiers(model, special_ids(model, config))
+    graph = pruned_graph(model, config, before, image_tokens, modality)
+    facts = described(graph) | identifiers(model, special_ids(model, config))
     return Inspection(
         model=type(model).__name__,
         layers=total,
@@ -228,12 +229,12 @@ def keep_layers(model: PreTrainedModel, wanted: int, total: int) -> int:
     return wanted
 
 
-def find_site(model: PreTrainedModel, config: HawkConfig, length: int, visual: int, modality: str) -> Site:
-    """Capture one prompt's prefill and run the passes on it."""
+def pruned_graph(
+    model: PreTrainedModel, config: HawkConfig, length: int, visual: int, modality: str
+) -> fx.GraphModule:
+    """One prompt's prefill behind the passes that prune."""
     prefill = captured(model, config, length, visual, modality)
-    site = site_of(run_passes(prefill.gm, prefill.example_inputs, options_of(config), PRUNING))
-    assert site is not None
-    return site
+    return run_passes(prefill.gm, prefill.example_inputs, options_of(config), PRUNING)
 
 
 def captured(
@@ -307,55 +308,55 @@ def plan(model: PreTrainedModel, config: HawkConfig, length: int, visual: int) -
     return votes, budget, weights, *slots(length - visual + kept, kept, META)
 
 
-def described(site: Site) -> dict[str, Any]:
-    """The site in words: nodes as module paths, sizes as letters."""
-    sizes = [(site.length, "S"), (site.rows, "B"), *((count, "V") for count in site.visual)]
+def described(gm: fx.GraphModule) -> dict[str, Any]:
+    """What the passes know of a graph, in words: nodes as module paths, sizes as letters."""
+    located, keep = read(gm, Located), read(gm, Selected).keep
+    sizes = [(located.length, "S"), (located.rows, "B"), *((count, "V") for count in located.visual)]
 
     def letter(size: Any) -> str:
         return next((name for known, name in sizes if same(size, known) and not isinstance(size, int)), str(size))
 
-    query, key = projection_of(site, site.query), projection_of(site, site.key)
+    query, key = projection_of(located, keep, located.query), projection_of(located, keep, located.key)
     return {
-        "merges": tuple(merge.name for merge in site.merges),
-        "attention": module_path(site.attention) or site.attention.name,
+        "merges": tuple(merge.name for merge in located.merges),
+        "attention": module_path(located.attention) or located.attention.name,
         "norm": None if query is None else module_path(query.args[0]),  # type: ignore[arg-type]
         "query_projection": None if query is None else module_path(query),
         "key_projection": None if key is None else module_path(key),
-        "heads": site.heads,
-        "kv_heads": site.kv_heads,
-        "head_dim": site.head_dim,
-        "width": width_of(site),
-        "form": site.form,
-        "why": why(site),
+        "heads": located.heads,
+        "kv_heads": located.kv_heads,
+        "head_dim": located.head_dim,
+        "width": width_of(located),
+        "form": located.form,
+        "why": why(located, keep),
         "gathered": tuple(
             Gathered(name.strip("_").removeprefix("l_"), tuple(map(letter, shape)), along)
-            for name, shape, along in site.gathered
+            for name, shape, along in read(gm, Gathering).values
         ),
     }
 
 
-def projection_of(site: Site, node: fx.Node) -> fx.Node | None:
+def projection_of(located: Located, keep: fx.Node, node: fx.Node) -> fx.Node | None:
     """The linear that makes these queries or keys, whatever else stands in between; None if several do."""
-    linears = [each for each in behind_the_cut(site, node) if is_call(each, "linear")]
+    linears = [each for each in behind_the_cut(located, keep, node) if is_call(each, "linear")]
     return linears[0] if len(linears) == 1 else None
 
 
-def behind_the_cut(site: Site, *nodes: fx.Node) -> set[fx.Node]:
+def behind_the_cut(located: Located, keep: fx.Node, *nodes: fx.Node) -> set[fx.Node]:
     """What the nodes are computed from at the pruned length; the copies that the score reads stand before the cut."""
-    assert site.keep is not None
-    return (ancestors(*nodes) & dependents(site.merged)) - ancestors(site.keep)
+    return (ancestors(*nodes) & dependents(located.merged)) - ancestors(keep)
 
 
-def why(site: Site) -> str:
-    if site.form == "folded":
+def why(located: Located, keep: fx.Node) -> str:
+    if located.form == "folded":
         return "queries and keys are linear in the norm's output, so no key of a visual token is made"
-    linears = {projection_of(site, node) for node in (site.query, site.key)}
+    linears = {projection_of(located, keep, node) for node in (located.query, located.key)}
     if None in linears:
         return "queries and keys do not come from one linear each, so the keys of all tokens are made"
     behind = set().union(*(dependents(linear) for linear in linears if linear is not None))
-    between = in_order(site.merged.graph, behind & behind_the_cut(site, site.query, site.key))
+    between = in_order(located.merged.graph, behind & behind_the_cut(located, keep, located.query, located.key))
     modules = dict.fromkeys(module_path(node) for node in between)
-    names = [path for path in modules if path and path != module_path(site.attention)] or list(site.between)
+    names = [path for path in modules if path and path != module_path(located.attention)] or list(located.between)
     return f"{', '.join(names)} between projection and position, so the keys of all tokens are made"
 
 
@@ -366,8 +367,8 @@ def module_path(node: fx.Node) -> str:
     return path.split("__self__", 1)[-1].lstrip(".").replace("['", ".").replace("']", "")
 
 
-def width_of(site: Site) -> int:
-    merged = tensor(site.merged)
+def width_of(located: Located) -> int:
+    merged = tensor(located.merged)
     assert merged is not None
     return int(merged.shape[-1])
 

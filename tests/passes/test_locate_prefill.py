@@ -6,8 +6,12 @@ from torch import nn
 from hawk_compile.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
 from hawk_compile.passes.graph import is_call, same
 from hawk_compile.passes.locate_prefill import locate_prefill
-from hawk_compile.passes.site import site_of
+from hawk_compile.passes.site import Located, find, read
 from tests.passes import graphs
+
+
+def read_located(gm):
+    return read(gm, Located)
 
 
 def located(model, **options):
@@ -18,8 +22,8 @@ def located(model, **options):
 
 def test_finds_merge_attention_heads_and_the_folded_form():
     gm = located(graphs.Decoder())
-    site = site_of(gm)
-    assert is_call(site.merged, "masked_scatter") and site.merges == [site.merged]
+    site = read_located(gm)
+    assert is_call(site.merged, "masked_scatter") and site.merges == (site.merged,)
     assert is_call(site.attention, "scaled_dot_product_attention")
     assert (site.heads, site.kv_heads, site.head_dim) == (graphs.HEADS, graphs.HEADS, graphs.HEAD_DIM)
     assert site.form == "folded" and site.between == ()
@@ -36,20 +40,20 @@ def test_changes_nothing():
 
 
 def test_a_norm_between_projection_and_position_makes_the_form_projected():
-    site = site_of(located(graphs.Decoder(qk_norm=True)))
+    site = read_located(located(graphs.Decoder(qk_norm=True)))
     assert site.form == "projected" and site.between == ("layer_norm",)
     assert is_call(site.query, "layer_norm") and is_call(site.key, "layer_norm")
 
 
 def test_two_merges_are_one_site():
-    site = site_of(located(graphs.Decoder(merges=2), merges=2))
+    site = read_located(located(graphs.Decoder(merges=2), merges=2))
     assert len(site.merges) == 2 and site.merged is site.merges[-1] and len(site.visual) == 2
 
 
 def test_positions_that_the_graph_counts_itself_are_told_from_slots():
-    site = site_of(located(graphs.Decoder(own_positions=True)))
+    site = read_located(located(graphs.Decoder(own_positions=True)))
     assert [node.name for node in site.position_chain if is_call(node, "arange")] != []
-    assert site_of(located(graphs.Decoder())).position_chain == set()
+    assert read_located(located(graphs.Decoder())).position_chain == frozenset()
 
 
 def test_the_padding_mask_is_found_by_name_and_length():
@@ -60,7 +64,7 @@ def test_the_padding_mask_is_found_by_name_and_length():
         return model(ids=inputs[0], features=inputs[1], attention_mask=inputs[2], positions=inputs[3])
 
     model = graphs.Decoder()
-    site = site_of(locate_prefill(graphs.captured(call, *graphs.prompt()), []))
+    site = read_located(locate_prefill(graphs.captured(call, *graphs.prompt()), []))
     assert site.padding_mask is None or same(site.padding_mask.meta["example_value"].shape[1], site.length)
 
 
@@ -68,7 +72,7 @@ def test_a_graph_without_merge_is_refused():
     gm = graphs.captured(nn.Linear(4, 4), torch.ones(2, 4))
     with pytest.raises(MergeNotFoundError, match="masked_scatter"):
         locate_prefill(gm, [])
-    assert site_of(gm) is None
+    assert find(gm, Located) is None
 
 
 def test_a_graph_without_attention_after_the_merge_is_refused():

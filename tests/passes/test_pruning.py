@@ -1,6 +1,7 @@
 """The passes that rewrite, one after the other, on a small graph."""
 
 import itertools
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -19,7 +20,17 @@ from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
 from hawk_compile.passes.replace_masked_add import replace_masked_add
-from hawk_compile.passes.site import site_of
+from hawk_compile.passes.site import (
+    Budgeted,
+    Gathered,
+    Located,
+    Ordered,
+    Ranked,
+    Scored,
+    Selected,
+    Split,
+    read,
+)
 from hawk_compile.passes.split_at_merge import split_at_merge
 from tests.passes import graphs
 
@@ -55,13 +66,26 @@ def names(gm):
     return [getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes]
 
 
+def test_a_pass_that_runs_too_early_names_what_is_missing():
+    inputs = graphs.prompt()
+    gm = graphs.captured(graphs.planned(graphs.Decoder()), inputs, graphs.plan_of(inputs, 2))
+    for early in PASSES[PASSES.index(split_at_merge) :]:
+        with pytest.raises(GraphError, match=r"a pass needs \w+ in front of it, which has not run"):
+            early(gm, [])
+
+
+def test_what_was_found_never_changes():
+    located = read(after(insert_selection), Located)
+    with pytest.raises(FrozenInstanceError):
+        located.plan = None
+
+
 def test_split_puts_what_depends_on_the_merge_behind_it():
     gm = after(split_at_merge)
-    site = site_of(gm)
     order = list(gm.graph.nodes)
-    boundary = order.index(site.boundary)
-    assert order.index(site.merged) < boundary
-    assert all(node in site.full for node in order[:boundary])
+    boundary = order.index(read(gm, Split).boundary)
+    assert order.index(read(gm, Located).merged) < boundary
+    assert all(node in read(gm, Split).full for node in order[:boundary])
     assert all(is_call(node, "arange") is False for node in order[:boundary])
 
 
@@ -110,8 +134,7 @@ def test_scoring_inserts_the_folded_operator_and_leaves_the_decoder_alone():
     before, gm = after(split_at_merge), after(insert_scoring)
     assert names(gm).count("score_folded.default") == 1 and "score_projected.default" not in names(gm)
     assert names(gm).count("layer_norm") == names(before).count("layer_norm") + 1
-    site = site_of(gm)
-    assert site.scores not in ancestors(site.attention)
+    assert read(gm, Scored).scores not in ancestors(read(gm, Located).attention)
 
 
 def test_scoring_is_projected_behind_a_norm():
@@ -145,34 +168,32 @@ def test_quotas_order_what_is_selected_and_leave_the_scores_to_the_caller():
     ids = graphs.prompt()[0]
     image = torch.where(ids >= graphs.IMAGE - 1, 0, -1)
     gm = with_more_in_the_plan(insert_selection, image=image, floor=(image == 0) * 2)
-    site = site_of(gm)
     assert names(gm).count("guaranteed_first") == 1
-    assert next(node for node in gm.graph.nodes if node.target is torch.ops.hawk.select.default).args[0] is site.ranks
-    assert site.scores in list(gm.graph.nodes)[-1].args[0]
+    select = next(node for node in gm.graph.nodes if node.target is torch.ops.hawk.select.default)
+    assert select.args[0] is read(gm, Ordered).ranks
+    assert read(gm, Ranked).scores in list(gm.graph.nodes)[-1].args[0]
     before = list(gm.graph.nodes)
     assert list(insert_quotas(gm, []).graph.nodes) == before
 
 
 def test_without_floors_nothing_is_ordered():
     gm = after(insert_quotas)
-    assert "guaranteed_first" not in names(gm) and site_of(gm).ranks is None
+    assert "guaranteed_first" not in names(gm) and read(gm, Ordered).ranks is read(gm, Ranked).scores
 
 
 def test_a_budget_by_mass_makes_sizes_of_its_own():
     gm = with_more_in_the_plan(refresh_values, least=torch.ones(1, dtype=torch.int64), mass=0.5)
-    site = site_of(gm)
     assert names(gm).count("tokens_for_mass") == 1
-    length = value(site.kept_length)
-    assert isinstance(length, SymInt) and not same(length, site.length)
-    assert same(value(site.keep).shape[1], length)
+    length = value(read(gm, Budgeted).kept_length)
+    assert isinstance(length, SymInt) and not same(length, read(gm, Located).length)
+    assert same(value(read(gm, Selected).keep).shape[1], length)
 
 
 def test_selection_answers_the_plan():
     gm = after(insert_selection)
     assert not any(is_call(node, "plan") for node in gm.graph.nodes) and names(gm).count("select.default") == 1
-    site = site_of(gm)
     outputs = list(gm.graph.nodes)[-1].args[0]
-    assert {site.keep, site.valid, site.scores} <= set(outputs)
+    assert {read(gm, Selected).keep, read(gm, Selected).valid, read(gm, Ranked).scores} <= set(outputs)
 
 
 def test_a_budget_without_plan_is_an_expression_of_the_graphs_own_sizes():
@@ -182,10 +203,9 @@ def test_a_budget_without_plan_is_an_expression_of_the_graphs_own_sizes():
     for each in PASSES[: PASSES.index(insert_budget)]:
         gm = each(gm, [])
     insert_budget(gm, [], removed=Fraction(3, 5))
-    site = site_of(gm)
-    kept = expr(value(site.kept_length))
+    kept = expr(value(read(gm, Budgeted).kept_length))
     symbols = {str(symbol) for symbol in kept.free_symbols}
-    assert {str(expr(site.length)), str(expr(site.visual[0]))} <= symbols
+    assert {str(expr(read(gm, Located).length)), str(expr(read(gm, Located).visual[0]))} <= symbols
 
 
 def widths(embeddings, visual_mask):
@@ -194,13 +214,12 @@ def widths(embeddings, visual_mask):
 
 def test_a_ranking_takes_the_place_of_the_scores():
     gm = after(insert_budget)
-    scored = site_of(gm).scores
+    scored = read(gm, Scored).scores
     gm = insert_ranking(gm, [], ranking=widths)
     gm.graph.lint()
-    site = site_of(gm)
-    assert site.scores is not scored and "score_folded.default" not in names(gm) and "widths" in names(gm)
-    assert value(site.scores).dtype == torch.float32
-    assert site.visual_mask in gm.graph.nodes and site.token_mask in gm.graph.nodes
+    assert read(gm, Ranked).scores is not scored and "score_folded.default" not in names(gm) and "widths" in names(gm)
+    assert value(read(gm, Ranked).scores).dtype == torch.float32
+    assert read(gm, Scored).visual_mask in gm.graph.nodes and read(gm, Scored).token_mask in gm.graph.nodes
     before = gm.graph.python_code("self").src
     assert insert_ranking(gm, [], ranking=widths).graph.python_code("self").src == before
 
@@ -223,10 +242,9 @@ def test_rankings_that_cannot_be_inserted(ranking, message):
 
 def test_gather_lets_attention_run_at_the_pruned_length():
     gm = after(refresh_values)
-    site = site_of(gm)
-    attended = value(site.attention)
-    assert same(attended.shape[2], value(site.kept_length)) and not same(attended.shape[2], site.length)
-    kinds = {(shape_kind, len(shape)) for _, shape, shape_kind in site.gathered}
+    queries = value(read(gm, Located).attention).shape[2]
+    assert same(queries, value(read(gm, Budgeted).kept_length)) and not same(queries, read(gm, Located).length)
+    kinds = {(shape_kind, len(shape)) for _, shape, shape_kind in read(gm, Gathered).values}
     assert ("tokens", 3) in kinds and ("tokens", 2) in kinds
 
 
@@ -240,8 +258,7 @@ def test_a_second_run_changes_nothing():
 
 def test_symbolic_sizes_stay_symbolic():
     gm = after(refresh_values)
-    site = site_of(gm)
-    for size in (site.length, site.visual[0], value(site.kept_length)):
+    for size in (read(gm, Located).length, read(gm, Located).visual[0], value(read(gm, Budgeted).kept_length)):
         assert not expr(size).is_number
 
 
@@ -351,8 +368,7 @@ def test_features_for_later_layers_are_refused_where_no_size_tells_them_from_tok
 
 def test_refresh_names_the_node_that_still_sees_the_full_length():
     gm = after(gather_by_shape)
-    site = site_of(gm)
-    node = site.attention
+    node = read(gm, Located).attention
     mask = node.kwargs["attn_mask"]
     full = torch.empty(3, 5)
     with gm.graph.inserting_before(node):
