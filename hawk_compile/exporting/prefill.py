@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.dynamo import equate_lengths
 from hawk_compile.capture.encode import run_encoders
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
-from hawk_compile.capture.modalities import placeholder_ids
+from hawk_compile.capture.modalities import placeholder_ids, token_kinds
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.exporting.components import PREFILL, Component, Shape, cache_tensors
@@ -66,7 +66,7 @@ class Prefill(nn.Module):
         keep, valid, scores = torch.ops.hawk.plan(votes, budget, self.head_weights, *lengths)
         outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
-        equate_lengths(inputs, votes)
+        equate_lengths(inputs, votes, tuple(given))
         torch._check(budget.shape[0] == votes.shape[0])
         cache = DynamicCache()
         result = self.run(
@@ -113,7 +113,7 @@ def prefill_component(
     encoded = encoded_prompt(model, inputs)
     outputs = {name: output for name, output in encoded["mm_encoder_outputs"].items() if output is not None}
     special = special_ids(model, config)
-    prompt, features = prompt_sample(encoded), features_sample(outputs)
+    prompt, features = prompt_sample(model, encoded), features_sample(outputs)
     layered = len(features) > len(outputs)
     sample = {**prompt, **features, **plan_sample(model, prompt, outputs, special, config, layered)}
     shapes = {name: shape_of(name, value) for name, value in sample.items()}
@@ -134,7 +134,7 @@ def encoded_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
     return encoded
 
 
-def prompt_sample(encoded: dict[str, Any]) -> dict[str, Tensor]:
+def prompt_sample(model: PreTrainedModel, encoded: dict[str, Any]) -> dict[str, Tensor]:
     """What runs along the prompt [B, S], every row twice: ids, mask, positions, and kinds of tokens where given."""
     ids, mask, positions = (encoded.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     assert ids is not None  # export has seen to it
@@ -142,9 +142,7 @@ def prompt_sample(encoded: dict[str, Any]) -> dict[str, Tensor]:
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
     sample = {"input_ids": twice(ids, 0), "attention_mask": twice(mask, 0), "position_ids": twice(positions, -2)}
-    if encoded.get("token_type_ids") is not None:
-        sample["token_type_ids"] = twice(encoded["token_type_ids"], 0)
-    return sample
+    return sample | {name: twice(encoded[name], 0) for name in token_kinds(model, encoded)}
 
 
 def features_sample(outputs: dict[str, ModelOutput]) -> dict[str, Tensor]:
@@ -171,8 +169,6 @@ def plan_sample(
 def shape_of(name: str, value: Tensor) -> Shape:
     """The symbolic shape of an input of the prefill."""
     match name:
-        case "input_ids" | "attention_mask" | "token_type_ids":
-            return ("batch", "prompt")
         case "position_ids":
             return (*value.shape[:-2], "batch", "prompt")
         case "budget":
@@ -181,8 +177,10 @@ def shape_of(name: str, value: Tensor) -> Shape:
             return ("kept",)
         case "kept_visual_slots":
             return ("kept_visual",)
-        case _:  # features
+        case _ if value.is_floating_point():  # features
             return ("visual", value.shape[1])
+        case _:  # ids, mask, kinds of tokens
+            return ("batch", "prompt")
 
 
 def twice(values: Tensor, dim: int) -> Tensor:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture import segments
 from hawk_compile.capture.features import EXTRA_ROWS
+from hawk_compile.capture.modalities import token_kinds
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.components import (
@@ -110,7 +111,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
     ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
     decode = decode_call(sessions[DECODE], manifest.parts[DECODE])
     runtime = Runtime(config_of(manifest), weights, ids, {"forward": decode})
-    runtime.prefill = ExportedPrefill(sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
+    runtime.prefill = ExportedPrefill(model, sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
     for name, (owner, method) in overrides_of(model).items():
         owner.__dict__[name] = method
     model.__dict__[RUNTIME] = runtime
@@ -190,7 +191,8 @@ class ExportedPrefill:
 
     compilations = 0
 
-    def __init__(self, session: Session, part: Part):
+    def __init__(self, model: PreTrainedModel, session: Session, part: Part):
+        self.model = model
         self.session = session
         self.inputs = {each.name: each for each in part.inputs}
 
@@ -206,7 +208,7 @@ class ExportedPrefill:
         refuse_hidden(inputs)
         ids = inputs["input_ids"]
         rows, length = ids.shape
-        feed: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", "token_type_ids") if name in inputs}
+        feed: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", *token_kinds(self.model, inputs))}
         feed["position_ids"] = counted(inputs.get("position_ids"), self.inputs["position_ids"])
         mask = inputs.get("attention_mask")
         feed["attention_mask"] = ids.new_ones((rows, length)) if mask is None else mask
