@@ -73,8 +73,8 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{measured_on('cpu')}\n\n`python {' '.join(sys.argv)}`")
 
-    def progress(done: int, total: int) -> None:
-        print(f"{done} of {total}", file=sys.stderr)
+    def progress(now: hawk_compile.Progress) -> None:
+        print(f"{now.done} of {now.total} {now.text}", file=sys.stderr)
 
     for bits in given.bits:
         model, processor = read_checkpoint(MODEL, torch.float32)

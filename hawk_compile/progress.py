@@ -12,7 +12,8 @@ class Progress:
     """What a call tells while it runs.
 
     Attributes:
-        done, total: of what the call counts (answers, questions, components, stages); 0 and 0 before it is counted.
+        done: how many of what the call counts: answers, questions, heads, stages, components.
+        total: how many there are; 0 where that is not known, or not yet.
         text: in a line, what begins, is done or is left out; "" where the numbers say it.
     """
 

@@ -1,7 +1,7 @@
 """Components written in a format, as the manifest tells of them."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from hawk_compile.exporting.components import DECODE, PREFILL, Component, Shape
 from hawk_compile.exporting.folder import size_of
 from hawk_compile.exporting.manifest import Part, TensorSpec, digest
 from hawk_compile.exporting.quiet import quiet
+from hawk_compile.progress import Listener, Progress
 
 
 def write_parts(
-    target: Any, components: Iterable[Component], folder: Path, options: Any, progress: Callable[[str], None]
+    target: Any, components: Iterable[Component], folder: Path, options: Any, progress: Listener
 ) -> dict[str, Part]:
     """Write components one after another; returns what the manifest says of each, by its name."""
     parts: dict[str, Part] = {}
     for component in components:
         before = size_of(folder)
         part = parts[component.name] = write_part(target, component, folder, options)
-        progress(f"{component.name}: {(size_of(folder) - before) / 1e6:.1f} MB in {part.seconds} s")
+        text = f"{component.name}: {(size_of(folder) - before) / 1e6:.1f} MB in {part.seconds} s"
+        progress(Progress(len(parts), 0, text))
     return with_digests(parts, folder)
 
 

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
 from hawk_compile.plan.question import special_ids
+from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights, resolve
@@ -30,8 +31,6 @@ from hawk_compile.settings.head_weights import HeadWeights, resolve
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 HOST_WEIGHTS = "host.safetensors"
 """Parameters of the model's body itself (as a newline between rows of tiles), which packing on the host needs."""
-
-Progress = Callable[[str], None]
 
 
 def export(
@@ -43,7 +42,7 @@ def export(
     format: str = "onnx",
     overwrite: bool = False,
     processor: Any = None,
-    progress: Progress = lambda line: None,
+    progress: Listener = nobody,
     **settings: Any,
 ) -> Manifest:
     """Write a model with pruning inside its prefill to a folder, for a runtime without PyTorch.
@@ -61,7 +60,7 @@ def export(
         format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         overwrite: replace the folder if it is an export.
         processor: saved beside the model, if given.
-        progress: told in a line what has been done.
+        progress: told of each component that has been written.
 
     Returns:
         The manifest that was written.

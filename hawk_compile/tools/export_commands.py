@@ -31,7 +31,7 @@ def export_checkpoint(
     model, processor = read_for_tasks(checkpoint, dtype, None)
     started = time.perf_counter()
     sample = prompt(processor, [Image.fromarray(noise(*EXPORTED))], QUESTION)
-    manifest = export(model, sample, out, processor=processor, progress=console.print, **settings)
+    manifest = export(model, sample, out, processor=processor, progress=lambda now: console.print(now.text), **settings)
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(f"{out}: {manifest.format}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s")
     if check:

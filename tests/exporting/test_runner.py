@@ -32,8 +32,12 @@ def prompt(**options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runner") / "onnx"
-    hawk_compile.export(zoo.build(NAME, layers=1), prompt(), path, quantization="int8", **SETTINGS)
+    path, told = tmp_path_factory.mktemp("runner") / "onnx", []
+    config = hawk_compile.HawkConfig(**SETTINGS)
+    hawk_compile.export(
+        zoo.build(NAME, layers=1), prompt(), path, config, quantization="int8", progress=told.append
+    )
+    assert [now.done for now in told] == [*range(1, len(told) + 1)] and told[-1].text.startswith("decode: ")
     return path
 
 
