@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from hawk_compile.tools.calibration.result import Calibration
     from hawk_compile.tools.evaluation.evaluate import evaluate
     from hawk_compile.tools.evaluation.result import Evaluation
-    from hawk_compile.tools.inspection import Inspection
-    from hawk_compile.tools.inspection import inspect_model as inspect
+    from hawk_compile.tools.inspection.inspect import Inspection
+    from hawk_compile.tools.inspection.inspect import inspect_model as inspect
     from hawk_compile.tools.pictures.show import Seen, show
 
 __version__ = "0.1.0"
@@ -104,7 +104,7 @@ HOMES = {
     "HawkError": "errors",
     "HeadWeightsError": "errors",
     "InputError": "errors",
-    "Inspection": "tools.inspection",
+    "Inspection": "tools.inspection.inspect",
     "ManifestError": "errors",
     "Progress": "progress",
     "Report": "runtime.records",
@@ -116,7 +116,7 @@ HOMES = {
     "calibrate": "tools.calibration.calibrate",
     "evaluate": "tools.evaluation.evaluate",
     "export": "exporting.write",
-    "inspect": "tools.inspection:inspect_model",
+    "inspect": "tools.inspection.inspect:inspect_model",
     "load": "exporting.runner",
     "optimize": "runtime.api",
     "pruned": "runtime.api",

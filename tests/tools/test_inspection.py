@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hawk_compile
-from hawk_compile.errors import InputError
+from hawk_compile.errors import ConfigError, InputError, UnsupportedModelError
 from tests import zoo
 from tests.zoo import Row, common
 
@@ -67,3 +67,24 @@ def test_a_model_is_left_as_it_is() -> None:
 def test_other_sources_are_refused(source: object) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         hawk_compile.inspect(source)  # type: ignore[arg-type]
+
+
+def test_settings_are_those_of_the_config() -> None:
+    """By name or as one config; the graph is the one that they ask for."""
+    budget = hawk_compile.Adaptive(0.9)
+    found = inspected("llava", ratio=0.75, budget=budget, min_per_image=20, normalization="softmax")
+    assert (found.ratio, found.kept_visual_tokens) == (0.75, 20)
+    config = hawk_compile.HawkConfig(ratio=0.5)
+    assert hawk_compile.inspect(zoo.build("llava").config, config, image_tokens=64, layers=1).kept_visual_tokens == 32
+
+
+def test_settings_are_checked() -> None:
+    source = zoo.build("llava").config
+    with pytest.raises(ConfigError, match="unknown setting speed"):
+        hawk_compile.inspect(source, speed=3)
+    with pytest.raises(ConfigError, match="either a config or single settings"):
+        hawk_compile.inspect(source, hawk_compile.HawkConfig(), ratio=0.5)
+    with pytest.raises(ConfigError, match=r"ratio .* got 1\.5"):
+        hawk_compile.inspect(source, ratio=1.5)
+    with pytest.raises(UnsupportedModelError, match="tokens that LlavaForConditionalGeneration does not have"):
+        hawk_compile.inspect(source, modalities=("audio",))

@@ -23,7 +23,7 @@ from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.timing import Call
 from hawk_compile.tools.checkpoints import device_named, dtype_named
 from hawk_compile.tools.environment import PACKAGES, compiler, machine
-from hawk_compile.tools.inspection import Inspection, inspect_model
+from hawk_compile.tools.inspection.inspect import Inspection, inspect_model
 from hawk_compile.versions import installed
 
 SHAPES = 10

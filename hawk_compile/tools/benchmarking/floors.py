@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.benchmarking.timing import Call, seconds
-from hawk_compile.tools.inspection import Inspection, count_flops, on_meta, scoring_flops
+from hawk_compile.tools.inspection.flops import count_flops, scoring_flops
+from hawk_compile.tools.inspection.inspect import Inspection
+from hawk_compile.tools.inspection.without_weights import on_meta
 
 COPIED = {"cpu": 2**28, "cuda": 2**30}
 """Bytes that are copied to measure the bandwidth: more than any cache holds."""

@@ -14,7 +14,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.tools.benchmarking.memory import is_out_of_memory
 from hawk_compile.tools.benchmarking.profiles import profile
 from hawk_compile.tools.checkpoints import read_model
-from hawk_compile.tools.inspection import META, keep_layers
+from hawk_compile.tools.inspection.without_weights import META, keep_layers
 
 STANDARD_DEVIATION = 0.02
 """Of random weights: small enough for the logits of a deep decoder to stay finite in fp16."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
+from hawk_compile.capture.dynamo import capture_settings, compile_alone
 from hawk_compile.capture.features import fresh, join_features
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.capture.prefill import unplanned_forward
@@ -55,7 +55,7 @@ class Subjects:
         """The unpruned prefill of encoded images: captured and compiled as the pruned one is, but for the passes."""
         inputs = {name: value for name, value in given.items() if value is not None}
         inputs |= {"mm_encoder_outputs": join_features(inputs["mm_encoder_outputs"]), "use_cache": True}
-        with capture_lock, capture_settings():
+        with capture_settings():
             inputs |= {"past_key_values": DynamicCache()}
             return self.graph(self.unpruned.forward, inputs, None, inputs["input_ids"])
 
@@ -66,7 +66,7 @@ class Subjects:
         return self.compiled(self.compiled_vision(prompt))
 
     def compiled_step(self, **given: Any) -> Any:
-        with capture_lock, capture_settings():
+        with capture_settings():
             return self.decode_graph(**given)
 
     def authors(self, prompt: Prompt, given: dict[str, Any], kept: int) -> Any:
@@ -77,7 +77,7 @@ class Subjects:
             return self.plain(**fresh(given))
 
     def compiled_hawk(self, hidden: Tensor, chosen: scoring.Selection) -> Any:
-        with capture_lock, capture_settings():
+        with capture_settings():
             return self.hawk_graph(
                 self.layer, hidden, chosen.visual, chosen.votes, chosen.weights, chosen.budget, chosen.length
             )

@@ -28,7 +28,7 @@ def inspect(
     layers: Annotated[int, typer.Option(help="Decoder layers to capture; more take longer.")] = 2,
 ) -> None:
     """Show what the passes find in a model, from its configuration alone: no weights are loaded."""
-    from hawk_compile.tools.inspection import inspect_model
+    from hawk_compile.tools.inspection.inspect import inspect_model
 
     found = inspect_model(path, ratio=ratio, image_tokens=image_tokens, text_tokens=tokens, layers=layers)
     out = console()

@@ -20,7 +20,7 @@ from hawk_compile.tools.demo.evaluate import Prompt, by_hand, by_pass, chat, inp
 from hawk_compile.tools.demo.picture import Panel, write
 from hawk_compile.tools.demo.scenes import Question, Scene, make_scene, pick_questions
 from hawk_compile.tools.environment import compiler
-from hawk_compile.tools.inspection import inspect_model
+from hawk_compile.tools.inspection.inspect import inspect_model
 
 MODEL = Path(__file__).with_name("model")
 PER_SCENE = 4

@@ -24,7 +24,7 @@ from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.table import as_json, markdown, over, write
 from hawk_compile.tools.benchmarking.timing import Spread, spread
 from hawk_compile.tools.cli import app
-from hawk_compile.tools.inspection import on_meta
+from hawk_compile.tools.inspection.without_weights import on_meta
 from tests import zoo
 
 RATIOS = (0.5, 0.8)
