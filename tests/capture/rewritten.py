@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,10 +41,12 @@ class Result:
     Attributes:
         keep_indices: ascending positions of each row.
         scores: [B, S].
+        logits: [B, S', vocabulary].
     """
 
     keep_indices: list[Tensor]
     scores: Tensor
+    logits: Tensor
 
 
 class Rewritten:
@@ -54,20 +55,22 @@ class Rewritten:
     Args:
         model: a plain one, which is left as it is.
         settings: of `HawkConfig`.
+
+    Attributes:
+        graphs: what it has run, by the id of what was captured.
     """
 
     def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
         self.model, self.settings = model, settings
-        self.graph_of = cache(self.rewrite)
-
-    def rewrite(self, index: int) -> fx.GraphModule:
-        prefill = captured[self.model][index]
-        return run_passes(prefill.copy(), prefill.example_inputs, options_of(HawkConfig(**self.settings)))
+        self.options = options_of(HawkConfig(**settings))
+        self.graphs: dict[int, fx.GraphModule] = {}
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> Result:
         call = call_of(self.model, inputs, **self.settings)
         prefill = prefill_of(self.model, call)
-        results = prefill.run(self.graph_of(captured[self.model].index(prefill)), *call)
+        if id(prefill) not in self.graphs:
+            self.graphs[id(prefill)] = run_passes(prefill.copy(), prefill.example_inputs, self.options)
+        results = prefill.run(self.graphs[id(prefill)], *call)
         rows = zip(results["keep"], results["valid"], strict=True)
-        return Result([keep[valid.bool()] for keep, valid in rows], results["scores"])
+        return Result([keep[valid.bool()] for keep, valid in rows], results["scores"], results["logits"])

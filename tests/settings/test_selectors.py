@@ -86,6 +86,7 @@ def test_what_is_kept_is_what_the_ranking_puts_first(selector: str) -> None:
         wanted = [name for name in inspect.signature(ranking).parameters if name in given]
         expected = ranking(**{name: given[name] for name in wanted})
         assert model(fresh(inputs)).keep_indices[0].tolist() == positions(expected, given)
+    assert len(model.graphs) == 1
 
 
 def test_heads_alike_and_the_last_text_token() -> None:
