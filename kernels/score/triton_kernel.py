@@ -246,10 +246,22 @@ def _score(
     head_dim: int,
     normalization: str,
 ) -> Tensor:
+    """[B, S] fp32 by three kernels: raw relevance, what normalises it over a row, and the sum over heads."""
+    mode = reference.NORMALIZATIONS.index(normalization)
+    partial = launch_raw_scores(values, folded, visual_mask, group)
+    statistics = launch_statistics(partial, offset, visual_mask, head_dim, mode)
+    return launch_combine(partial, statistics, totals, visual_mask, head_weights, mode)
+
+
+def launch_raw_scores(
+    values: Tensor,  # [B, Hkv, S, D]
+    folded: Tensor,  # [B, pieces, H, D]
+    visual_mask: Tensor,  # [B, S] bool
+    group: int,
+) -> Tensor:
+    """[B, splits, H, S] fp32: relevance before scale and offset, its columns D in `splits` parts."""
     batch, kv_heads, size, width = values.shape
     pieces, heads = folded.shape[1], folded.shape[2]
-    mode = reference.NORMALIZATIONS.index(normalization)
-
     # A short row has too few blocks of positions to fill the device, so its columns are shared out as well. The number
     # follows from the width alone, since the number of positions may be symbolic.
     block_s, block_d = 64, 64
@@ -281,8 +293,20 @@ def _score(
         num_warps=4,
         num_stages=4 if values.dtype.itemsize == 2 else 3,
     )
+    return partial
+
+
+def launch_statistics(
+    partial: Tensor,  # [B, splits, H, S] fp32
+    offset: Tensor | None,  # [B, H] fp32
+    visual_mask: Tensor,  # [B, S] bool
+    head_dim: int,
+    mode: int,
+) -> Tensor:
+    """[B, H, blocks, 2] fp32: what each head is normalised by, by block. Leaves raw scores in split 0 of `partial`."""
+    batch, splits, heads, size = partial.shape
     blocks = triton.cdiv(size, STATISTICS_BLOCK)
-    statistics = values.new_empty((batch, heads, blocks, 2), dtype=torch.float32)
+    statistics = partial.new_empty((batch, heads, blocks, 2), dtype=torch.float32)
     wrap_triton(_statistics)[(blocks, heads, batch)](
         partial,
         partial if offset is None else offset,
@@ -298,7 +322,20 @@ def _score(
         HAS_OFFSET=offset is not None,
         BLOCK=STATISTICS_BLOCK,
     )
-    scores = values.new_empty((batch, size), dtype=torch.float32)
+    return statistics
+
+
+def launch_combine(
+    partial: Tensor,  # [B, splits, H, S] fp32
+    statistics: Tensor,  # [B, H, blocks, 2] fp32
+    totals: Tensor,  # [B, CHUNKS] fp32
+    visual_mask: Tensor,  # [B, S] bool
+    head_weights: Tensor,  # [H]
+    mode: int,
+) -> Tensor:
+    """[B, S] fp32: the heads, each normalised and weighted, added up."""
+    batch, splits, heads, size = partial.shape
+    scores = partial.new_empty((batch, size), dtype=torch.float32)
     block_h = triton.next_power_of_2(heads)
     block_s = 128 if block_h <= 32 else 32
     wrap_triton(_combine)[(triton.cdiv(size, block_s), batch)](
@@ -310,7 +347,7 @@ def _score(
         scores,
         heads,
         splits,
-        blocks,
+        statistics.shape[2],
         size,
         visual_mask.stride(0),
         visual_mask.stride(1),
