@@ -243,7 +243,7 @@ def test_new_image_needs_plain_layers() -> None:
                  past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_decode_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph of the decode step for prompts of any length; the tokens are those of uncompiled decoding."""
     from torch._dynamo.backends import registry

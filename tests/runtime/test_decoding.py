@@ -72,7 +72,7 @@ def test_image_and_video(name: str) -> None:
     check_greedy(name, prompt(name, Row(images=zoo.sizes(name)[0].images, video=VIDEOS[name])), 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
 def test_sampling(name: str) -> None:
     """The same seed draws the same tokens, from the same distributions."""
     inputs = picture(name)
@@ -138,7 +138,7 @@ def test_streaming() -> None:
     assert streamer.ended and streamer.ids == out.sequences[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_scores_and_hidden_states(name: str) -> None:
     inputs = picture(name)
     out = generate(pruned(name), inputs, 3, output_scores=True, output_hidden_states=True)
@@ -167,7 +167,7 @@ def test_text_only(name: str) -> None:
     assert report.keep_indices[0].tolist() == list(range(inputs["input_ids"].shape[1]))
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "internvl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", pytest.param("internvl", marks=pytest.mark.slow)])
 def test_embeddings_as_prompt(name: str) -> None:
     """Placeholders and the ends of images and turns are known by their embeddings: the same tokens as with ids."""
     inputs = picture(name)
@@ -181,7 +181,7 @@ def test_embeddings_as_prompt(name: str) -> None:
         torch.testing.assert_close(found, wanted, **ROUNDING)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 3])
+@pytest.mark.parametrize("keep", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_logits_to_keep(keep: int) -> None:
     inputs = picture("qwen2_5_vl")
     logits = pruned("qwen2_5_vl")(**inputs, logits_to_keep=keep).logits[0]

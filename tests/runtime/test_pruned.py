@@ -15,7 +15,7 @@ def kept(model: object) -> int:
     return hawk_compile.report(model).kept_visual_tokens.item()
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_a_plain_model_is_plain_again(name: str) -> None:
     model = zoo.build(name, layers=2)
     generate(model, picture(name, 2), 1)  # a model with mRoPE remembers the offset of this prompt

@@ -28,7 +28,7 @@ def test_a_prefill_of_another_thread_is_the_models_last() -> None:
     assert hawk_compile.report(model).visual_tokens.tolist() == [32]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_each_output_and_cache_has_its_own(name: str) -> None:
     model, caches = pruned(name), [DynamicCache(), DynamicCache()]
     outs = [generate(model, picture(name, which), 2, past_key_values=cache)

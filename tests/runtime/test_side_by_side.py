@@ -86,7 +86,7 @@ def check(results: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_prefills_overlap(graphs: Graphs, models: int, name: str) -> None:
     used = [fresh(name) for _ in range(models)]
     pairs = [(used[0], 2), (used[-1], 4)]

@@ -71,7 +71,7 @@ def test_second_turn_of_text(name: str) -> None:
     assert hawk_compile.report(pruned(name)).kept_tokens == kept  # the last prefill of pictures is still the first
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
 def test_second_turn_with_a_new_image(name: str) -> None:
     """Only the new image is encoded, scored by the new question and pruned; the first turn stays as it was."""
     first, cache = picture(name), DynamicCache()
