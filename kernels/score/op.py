@@ -109,7 +109,8 @@ def score_projected(
     """Score every visual token by the text that votes, from queries and keys (HAWK, arXiv 2604.07812).
 
     Args:
-        query: [B, H, S, d], any float dtype, before RoPE and after the query norm if there is one.
+        query: [B, H, S, d], any float dtype, before RoPE and after the query norm if there is one. Where only part of a
+            head rotates, as in latent attention (MLA), the whole head: that part before it rotates.
         key: [B, Hkv, S, d], likewise. Head h reads KV head h // (H // Hkv).
         visual_mask, query_mask, head_weights, normalization: as in `score_folded`.
 
