@@ -12,6 +12,9 @@ that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. 
 itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is
 unchanged.
 
+Where images have questions of their own, G in a row, each row is scored G times, by one question over its own visual
+tokens, and what was scored is put together again: the visual tokens of two questions have none in common.
+
 In a tensor-parallel model each rank has some of the heads: it scores by these, and the sum over the ranks, the same on
 all of them, is the score.
 """
@@ -71,6 +74,8 @@ def insert_scoring(
     token_mask = real_tokens(build, located, visual_mask)
     plan = located.plan
     votes = plan.args[0] if plan is not None else text_after_images(build, visual_mask, token_mask, query == "last")
+    groups = located.planned("question_images")
+    question = votes if groups is None else build.call(torch.any, votes, 1)
     weights = plan.args[2] if plan is not None else constant_weights(build, located, head_weights)
     shared = ranks is not None and shape_of(weights)[0] == located.heads * ranks.size
     if ranks is not None and shared:
@@ -82,13 +87,20 @@ def insert_scoring(
         weights = build.call(torch.narrow, weights, 0, ranks.rank * located.heads, located.heads)
     check_heads(weights, located)
     copies = projections(build, located, split) if located.form == "folded" else heads_first(build, located, split)
+    visual: Any = visual_mask
+    if groups is not None:
+        rows = 1 if located.form == "folded" else 2  # hidden states, or query and key; what follows are weights
+        copies = [*(build.call(for_each_question, each, groups) for each in copies[:rows]), *copies[rows:]]
+        visual, votes = build.call(visual_of_questions, visual, groups), build.call(torch.flatten, votes, 0, 1)
     if query in ("each", "content"):
-        scores = insert_each(build, located, copies, visual_mask, votes, weights, normalization, query == "content")
+        scores = insert_each(build, located, copies, visual, votes, weights, normalization, query == "content")
     else:
-        scores = insert_mean(build, located, copies, visual_mask, votes, weights, normalization)
+        scores = insert_mean(build, located, copies, visual, votes, weights, normalization)
+    if groups is not None:
+        scores = build.call(sum_of_questions, scores, groups)
     if ranks is not None and shared:
         scores = build.call(all_reduce, scores, "sum", ranks.group)
-    note(gm, Scored(visual_mask, token_mask, votes, scores))
+    note(gm, Scored(visual_mask, token_mask, question, scores))
     return gm
 
 
@@ -142,6 +154,22 @@ def check_heads(weights: Any, located: Located) -> None:
 
 def argument(node: fx.Node, index: int, name: str) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+
+
+def for_each_question(rows: Tensor, groups: Tensor) -> Tensor:
+    """[B * G, ...]: each row of [B, ...] once for each of its questions, [B, G, S]."""
+    repeated = rows.unsqueeze(1).expand(-1, groups.shape[1], *rows.shape[1:])
+    return repeated.flatten(0, 1)
+
+
+def visual_of_questions(visual_mask: Tensor, groups: Tensor) -> Tensor:
+    """[B * G, S] bool: the visual tokens [B, S] that each question scores."""
+    return (groups & visual_mask.unsqueeze(1)).flatten(0, 1)
+
+
+def sum_of_questions(scores: Tensor, groups: Tensor) -> Tensor:
+    """[B, S]: the scores [B * G, S] of a row's questions, each of which is 0 where another scores."""
+    return scores.unflatten(0, (groups.shape[0], groups.shape[1])).sum(1)
 
 
 def insert_mean(

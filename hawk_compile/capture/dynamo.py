@@ -63,6 +63,6 @@ def equate_lengths(inputs: dict[str, Any], votes: Tensor, along: tuple[str, ...]
         given = inputs.get(name)
         if isinstance(given, Tensor):
             rows, length = (given.shape[0], given.shape[1]) if name == "inputs_embeds" else given.shape[-2:]
-            torch._check(length == votes.shape[1])
+            torch._check(length == votes.shape[-1])
             if rows != 1:
                 torch._check(rows == votes.shape[0])

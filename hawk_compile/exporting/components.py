@@ -1,7 +1,8 @@
 """What is exported of a model: modules with tensors in and tensors out, and how they are traced.
 
     encoder   the modules that `get_image_features` runs, see `encoder.py`
-    prefill   input_ids [B, S], features [V, D], budget [B] -> logits [B, vocabulary], keys and values [B, Hkv, S', d]
+    prefill   input_ids and question_mask [B, S], features [V, D], budget [B]
+              -> logits [B, vocabulary], keys and values [B, Hkv, S', d]
     decode    input_ids [B, T], past keys and values [B, Hkv, P, d] -> logits, keys and values [B, Hkv, P + T, d]
 """
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import ManifestError
+from hawk_compile.plan.chat import Chat, ChatFormat
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.selectors import SELECTORS, selector_named
 
 FILE_NAME = "manifest.json"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ class Manifest:
         encoders: names of the components that encode images, in the order they run.
         parts: every component by its role: the encoders, 'prefill', 'decode'.
         files: SHA-256 of every other file: configurations, the processor, weights that the host needs.
-        ids: special ids that bound the voting text: vision_end, end_of_turn, special; and the placeholders.
+        ids: special ids that bound the question: vision_end, end_of_turn, special; and the placeholders.
+        chat: what the chat template puts around a user's text, as `hawk_compile.plan.chat.ChatFormat`; None: none is
+            known. A prefill takes `question_mask` [B, S], 1 for the tokens that vote; `hawk_compile.load` makes it of
+            these ids, and who runs the files without it gives 1 for each token of the newest user's text.
+        chat_template: which template that was, or why there is none.
         versions: of the software that exported.
     """
 
@@ -74,6 +79,8 @@ class Manifest:
     parts: dict[str, Part]
     files: dict[str, str]
     ids: dict[str, list[int]]
+    chat: dict[str, Any] | None
+    chat_template: str
     versions: dict[str, str]
     manifest_version: int = VERSION
 
@@ -148,6 +155,10 @@ def check_whole(path: Path, manifest: Manifest) -> None:
         *(each["file"] for named in engines for each in named.values()
           if not any(each["file"] in hashes for hashes in opened.values())),
     ]  # fmt: skip
+    try:
+        chat_of_manifest(manifest)
+    except (KeyError, TypeError, ValueError):
+        lacking.append("chat")
     if lacking or not all(isinstance(weight, float) for weight in manifest.head_weights):
         raise ManifestError(
             f"{path} is no manifest of hawk_compile (it lacks {', '.join(lacking) or 'head weights'}): export again"
@@ -176,3 +187,9 @@ def check_files(folder: Path, sha256: dict[str, str], owner: str) -> None:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def chat_of_manifest(manifest: Manifest) -> Chat:
+    """What the manifest says of the chat format."""
+    form = None if manifest.chat is None else ChatFormat.from_json(manifest.chat)
+    return Chat(form, manifest.chat_template)

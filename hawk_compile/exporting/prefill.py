@@ -1,7 +1,8 @@
 """A model's prefill as a component, before and after the passes.
 
-In the prefill's graph the passes have put scoring, selection and gather; which text votes is computed in it from the
-ids. S' enters as the length of `kept_slots` (and V' as that of `kept_visual_slots`), so no shape depends on data.
+In the prefill's graph the passes have put scoring, selection and gather; which text votes is an input, made on the host
+by `hawk_compile.plan.question`. S' enters as the length of `kept_slots` (and V' as that of `kept_visual_slots`), so no
+shape depends on data.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.exporting.components import PREFILL, Component, Shape, cache_tensors
 from hawk_compile.kernels.plan.op import slots
-from hawk_compile.plan.plan import make_plan
-from hawk_compile.plan.question import SpecialIds, counted, is_any, special_ids, voting_text
+from hawk_compile.plan.plan import make_plan, on_host
+from hawk_compile.plan.question import SpecialIds, is_any, special_ids
 from hawk_compile.runtime.overrides import original
 from hawk_compile.settings.config import HawkConfig
 
@@ -37,17 +38,13 @@ class Prefill(nn.Module):
         self,
         model: PreTrainedModel,
         forward: Callable[..., Any],
-        ids: SpecialIds,
-        query: str,
         head_weights: Tensor,
         outputs: dict[str, ModelOutput],
     ):
         super().__init__()
         self.model = model
         self.run = forward
-        self.ids, self.query = ids, query
         self.register_buffer("head_weights", head_weights)
-        self.placeholders = tuple(placeholder_ids(model))
         self.kinds = {modality: type(output) for modality, output in outputs.items()}
         self.one_tensor = {modality: isinstance(output[FEATURES], Tensor) for modality, output in outputs.items()}
         self.levels = {
@@ -56,11 +53,10 @@ class Prefill(nn.Module):
         }
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, budget: Tensor, kept_slots: Tensor, **given: Tensor
-    ) -> Any:
-        visual = is_any(input_ids, self.placeholders)
-        votes, _ = voting_text(input_ids, visual, attention_mask != 0, self.ids)
-        votes = counted(votes, self.query)
+        self, input_ids: Tensor, attention_mask: Tensor, question_mask: Tensor, budget: Tensor, kept_slots: Tensor,
+        **given: Tensor,
+    ) -> Any:  # fmt: skip
+        votes = question_mask != 0
         kept_visual = given.pop("kept_visual_slots", kept_slots)
         lengths = slots(kept_slots.shape[0], kept_visual.shape[0], kept_slots.device)
         keep, valid, scores = torch.ops.hawk.plan(votes, budget, self.head_weights, *lengths)
@@ -118,7 +114,7 @@ def prefill_component(
     sample = {**prompt, **features, **plan_sample(model, prompt, outputs, special, config, layered)}
     shapes = {name: shape_of(name, value) for name, value in sample.items()}
     weights = head_weights.to(prompt["input_ids"].device)
-    module = Prefill(model, original(model, "forward"), special, config.used_query, weights, outputs)
+    module = Prefill(model, original(model, "forward"), weights, outputs)
     # Features of later layers are added to at least two tokens: one row would broadcast.
     return Component(PREFILL, module.eval(), sample, shapes, least={"visual": 2} if layered else {})
 
@@ -155,12 +151,14 @@ def plan_sample(
     model: PreTrainedModel, prompt: dict[str, Tensor], outputs: dict[str, ModelOutput], special: SpecialIds,
     config: HawkConfig, layered: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What the prefill is told of its plan: budgets, and two inputs of which only the lengths count."""
+    """What the prefill is told of its plan: the question, budgets, and two inputs of which only the lengths count."""
     ids = prompt["input_ids"]
-    visual = is_any(ids, tuple(placeholder_ids(model)))
+    host, real = on_host(ids, prompt["attention_mask"])
+    visual = is_any(host, placeholder_ids(model))
     count = sum(2 * len(rows_of(output[FEATURES])) for output in outputs.values())
-    plan = make_plan(ids, visual, prompt["attention_mask"], count, special, config)
-    sample = {"budget": plan.budget, "kept_slots": torch.arange(plan.length, device=ids.device)}
+    plan = make_plan(host, visual, real, count, special, config).to(ids.device)
+    sample = {"question_mask": plan.question_mask.long(), "budget": plan.budget}
+    sample["kept_slots"] = torch.arange(plan.length, device=ids.device)
     if layered:
         sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
     return sample

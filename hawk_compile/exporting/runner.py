@@ -36,7 +36,7 @@ from hawk_compile.exporting.components import (
 )
 from hawk_compile.exporting.encoder import unnamed
 from hawk_compile.exporting.formats import target_of
-from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, config_of
+from hawk_compile.exporting.manifest import Manifest, Part, TensorSpec, chat_of_manifest, config_of
 from hawk_compile.exporting.prefill import named_features
 from hawk_compile.exporting.write import HOST_WEIGHTS
 from hawk_compile.plan.plan import Plan
@@ -111,6 +111,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
     ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
     decode = decode_call(sessions[DECODE], manifest.parts[DECODE])
     runtime = Runtime(config_of(manifest), weights, ids, {"forward": decode})
+    runtime.chat, runtime.chat_known = chat_of_manifest(manifest), True
     runtime.prefill = ExportedPrefill(model, sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
     for name, (owner, method) in overrides_of(model).items():
         owner.__dict__[name] = method
@@ -214,6 +215,7 @@ class ExportedPrefill:
         feed["attention_mask"] = ids.new_ones((rows, length)) if mask is None else mask
         for modality, output in inputs["mm_encoder_outputs"].items():
             feed |= {name: joined(features) for name, features in named_features(modality, output).items()}
+        feed["question_mask"] = plan.question_mask.long()
         feed |= {"budget": plan.budget, "kept_slots": torch.arange(plan.length)}
         if "kept_visual_slots" in self.inputs:
             feed["kept_visual_slots"] = torch.arange(sum(plan.kept))

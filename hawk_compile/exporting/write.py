@@ -23,6 +23,7 @@ from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
 from hawk_compile.plan.question import special_ids
+from hawk_compile.plan.template import chat_of
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import HawkConfig
@@ -81,7 +82,7 @@ def export(
         graphs = components(model, inputs, made, weights.values, getattr(target, "PORTABLE", True), options)
         parts = write_parts(target, graphs, folder, options, progress)
         save_beside(model, processor, folder)
-        manifest = manifest_of(model, made, weights, target, format, parts, folder)
+        manifest = manifest_of(model, made, weights, target, format, parts, folder, processor)
         manifest.write(folder)
     return manifest
 
@@ -130,11 +131,14 @@ def components(
 
 def manifest_of(
     model: PreTrainedModel, config: HawkConfig, weights: HeadWeights, target: Any, format: str, parts: dict[str, Part],
-    folder: Path,
+    folder: Path, processor: Any = None,
 ) -> Manifest:  # fmt: skip
     """What a folder holds, of which everything but the manifest is written."""
     written = {file for part in parts.values() for file in part.sha256}
     ids = special_ids(model, config)
+    path = getattr(model.config, "_name_or_path", "")
+    templated = processor if processor is not None else config.processor
+    chat = chat_of(templated, path, ids.end_of_turn, config.end_of_turn_token_id is not None)
     return Manifest(
         format=format,
         ratio=config.ratio,
@@ -154,6 +158,8 @@ def manifest_of(
             "vision_end": list(ids.vision_end), "end_of_turn": list(ids.end_of_turn), "special": list(ids.special),
             "placeholders": placeholder_ids(model),
         },
+        chat=None if chat.form is None else chat.form.to_json(),
+        chat_template=chat.origin,
         versions={name: importlib.metadata.version(name) for name in (*OWN_PACKAGES, *target.PACKAGES)},
     )  # fmt: skip
 

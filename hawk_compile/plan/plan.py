@@ -1,15 +1,17 @@
-"""The plan of one prefill, made on the host before the graph runs: who votes, and how much each row keeps.
+"""The plan of one prefill, made on the host before the graph runs: the question, and how much each row keeps.
 
-The device is asked once, for a few counts per row; with them every size of the pruned prefill is known beforehand.
+The device is asked once, for the ids and the padding; with them every size of the pruned prefill is known beforehand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hawk_compile.errors import InputError
-from hawk_compile.plan.question import SpecialIds, counted, voting_text
+from hawk_compile.plan.chat import ChatFormat
+from hawk_compile.plan.question import Question, SpecialIds, counted, find_question, given_question
 from hawk_compile.settings.budgets import Quotas
 from hawk_compile.settings.config import HawkConfig
 
@@ -19,8 +21,9 @@ class Plan:
     """What a prefill of B rows and S positions will do.
 
     Attributes:
-        votes: [B, S] bool, text tokens whose queries are averaged.
-        source: [B] int64, a `QuerySource` per row.
+        question_mask: [B, S] bool, text tokens whose queries are averaged; [B, G, S] where images have G questions.
+        question_images: [B, G, S] bool, the visual tokens that each question scores; None where there is one a row.
+        question: where it stands, and how it was found.
         budget: [B] int64, visual tokens each row keeps, or the most of them if there is a `least`.
         least: [B] int64, the least of them, where the graph finds the number itself.
         quotas: what every image keeps, if the settings say anything of that.
@@ -33,8 +36,9 @@ class Plan:
         candidates: [B, S] bool, the visual tokens that may be removed; None if all may.
     """
 
-    votes: Tensor
-    source: Tensor
+    question_mask: Tensor
+    question_images: Tensor | None
+    question: Question
     budget: Tensor
     least: Tensor | None
     quotas: Quotas | None
@@ -45,6 +49,28 @@ class Plan:
     padded: bool
     filled: bool
     candidates: Tensor | None
+
+    def to(self, device: torch.device) -> "Plan":
+        """The plan with its tensors on a device."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        quotas = None if self.quotas is None else replace(
+            self.quotas, image=self.quotas.image.to(device), floor=self.quotas.floor.to(device)
+        )  # fmt: skip
+        return replace(self, **moved, quotas=quotas)
+
+
+def on_host(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(ids, what is not padding), both [B, S] on the host: the one time that a plan reads from the device."""
+    if attention_mask is None:
+        return input_ids.cpu(), torch.ones_like(input_ids, dtype=torch.bool, device="cpu")
+    if input_ids.device.type == "cpu":
+        return input_ids, attention_mask != 0
+    ids, mask = torch.stack([input_ids, (attention_mask != 0).to(input_ids.dtype)]).cpu()
+    return ids, mask != 0
 
 
 def make_plan(
@@ -57,8 +83,10 @@ def make_plan(
     prompt: int | None = None,
     images: Quotas | None = None,
     candidates: Tensor | None = None,
+    chat: ChatFormat | None = None,
+    question_mask: Tensor | None = None,
 ) -> Plan:
-    """Plan a prefill.
+    """Plan a prefill. All tensors are on the host.
 
     Args:
         input_ids: [B, S] int64; -1 where a prompt of embeddings holds an unknown token.
@@ -68,44 +96,33 @@ def make_plan(
         prompt: positions from here on do not vote; None if all may.
         images: what every image keeps at least.
         candidates: [B, S] bool, those of `visual` that may be removed; None if all may.
+        chat: what the chat template puts around a user's text; None: the ids alone say who votes.
+        question_mask: [B, S], nonzero for the question's tokens, where the call gives them.
 
     Raises:
         InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
     """
     real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
-    asked = real if prompt is None else real & (torch.arange(real.shape[1], device=real.device) < prompt)
-    votes, source = voting_text(input_ids, visual, asked, ids)
-    votes = counted(votes, config.used_query)
+    asked = real if prompt is None else real & (torch.arange(real.shape[1]) < prompt)
+    if question_mask is not None:
+        question = given_question(input_ids, visual, asked, question_mask)
+    else:
+        question = find_question(input_ids, visual, asked, ids, chat, config.question == "own")
+    check_placeholders(visual, features, images)
     removable = visual if candidates is None else candidates
-    floors = torch.zeros_like(source) if images is None else images.total
-    known = torch.zeros_like(source) if images is None else (images.image >= 0).sum(1)
-    stacked = [visual.sum(1), (removable & real).sum(1), real.sum(1), votes.sum(1), floors, known]
-    placeholders, tokens, present, voters, guaranteed, in_images = torch.stack(stacked).tolist()
-    if sum(placeholders) != features:
-        raise InputError(
-            f"the prompt has {sum(placeholders)} placeholders for visual tokens, but {features} visual features were "
-            "encoded: give the images, videos and audio that belong to exactly these placeholders"
-        )
-    if images is not None and sum(in_images) != images.tokens:
-        raise InputError(
-            f"min_per_image and quota find the tokens of images by placeholder ids of their own; for {images.tokens} "
-            f"tokens the prompt has {sum(in_images)} such ids: leave both settings out for prompts like this"
-        )
+    tokens, present = (removable & real).sum(1).tolist(), real.sum(1).tolist()
+    guaranteed = [0] * len(tokens) if images is None else images.total.tolist()
     bounds = [config.bounds(count, floor) for count, floor in zip(tokens, guaranteed, strict=True)]
     fewest, kept = [low for low, _ in bounds], [high for _, high in bounds]
-    for row, (count, low, voting) in enumerate(zip(tokens, fewest, voters, strict=True)):
-        if low < count and not voting:
-            raise InputError(
-                f"row {row} of the prompt has {count} visual tokens and no text token that could score them: add a "
-                "question, or call the model with ratio=0"
-            )
+    check_question(question, tokens, fewest)
     needed = [total - count + keep for total, count, keep in zip(present, tokens, kept, strict=True)]
     length = visual.shape[1] if kept == tokens else max(needed)
     return Plan(
-        votes=votes,
-        source=source,
-        budget=torch.tensor(kept, device=visual.device),
-        least=None if config.budget is None else torch.tensor(fewest, device=visual.device),
+        question_mask=counted(question.mask, config.used_query),
+        question_images=question.images,
+        question=question,
+        budget=torch.tensor(kept),
+        least=None if config.budget is None else torch.tensor(fewest),
         quotas=images,
         visual=tokens,
         text=[total - count for total, count in zip(present, tokens, strict=True)],
@@ -115,3 +132,29 @@ def make_plan(
         filled=any(total != length for total in needed) or (config.budget is not None and len(needed) > 1),
         candidates=candidates,
     )
+
+
+def check_placeholders(visual: Tensor, features: int, images: Quotas | None) -> None:
+    """Refuse prompts whose placeholders are not those of the features."""
+    placeholders = int(visual.sum())
+    if placeholders != features:
+        raise InputError(
+            f"the prompt has {placeholders} placeholders for visual tokens, but {features} visual features were "
+            "encoded: give the images, videos and audio that belong to exactly these placeholders"
+        )
+    if images is not None and (known := int((images.image >= 0).sum())) != images.tokens:
+        raise InputError(
+            f"min_per_image and quota find the tokens of images by placeholder ids of their own; for {images.tokens} "
+            f"tokens the prompt has {known} such ids: leave both settings out for prompts like this"
+        )
+
+
+def check_question(question: Question, tokens: list[int], fewest: list[int]) -> None:
+    """Refuse rows that would lose visual tokens without any text to score them."""
+    voting = question.mask.flatten(1).any(1).tolist()
+    for row, (count, low, votes) in enumerate(zip(tokens, fewest, voting, strict=True)):
+        if low < count and not votes:
+            raise InputError(
+                f"row {row} of the prompt has {count} visual tokens and no text token that could score them: add a "
+                "question, or call the model with ratio=0"
+            )

@@ -48,8 +48,8 @@ class CompiledPrefill:
         device = head_weights.device
         image, floor = (None, None) if plan.quotas is None else (plan.quotas.image, plan.quotas.floor)
         planned = (
-            plan.votes, plan.budget, head_weights, *slots(plan.length, sum(plan.kept), device), plan.candidates,
-            plan.least, image, floor,
+            plan.question_mask, plan.budget, head_weights, *slots(plan.length, sum(plan.kept), device), plan.candidates,
+            plan.least, image, floor, plan.question_images,
         )  # fmt: skip
         with self.turns.taking(inputs, past_mask, planned):
             return self.function(forward, inputs, past_mask, planned, along)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture.encode import positions_of
 from hawk_compile.capture.modalities import modalities_of, tokens_of
+from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import (
     TrackedCache,
     conversation_of,
@@ -36,6 +37,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     """
     if modalities_of(kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
+    take_question(kwargs)  # which nothing but pruning asks for
     cache = kwargs.get("past_key_values")
     if physical_length(cache) == 0:
         return run_text(model, runtime, forward, kwargs)

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from hawk_compile.runtime.asked import AskedQuestion
 from hawk_compile.runtime.records import PrefillRecord
 
 
@@ -17,11 +18,13 @@ class Generation:
         prompt_length: where every step prefills anew (`use_cache=False`): the ids of the prompt. What stands behind
             them was generated and has no vote.
         record: what the prefill of the prompt did.
+        question: what this call says of who votes.
         step_options: options of torch.compile for the decode step, where generate compiles it.
     """
 
     prompt_length: int | None = None
     record: PrefillRecord | None = None
+    question: AskedQuestion | None = None
     step_options: dict[str, Any] | None = None
 
 

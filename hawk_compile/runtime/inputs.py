@@ -12,6 +12,7 @@ from hawk_compile.capture.encode import positions_of, run_encoders
 from hawk_compile.capture.features import image_sizes, join_features
 from hawk_compile.capture.modalities import along_prompt, raw_modalities, tokens_of
 from hawk_compile.errors import InputError
+from hawk_compile.runtime.asked import AskedQuestion, take_question
 from hawk_compile.runtime.conversation import TrackedCache, physical_length, physical_mask
 from hawk_compile.runtime.positions import deltas_after, deltas_of
 from hawk_compile.runtime.refusals import refuse_two_kinds_of_layer_features
@@ -34,6 +35,7 @@ class PromptInputs:
         past_mask: [B, P] of the cache's slots; None where the cache holds nothing.
         cache: the caller's, or None.
         past: P, slots of the cache that are filled.
+        question: what the call says of who votes; None where it says nothing.
         deltas: [B, 1], what the model adds to a text position behind this prompt; None if it adds nothing.
         use_cache, return_dict: as given; None where they were not.
     """
@@ -46,6 +48,7 @@ class PromptInputs:
     past_mask: Tensor | None
     cache: Cache | None
     past: int
+    question: AskedQuestion | None
     deltas: Tensor | None
     use_cache: bool | None
     return_dict: bool | None
@@ -74,6 +77,8 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
         InputError: an attention mask of another length than the prompt or the conversation.
         UnsupportedCallError: features that the graph cannot tell apart.
     """
+    kwargs = dict(kwargs)
+    question = take_question(kwargs)
     cache, frames = kwargs.get("past_key_values"), kwargs.get("video_grid_thw")
     if raw_modalities(kwargs):
         kwargs = encoded_inputs(model, kwargs)
@@ -94,6 +99,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
         past_mask=past_mask,
         cache=cache,
         past=past,
+        question=question,
         deltas=deltas_after(model, cache, kwargs.get("position_ids"), whole_mask, rows, length),
         use_cache=kwargs.get("use_cache"),
         return_dict=kwargs.get("return_dict"),

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.modalities import modalities_of
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
 from hawk_compile.runtime.conversation import TrackedCache, note, physical_length, physical_mask
 from hawk_compile.runtime.forward import run
 from hawk_compile.runtime.generation import Generation, generating, running
@@ -90,9 +91,10 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
         runtime = self.__dict__.get(RUNTIME)
         if runtime is None:  # restored, and a wrapper of others around us is still in place
             return original(self, "forward")(*args, **kwargs)
+        question = {name: kwargs.pop(name) for name in QUESTION_ARGUMENTS if name in kwargs}
         named = signature.bind(self, *args, **kwargs).arguments
         more = named.pop(str(rest), {})
-        named = {**named, **more}
+        named = {**named, **more, **question}
         del named[next(iter(named))]  # self
         return run(self, runtime, original(self, "forward"), named)
 
@@ -101,10 +103,10 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
 
 @functools.cache
 def generate_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
-    """generate, whose steps know of one another, and whose output knows what the prefill did."""
+    """generate, whose steps know of one another and of its question, and whose output knows what the prefill did."""
 
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with generating(Generation()) as generation:
+        with generating(Generation(question=take_question(kwargs))) as generation:
             output = original(self, "generate")(*args, **kwargs)
         if isinstance(output, ModelOutput):
             output.hawk_record = generation.record  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from hawk_compile.capture.modalities import (
     tokens_of,
 )
 from hawk_compile.capture.patches import install_recorders
-from hawk_compile.plan.plan import Plan, make_plan
+from hawk_compile.plan.plan import Plan, make_plan, on_host
 from hawk_compile.plan.question import is_any
 from hawk_compile.runtime.conversation import track
 from hawk_compile.runtime.generation import running
@@ -55,26 +55,32 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
 
 def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> tuple[Plan, list[str]]:
     """The plan of a call, and the modalities in it that stay whole."""
-    config, tokens = runtime.config, inputs.tokens
+    config, tokens, generation = runtime.config, inputs.tokens, running.get()
     placeholders = placeholder_ids(model)
+    prompt = None if generation is None else generation.prompt_length
+    asked = inputs.question
+    if asked is None and generation is not None and generation.question is not None:
+        asked = generation.question.repeated(inputs.rows)
+    chat = runtime.learn_chat(model).form
     ids = inputs.arguments.get("input_ids")
     if ids is None:
-        ids = known_ids(model, tokens, [*runtime.ids.special, *placeholders])
+        telling = {*runtime.ids.special, *placeholders, *(chat.ids if chat else ()), *(asked.numbers if asked else ())}
+        ids = known_ids(model, tokens, sorted(telling))
+    ids, real = on_host(ids, inputs.mask)
     present = modalities_of({**inputs.arguments, "mm_encoder_outputs": inputs.features})
     left = sorted(present - set(config.modalities))
-    candidates = is_any(ids, tuple(placeholder_ids(model, config.modalities))) if left else None
+    candidates = is_any(ids, placeholder_ids(model, config.modalities)) if left else None
     images = None
     if config.per_image:
         refuse_quotas_of_audio(present & set(config.modalities))
         asked_for = {each: inputs.sizes[each] for each in inputs.sizes if each in config.modalities}
         images = quotas(ids, placeholders_by_modality(model), asked_for, config)
-    generation = running.get()
     plan = make_plan(
-        ids, is_any(ids, tuple(placeholders)), inputs.mask,
-        feature_count(model, inputs.arguments, inputs.features), runtime.ids, config,
-        None if generation is None else generation.prompt_length, images, candidates,
+        ids, is_any(ids, placeholders), real, feature_count(model, inputs.arguments, inputs.features), runtime.ids,
+        config, prompt, images, candidates, chat,
+        None if asked is None else asked.on_prompt(ids, real, runtime.ids, prompt),
     )  # fmt: skip
-    return plan, left
+    return plan.to(tokens.device), left
 
 
 def run_graph(
@@ -92,7 +98,8 @@ def run_graph(
         result, keep, valid, scores = runtime.prefill.run(
             forward, taken, inputs.past_mask, plan, weights, inputs.along)
     record = PrefillRecord(
-        plan.visual, plan.text, keep, valid, scores, rule, plan.source, runtime.head_weights.origin, inputs.length)
+        plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
+        runtime.chat.origin)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
     cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
     if cache is not None:

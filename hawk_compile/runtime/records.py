@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_compile.plan.question import QuerySource
+from hawk_compile.plan.question import Question
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,12 @@ class Report:
         keep_indices: per row an int64 tensor, ascending: the positions that were kept, text included.
         scores: [B, S] float32, the HAWK score of each visual token, 0 elsewhere; None where nothing was scored.
         reason: why tokens were or were not removed.
-        query_source: per row 'after_image', 'turn' or 'any_text': the text that voted.
+        query_source: per row, where the text that voted stands: 'after_image' (in the newest user's turn, behind its
+            last image if it has any), 'turn' (in that turn, but before its last image), 'earlier_turn' (the newest turn
+            holds no text), 'any_text' (no user's turn does) or 'given' (by the call). With `question="own"`, of the
+            row's last image and its own turn.
+        question_rule: per row, how it was found: by the 'template', from the 'ids' alone, or 'given'.
+        chat_template: which chat template that was, or why there is none.
         head_weights: where the head weights came from.
         prompt_tokens: S, the prompt's full length.
         kept_tokens: S', the length the decoder ran at.
@@ -34,6 +39,8 @@ class Report:
     head_weights: str
     prompt_tokens: int
     kept_tokens: int
+    question_rule: list[str]
+    chat_template: str
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,10 @@ class PrefillRecord:
     valid: Tensor | None
     scores: Tensor | None
     rule: str
-    source: Tensor | None
+    question: Question | None
     head_weights: str
     prompt_tokens: int
+    chat_template: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
         return self  # nothing in it changes: copies of a cache share it
@@ -70,14 +78,16 @@ class PrefillRecord:
             removed = total - sum(kept)
             reason += f" removes {removed} of" if removed else " leaves all"
             reason += f" {total} visual tokens"
-        source = [] if self.source is None else [QuerySource(each).name.lower() for each in self.source.tolist()]
+        question = self.question
         return Report(
             visual_tokens=torch.tensor(self.visual_tokens, dtype=torch.int64),
             kept_visual_tokens=torch.tensor(kept, dtype=torch.int64),
             keep_indices=indices,
             scores=None if self.scores is None else self.scores.cpu(),
             reason=reason,
-            query_source=source,
+            query_source=[] if question is None else [source.name.lower() for source in question.source],
+            question_rule=[] if question is None else [rule.name.lower() for rule in question.rule],
+            chat_template=self.chat_template,
             head_weights=self.head_weights,
             prompt_tokens=self.prompt_tokens,
             kept_tokens=self.prompt_tokens if self.keep is None else self.keep.shape[1],

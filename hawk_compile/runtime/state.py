@@ -13,7 +13,9 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.passes.insert_scoring import Ranks
+from hawk_compile.plan.chat import Chat
 from hawk_compile.plan.question import SpecialIds
+from hawk_compile.plan.template import chat_of
 from hawk_compile.runtime.compiled import CompiledPrefill, CompiledStep
 from hawk_compile.runtime.conversation import note
 from hawk_compile.runtime.generation import running
@@ -30,6 +32,7 @@ class Runtime:
 
     Attributes:
         originals: name of an attribute that is shadowed -> what lay there before; none where it was the class's.
+        chat: what surrounds a user's text, once that is learned (`chat_known`).
         last: what the model's last prefill did, whichever thread ran it.
     """
 
@@ -42,6 +45,8 @@ class Runtime:
         self.head_weights = head_weights
         self.ids = ids
         self.originals = originals
+        self.chat = Chat()
+        self.chat_known = False
         self.last: PrefillRecord | None = None
         self.ranks = ranks
         self.prefill = CompiledPrefill(config, ranks)
@@ -69,6 +74,9 @@ class Runtime:
 
     def take_compiled(self, earlier: "Runtime") -> None:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""
+        asked = (self.config.processor, self.ids.end_of_turn, self.config.end_of_turn_token_id)
+        if asked == (earlier.config.processor, earlier.ids.end_of_turn, earlier.config.end_of_turn_token_id):
+            self.chat, self.chat_known = earlier.chat, earlier.chat_known
         if earlier.config.backend == self.config.backend:
             self.compiled_steps = earlier.compiled_steps
             self.static_length = earlier.static_length
@@ -97,6 +105,15 @@ class Runtime:
         if filled is not None:
             note(filled, record=record)
         return filled
+
+    def learn_chat(self, model: PreTrainedModel) -> Chat:
+        """What the chat template puts around a user's text: learned once, when there is a prompt to prune."""
+        if not self.chat_known:
+            path = getattr(model.config, "_name_or_path", "")
+            chosen = self.settings.end_of_turn_token_id is not None
+            self.chat = chat_of(self.settings.processor, path, self.ids.end_of_turn, chosen)
+            self.chat_known = True
+        return self.chat
 
     @property
     def compilations(self) -> int:

@@ -24,6 +24,7 @@ NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
 QUOTAS = ("prompt", "image")
 QUERIES = ("mean", "last", "each", "content")
+QUESTIONS = ("newest", "own")
 MODALITIES = ("image", "video", "audio")
 MAX_DENOMINATOR = 10**6
 """Ratios are read as the nearest fraction with at most this denominator, so that 0.7 of 10 tokens is 7, not 6."""
@@ -53,16 +54,22 @@ class HawkConfig:
         selector: how visual tokens are ranked: "hawk" (by its score) or another name, a selector with options such as
             `hawk_compile.selectors.IDPruner(importance=0.3)`, or a ranking function of one's own.
         selector_options: deprecated: options of a selector that `selector` names.
-        query: how the voting text counts: "mean" (its mean query, as in the paper), "last" (its last token alone),
+        question: whose text votes: "newest": the newest user's, on all images; "own": every image is scored by the
+            text of its own turn, whatever is asked later, which is what a cache of common prefixes needs (with
+            `quota="image"` what an image keeps is then fixed, too). A call's own `question_ids` ([B, T] or a list for
+            each row: tokens of the prompt) or `question_mask` ([B, S]) go before both.
+        processor: the model's processor or tokenizer, whose chat template says where users' texts stand. None: that of
+            the model's checkpoint, if it lies on this machine; where there is none, the ids alone say it.
+        query: how the question's tokens count: "mean" (their mean query, as in the paper), "last" (the last alone),
             "each" (every token's own normalised scores, alike) or "content" (those by how specific the token's
             attention is); see `hawk_compile.kernels.score.voters`. None: as the selector has it, "mean" for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         compile_vision: also compile the vision encoder, as graphs of its own for images of all sizes.
-        vision_end_token_id: id that closes an image in the prompt; text behind the last one votes. None: taken from the
-            model's config, else the text behind the last visual token.
-        end_of_turn_token_id: ids that end the user's turn: text from the last of them on does not vote. None: the
-            generation config's eos_token_id.
+        vision_end_token_id: id that closes an image in the prompt; text behind the last one of a turn votes. None:
+            taken from the model's config, else the text behind the last visual token.
+        end_of_turn_token_id: ids that end a turn. None: the generation config's eos_token_id. If given, these ids say
+            where users' texts stand unless a `processor` is given too.
     """
 
     ratio: float = 0.8
@@ -74,6 +81,8 @@ class HawkConfig:
     modalities: tuple[str, ...] = ("image", "video")
     selector: str | Selector | RankingFunction = "hawk"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
+    question: str = "newest"
+    processor: Any = field(default=None, repr=False)
     query: str | None = None
     backend: str = "inductor"
     compile_decode: bool = False
@@ -91,6 +100,7 @@ class HawkConfig:
             check_choice("query", self.query, QUERIES)
         check_modalities(self.modalities)
         check_selector(self)
+        check_question(self)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
         check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
         for name in ("compile_decode", "compile_vision"):
@@ -191,6 +201,20 @@ def check_selector(config: HawkConfig) -> None:
     ):
         raise ConfigError(
             f'selector "{method.name}" weights all heads alike: leave head_weights out, or take selector "hawk"'
+        )
+
+
+def check_question(config: HawkConfig) -> None:
+    check_choice("question", config.question, QUESTIONS)
+    if config.question == "own" and config.method.reads("votes"):
+        raise ConfigError(
+            f'question="own" gives every image a text of its own, and selector "{config.selector}" compares all images '
+            'with one: leave question out, or take selector="hawk"'
+        )
+    if config.processor is not None and not hasattr(config.processor, "apply_chat_template"):
+        raise ConfigError(
+            f"processor must be a processor or tokenizer of transformers, got {type(config.processor).__name__}: give "
+            "what AutoProcessor.from_pretrained returns"
         )
 
 

@@ -60,6 +60,10 @@ class Selector:
             object.__setattr__(self, each.name, value)
         object.__setattr__(self, "options", {each.name: getattr(self, each.name) for each in own})
 
+    def reads(self, name: str) -> bool:
+        """Whether the ranking reads what has this name."""
+        return self.ranking is not None and name in inspect.signature(self.ranking).parameters
+
     @property
     def defaults(self) -> dict[str, Any]:
         """The options as they are where nothing is said."""

@@ -34,11 +34,12 @@ def plan(
     least: Tensor | None = None,
     image: Tensor | None = None,
     floor: Tensor | None = None,
+    question_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry a pruning plan into a graph and its outcome out of it.
 
     Args:
-        query_mask: [B, S] bool or float: which text tokens vote, or how much.
+        query_mask: [B, S] bool or float: which text tokens vote, or how much; [B, G, S] where images have G questions.
         budget: [B] int64: the number of visual tokens that each row keeps.
         head_weights: [H] float32: the weight of each query head of the scoring layer.
         slots: [S', 0]: carries S', the length of every row after pruning.
@@ -47,6 +48,7 @@ def plan(
         least: [B] int64: the least that each row keeps, where the graph finds the number itself; `budget` is then the
             most, and S' and V' are found in the graph too.
         image, floor: [B, S] int64: which image each visual token belongs to, and how many tokens that keeps at least.
+        question_images: [B, G, S] bool: the visual tokens that each question scores; None: one question scores all.
 
     Returns:
         keep [B, S'] int64 (positions), valid [B, S'] bool (False = padding), scores [B, S] float32.
@@ -71,7 +73,8 @@ def _(
     least: Tensor | None = None,
     image: Tensor | None = None,
     floor: Tensor | None = None,
+    question_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length = query_mask.shape
+    rows, length = query_mask.shape[0], query_mask.shape[-1]
     keep = budget.new_empty((rows, slots.shape[0]), dtype=torch.int64)
     return keep, torch.empty_like(keep, dtype=torch.bool), head_weights.new_empty((rows, length))

@@ -1,10 +1,11 @@
-"""Which text votes, and how much is kept, against plain-Python oracles of the written rules."""
+"""Which text of one turn votes, what a call says of it, and how much is kept; conversations are in test_chat.py."""
 
 from __future__ import annotations
 
 import json
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from hawk_compile.errors import InputError
 from hawk_compile.plan.plan import make_plan
-from hawk_compile.plan.question import QuerySource, SpecialIds, voting_text
+from hawk_compile.plan.question import QuerySource, QuestionRule, SpecialIds, find_question, mask_of_ids
 from hawk_compile.settings.config import HawkConfig
 
 VISUAL, VISION_END, TURN, OTHER_TURN, PAD = 4, 7, 3, 1, 0
@@ -24,37 +25,34 @@ a_row = st.lists(
 )
 
 
-def oracle(ids: list[int], real: list[bool], special: SpecialIds) -> tuple[set[int], QuerySource]:
-    """The rule of `hawk_compile.plan.question`, for one row: positions that vote, and where they came from."""
-    places = range(len(ids))
-    text = {i for i in places if real[i] and ids[i] != VISUAL}
-    last_visual = max((i for i in places if ids[i] == VISUAL), default=-1)
-    start = max([last_visual, *(i for i in places if ids[i] in special.vision_end and real[i])])
-    ends = [i for i in places if ids[i] in special.end_of_turn and real[i]]
-    stop = ends[-1] if ends and ends[-1] > start else len(ids)
-    after = {i for i in text if start < i < stop}
-    if after:
-        return after, QuerySource.AFTER_IMAGE
-    opened = max((i for i in ends if i < last_visual), default=-1)
-    turn = {i for i in text if opened < i < stop and ids[i] not in special.special}
-    if turn:
-        return turn, QuerySource.TURN
-    return text, QuerySource.ANY_TEXT
+def question_of(row: list[int], special: SpecialIds = IDS) -> tuple[list[int], QuerySource]:
+    """The places that vote in one row without padding, and where they stand."""
+    ids = torch.tensor([row])
+    found = find_question(ids, ids == VISUAL, torch.ones_like(ids).bool(), special)
+    return found.mask[0].nonzero()[:, 0].tolist(), found.source[0]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(a_row, min_size=1, max_size=4), st.data())
-def test_voting_text(rows: list[list[int]], data: st.DataObject) -> None:
+@given(st.lists(a_row, min_size=1, max_size=4), st.booleans(), st.booleans())
+def test_any_prompt(rows: list[list[int]], left: bool, own: bool) -> None:
+    """Text alone votes, some of it wherever there is any; padding and other rows change nothing."""
     length = max(1, *map(len, rows))
-    ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
-    real = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
-    if data.draw(st.booleans()):
-        real, ids = real.flip(1), ids.flip(1)
-    votes, source = voting_text(ids, ids == VISUAL, real, IDS)
-    for row in range(len(rows)):
-        wanted, origin = oracle(ids[row].tolist(), real[row].tolist(), IDS)
-        assert votes[row].nonzero()[:, 0].tolist() == sorted(wanted)
-        assert source[row] == origin
+    ids = torch.tensor([[PAD] * (length - len(row)) + row if left
+                        else row + [PAD] * (length - len(row)) for row in rows])  # fmt: skip
+    real = torch.tensor([[False] * (length - len(row)) + [True] * len(row) if left
+                         else [True] * len(row) + [False] * (length - len(row)) for row in rows])  # fmt: skip
+    visual = (ids == VISUAL) & real
+    found = find_question(ids, visual, real, IDS, own=own)
+    votes = found.mask if found.images is None else found.mask.any(1)
+    text = real & ~visual
+    assert not (votes & ~text).any()
+    assert votes.any(1).equal(text.any(1))
+    if found.images is not None:
+        assert found.images.sum(1).equal(visual.long()), "every visual token is scored by one question"
+    if not own:
+        for row, mask, there, source in zip(rows, votes, real, found.source, strict=True):
+            alone = question_of(row) if row else ([], QuerySource.ANY_TEXT)
+            assert (mask[there].nonzero()[:, 0].tolist(), source) == alone
 
 
 @pytest.mark.parametrize(("ids", "wanted", "origin"), [
@@ -63,12 +61,52 @@ def test_voting_text(rows: list[list[int]], data: st.DataObject) -> None:
     ([2, 50, 51, 6, 4, 4, 7, 3, 16], [1, 2], QuerySource.TURN),  # the question stands before the image
     ([50, 51, 3, 52, 6, 4, 7, 3], [3], QuerySource.TURN),  # an earlier turn is over
     ([2, 6, 4, 7, 3], [0, 1, 3, 4], QuerySource.ANY_TEXT),
-    ([2, 4, 4, 7, 50, 4, 7, 51, 3, 52, 3], [7, 8, 9], QuerySource.AFTER_IMAGE),  # up to the last end of a turn
+    ([2, 4, 4, 7, 50, 4, 7, 51, 3, 52, 3], [9], QuerySource.AFTER_IMAGE),  # the last turn
+    ([2, 6, 4, 7, 50, 51, 3, 60, 61, 3, 2, 3], [4, 5], QuerySource.EARLIER_TURN),  # special ids are no text
+    ([2, 4, 4, 50, 51, 3, 60, 61, 62], [6, 7, 8], QuerySource.AFTER_IMAGE),  # the id closes answers only
+    ([2, 4, 4, 7, 50, 51, 3, 60, 61, 62], [4, 5], QuerySource.AFTER_IMAGE),  # a header, as in models that name id 7
+    ([2, 50, 51, 52, 4, 4, 53, 54], [6, 7], QuerySource.AFTER_IMAGE),
+    ([2, 20, 21, 22, 50, 51, 52, 4, 4, 53, 3, 20, 23, 22], [4, 5, 6, 9], QuerySource.TURN),  # 53 may close the image
     ([4, 4, 51], [2], QuerySource.AFTER_IMAGE),
+    ([4, 50, 51, 4, 52, 53, 54, 55, 56, 4, 7], [4, 5, 6, 7, 8], QuerySource.TURN),  # a gap, and text between images
 ])  # fmt: skip
 def test_examples(ids: list[int], wanted: list[int], origin: QuerySource) -> None:
-    votes, source = voting_text(torch.tensor([ids]), torch.tensor([ids]) == VISUAL, torch.ones(1, len(ids)).bool(), IDS)
-    assert votes[0].nonzero()[:, 0].tolist() == wanted and source.tolist() == [origin]
+    assert question_of(ids) == (wanted, origin)
+
+
+def given_votes(config: HawkConfig | None = None, **asked: Any) -> list[list[int]]:
+    ids = torch.tensor([[2, 4, 4, 50, 51, 3, 60, 50, 51, 3], [0, 0, 2, 4, 4, 4, 53, 54, 3, 16]])
+    real = ids != PAD
+    plan = make_plan(ids, ids == VISUAL, real, 5, IDS, config or HawkConfig(ratio=0.5), **asked)
+    assert plan.question.source == [QuerySource.GIVEN] * 2 and plan.question.rule == [QuestionRule.GIVEN] * 2
+    return [mask.nonzero()[:, 0].tolist() for mask in plan.question_mask]
+
+
+def test_a_mask_says_who_votes() -> None:
+    """Before what the settings say; visual tokens and padding in it do not count."""
+    mask = torch.zeros(2, 10, dtype=torch.long)
+    mask[0, 3:5], mask[1, :7] = 1, 1
+    for config in (HawkConfig(ratio=0.5), HawkConfig(ratio=0.5, question="own")):
+        assert given_votes(config, question_mask=mask) == [[3, 4], [2, 6]]
+    with pytest.raises(InputError, match="holds none of row 1"):
+        given_votes(question_mask=mask * torch.tensor([[1], [0]]))
+
+
+def test_ids_say_who_votes() -> None:
+    """The last place in the row; padding and special ids around them do not count."""
+    ids = torch.tensor([[2, 4, 4, 50, 51, 3, 60, 50, 51, 3], [0, 0, 2, 4, 4, 4, 53, 54, 3, 16]])
+    real = ids != PAD
+    for wanted in ([[50, 51], [53]], torch.tensor([[2, 50, 51], [-1, 53, PAD]])):
+        mask = mask_of_ids(ids, real, wanted, IDS)
+        assert [row.nonzero()[:, 0].tolist() for row in mask] == [[7, 8], [6]]
+    with pytest.raises(InputError, match=r"question_ids of row 1, \[54, 53\], does not stand in that row"):
+        mask_of_ids(ids, real, [[50], [54, 53]], IDS)
+    with pytest.raises(InputError, match="of row 0"):
+        mask_of_ids(ids, real, [[], [53]], IDS)
+    with pytest.raises(InputError, match="each of the 2 rows, got 1"):
+        mask_of_ids(ids, real, [[50]], IDS)
+    with pytest.raises(InputError, match="a list of ids for each row"):
+        mask_of_ids(ids, real, [50, 53], IDS)
 
 
 @settings(max_examples=500, deadline=None)
@@ -113,7 +151,7 @@ def test_plan(rows: list[tuple[int, int, int]], ratio: Decimal, left: bool) -> N
 def test_later_positions_do_not_vote() -> None:
     ids = torch.tensor([[2, 4, 4, 51, 52, 53]])
     plan = make_plan(ids, ids == VISUAL, None, 2, IDS, HawkConfig(ratio=0.5), 4)
-    assert plan.votes.nonzero()[:, 1].tolist() == [3]
+    assert plan.question_mask.nonzero()[:, 1].tolist() == [3]
 
 
 @pytest.mark.parametrize("case", ["case00", "case01", "case02", "case03"])
@@ -126,12 +164,12 @@ def test_golden_voters(case: str) -> None:
     ids = held.pop("input_ids")
     visual = ids == named["image_token_id"]
     special = SpecialIds((named["vision_end_token_id"],), (named["end_of_turn_token_id"],), ())
-    votes, source = voting_text(ids, visual, torch.ones_like(visual), special)
-    assert source.tolist() == [QuerySource.AFTER_IMAGE]
+    found = find_question(ids, visual, torch.ones_like(visual), special)
+    assert found.source == [QuerySource.AFTER_IMAGE]
     hidden = held["hidden"][0].double()
     normed = hidden * (hidden.square().mean(-1, keepdim=True) + named["rms_eps"]).rsqrt() * held["norm_weight"].double()
     heads, kv_heads = named["heads"], named["kv_heads"]
-    query = (normed[votes[0]].mean(0) @ held["wq"].double().T + held["bq"].double()).unflatten(0, (heads, -1))
+    query = (normed[found.mask[0]].mean(0) @ held["wq"].double().T + held["bq"].double()).unflatten(0, (heads, -1))
     key = (normed[visual[0]] @ held["wk"].double().T + held["bk"].double()).unflatten(1, (kv_heads, -1))
     raw = torch.einsum("hd,vhd->vh", query, key.repeat_interleave(heads // kv_heads, 1))
     total = (raw / raw.norm(dim=0)) @ held["head_weights"].double()

@@ -1,0 +1,82 @@
+"""A call's own question: the arguments `question_ids` and `question_mask` of forward and generate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_compile.errors import InputError
+from hawk_compile.plan.question import SpecialIds, mask_of_ids
+
+QUESTION_ARGUMENTS = ("question_ids", "question_mask")
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """What a call says of who votes; one of the two.
+
+    Attributes:
+        ids: [B, T], or a list of ids for each row: tokens of the prompt.
+        mask: [B, S], nonzero for the tokens that vote.
+    """
+
+    ids: Any = None
+    mask: Tensor | None = None
+
+    @property
+    def numbers(self) -> set[int]:
+        """The ids of all rows."""
+        rows = self.ids.tolist() if isinstance(self.ids, Tensor) else self.ids or ()
+        return {number for row in rows if not isinstance(row, int) for number in row if number >= 0}
+
+    def repeated(self, rows: int) -> "AskedQuestion":
+        """For `rows` rows, among which generate repeats those it was given (beams, several sequences)."""
+        given = self.ids if self.mask is None else self.mask
+        count = len(given)
+        if not count or rows == count or rows % count:
+            return self
+        if isinstance(given, Tensor):
+            more: Any = given.repeat_interleave(rows // count, 0)
+        else:
+            more = [row for row in given for _ in range(rows // count)]
+        return AskedQuestion(more) if self.mask is None else AskedQuestion(mask=more)
+
+    def on_prompt(self, ids: Tensor, real: Tensor, special: SpecialIds, prompt: int | None) -> Tensor:
+        """[B, S] on the host, nonzero for the question.
+
+        Args:
+            ids, real: [B, S] on the host.
+            prompt: positions from here on were generated; None if none were.
+
+        Raises:
+            InputError: a mask of another shape, or ids that do not stand in their row.
+        """
+        rows, length = ids.shape
+        covered = length if prompt is None else prompt
+        if self.mask is None:
+            return mask_of_ids(ids, real & (torch.arange(length) < covered), self.ids, special)
+        if self.mask.ndim != 2 or self.mask.shape[0] != rows or self.mask.shape[1] < covered:
+            raise InputError(
+                f"question_mask must have shape [{rows}, {covered}] like the prompt, got {tuple(self.mask.shape)}"
+            )
+        mask = self.mask.cpu()[:, self.mask.shape[1] - covered :]  # of a conversation on a cache, what is new
+        return torch.nn.functional.pad(mask, (0, length - covered))
+
+
+def take_question(kwargs: dict[str, Any]) -> AskedQuestion | None:
+    """Take a call's own question out of its arguments; None where it has none.
+
+    Raises:
+        InputError: both ways at once, or something that is no mask.
+    """
+    ids, mask = (kwargs.pop(name, None) for name in QUESTION_ARGUMENTS)
+    if ids is None and mask is None:
+        return None
+    if ids is not None and mask is not None:
+        raise InputError("a call takes either question_ids or question_mask, got both: give one of them")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InputError(f"question_mask must be a tensor [B, S], got {type(mask).__name__}")
+    if ids is not None and not isinstance(ids, (Tensor, list, tuple)):
+        raise InputError(f"question_ids must be [B, T] or a list of ids for each row, got {type(ids).__name__}")
+    return AskedQuestion(ids, mask)

@@ -1,0 +1,198 @@
+"""The newest user's text votes, in every chat format, and nothing else: by the template, and from the ids alone."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from hawk_compile.plan.chat import ChatFormat
+from hawk_compile.plan.question import Question, QuestionRule, find_question
+from hawk_compile.plan.template import chat_of, learn
+from tests.plan import formats
+from tests.plan.formats import FORMATS, Talk, question
+
+ALIKE = ("q1a q1d q1c", "q1a q1e q1c")
+SITUATIONS = {
+    "one turn": Talk(((question(1), 1, 0),)),
+    "one turn, no header": Talk(((question(1), 1, 0),), generation=False),
+    "system": Talk(((question(1), 1, 0),), system=True),
+    "before the image": Talk(((question(1), 0, 1),)),
+    "before the image, system": Talk(((question(1), 0, 1),), system=True),
+    "before the image, no header": Talk(((question(1), 0, 1),), generation=False),
+    "two": Talk(((question(1), 1, 0), (question(2), 0, 0))),
+    "two, system": Talk(((question(1), 1, 0), (question(2), 0, 0)), system=True),
+    "two, no header": Talk(((question(1), 1, 0), (question(2), 0, 0)), generation=False),
+    "three": Talk(((question(1), 1, 0), (question(2), 0, 0), (question(3), 0, 0))),
+    "three, system": Talk(((question(1), 1, 0), (question(2), 0, 0), (question(3), 0, 0)), system=True),
+    "three, no header": Talk(((question(1), 1, 0), (question(2), 0, 0), (question(3), 0, 0)), generation=False),
+    "four": Talk(((question(1), 1, 0), (question(2), 0, 0), (question(3), 0, 0), (question(4), 0, 0))),
+    "image in the third": Talk(((question(1), 0, 0), (question(2), 0, 0), (question(3), 1, 0), (question(4), 0, 0))),
+    "image in the last": Talk(((question(1), 0, 0), (question(2), 1, 0))),
+    "image in the last, behind": Talk(((question(1), 0, 0), (question(2), 0, 1)), system=True),
+    "images in both": Talk(((question(1), 1, 0), (question(2), 2, 0))),
+    "images in both, no header": Talk(((question(1), 1, 0), (question(2), 1, 0)), system=True, generation=False),
+    "empty": Talk(((question(1), 1, 0), ("", 0, 0))),
+    "empty, system": Talk(((question(1), 1, 0), ("", 0, 0)), system=True),
+    "empty with an image": Talk(((question(1), 1, 0), ("", 1, 0))),
+    "empty third": Talk(((question(1), 1, 0), (question(2), 0, 0), ("", 0, 0))),
+    "long": Talk(((question(1, 5), 1, 0), (question(2, 5), 0, 0))),
+    "one word": Talk(((question(1, 1), 1, 0), (question(2, 1), 0, 0))),
+    "the same again": Talk(((question(1), 1, 0), (question(1), 0, 0))),
+    "the first again": Talk(((question(1), 1, 0), (question(2), 0, 0), (question(1), 0, 0))),
+    "one word differs": Talk(((question(1), 1, 0), (ALIKE[0], 0, 0), (ALIKE[1], 0, 0))),
+    "new lines": Talk((("q1a \n q1b", 1, 0), ("q2a \n q2b", 0, 0))),
+    "tool": Talk(((question(1), 1, 0),), tool=True),
+    "tool, system": Talk(((question(1), 1, 0), (question(2), 0, 0)), tool=True, system=True),
+}  # fmt: skip
+TAKEN = {
+    name: [situation for situation, talk in SITUATIONS.items()
+           if (form.system or not talk.system) and (form.tools or not talk.tool)]
+    for name, form in FORMATS.items()
+}  # fmt: skip
+
+ROLES_ALIKE = dict.fromkeys(("qwen", "qwen thinking", "internvl"), "a tool's message has the user's role")
+UNTOLD = {
+    **{(name, tool): why for tool in ("tool", "tool, system") for name, why in ROLES_ALIKE.items()},
+    **{("mistral", tool): "what stands behind a closed answer is a user's" for tool in ("tool", "tool, system")},
+    **{(name, situation): "no end-of-turn id yet: the header behind the only turn is text like any"
+       for name in ("vicuna", "mistral")
+       for situation in ("one turn", "system", "before the image", "before the image, system")},
+    **{(name, "before the image, no header"): "the same" for name in ("vicuna", "mistral")},
+    ("mistral", "one turn, no header"): "the same",
+    **{(name, "before the image, no header"): "no answer's header to know the user's by"
+       for name in ("qwen", "qwen thinking", "llama 3", "gemma", "internvl", "smolvlm")},
+    **{(name, "empty with an image"): "what the processor puts behind an image is text like any"
+       for name in ("vicuna", "mistral", "gemma", "internvl", "smolvlm")},
+    **{(name, "the same again"): "what ends both questions may be a header" for name in ("vicuna", "mistral")},
+    ("qwen thinking", "new lines"): "the header ends with an id that stands in the question",
+}  # fmt: skip
+"""What the ids alone cannot tell, and why; the template can."""
+
+
+@cache
+def chat(name: str) -> ChatFormat:
+    return learn(formats.tokenizer(name), formats.special_of(name).end_of_turn)
+
+
+def asked(
+    name: str, talk: Talk, form: ChatFormat | None, left: bool = True, **settings: Any
+) -> tuple[Question, list[str]]:
+    """The question of a row that is padded beside a longer one."""
+    line = formats.ids_of(name, talk)
+    ids, visual, real = formats.batch(name, [line, [*line, *line[-3:]]], left)
+    found = find_question(ids[:1], visual[:1], real[:1], formats.special_of(name), form, **settings)
+    return found, formats.words_at(name, ids[0], found.mask[0].view(-1, ids.shape[1]).any(0)).split(" ")
+
+
+def newest(talk: Talk) -> list[str]:
+    return [text for text, _, _ in talk.turns if text][-1].split(" ")
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_newest_users_text_by_the_template(name: str, left: bool) -> None:
+    for situation in TAKEN[name]:
+        found, words = asked(name, SITUATIONS[situation], chat(name), left)
+        assert words == newest(SITUATIONS[situation]), situation
+        assert found.rule == [QuestionRule.TEMPLATE], situation
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_newest_users_text_from_the_ids(name: str, left: bool) -> None:
+    """All of it, and beside it at most what closes an image: ids that no setting of a model names."""
+    for situation in TAKEN[name]:
+        found, words = asked(name, SITUATIONS[situation], None, left)
+        wanted = newest(SITUATIONS[situation])
+        beside = {*FORMATS[name].image, "\n"} - {*wanted}
+        left_over = [word for word in words if word not in beside]
+        if (name, situation) in UNTOLD:
+            assert words and left_over != wanted, f"{situation} works, and is written down as what does not"
+        elif name in ("vicuna", "mistral") and situation == "one word differs":
+            assert left_over == wanted[:-1], situation  # what ends all questions may be the header of answers
+        else:
+            assert left_over == wanted, situation
+        assert found.rule == [QuestionRule.IDS]
+
+
+def test_rows_of_a_batch_are_of_different_formats() -> None:
+    """A row that the template did not make is read by its ids."""
+    name = "qwen"
+    words = formats.tokenizer(name)
+    other = words.convert_tokens_to_ids(["<image>", "<image>", "q2a", "q2b"])
+    ids, visual, real = formats.batch(name, [formats.ids_of(name, SITUATIONS["three"]), other])
+    found = find_question(ids, visual, real, formats.special_of(name), chat(name))
+    assert found.rule == [QuestionRule.TEMPLATE, QuestionRule.IDS]
+    assert [formats.words_at(name, row, mask) for row, mask in zip(ids, found.mask, strict=True)] == [
+        question(3), "q2a q2b",
+    ]  # fmt: skip
+
+
+def test_every_image_has_the_text_of_its_own_turn() -> None:
+    talk = Talk(((question(1), 1, 0), (question(2), 0, 0), (question(3), 2, 0)))
+    for form in (chat("qwen"), None):
+        found, _ = asked("qwen", talk, form, own=True)
+        assert found.images is not None
+        line = formats.ids_of("qwen", talk)
+        ids, visual, _ = formats.batch("qwen", [line, [*line, *line[-3:]]])
+        assert [formats.words_at("qwen", ids[0], mask) for mask in found.mask[0]] == [question(1), question(3)]
+        assert found.images[0].sum(1).tolist() == [formats.VISUAL, 2 * formats.VISUAL]
+        assert found.images[0].any(0).equal(visual[0])
+
+
+def test_own_and_newest_are_one_where_one_turn_has_images() -> None:
+    for situation in ("one turn", "image in the last", "before the image"):
+        newest_one, _ = asked("qwen", SITUATIONS[situation], chat("qwen"))
+        own, _ = asked("qwen", SITUATIONS[situation], chat("qwen"), own=True)
+        assert own.images is None and own.mask.equal(newest_one.mask)
+
+
+def test_an_image_without_text_has_the_question_before_it() -> None:
+    """Not one that comes later, which a cache of common prefixes does not know."""
+    talk = Talk(((question(1), 1, 0), ("", 1, 0), (question(3), 0, 0)))
+    found, _ = asked("llama 3", talk, chat("llama 3"), own=True)
+    line = formats.ids_of("llama 3", talk)
+    ids, _, _ = formats.batch("llama 3", [line, [*line, *line[-3:]]])
+    assert [formats.words_at("llama 3", ids[0], mask) for mask in found.mask[0]] == [question(1), question(1)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_travels_as_json(name: str) -> None:
+    assert ChatFormat.from_json(json.loads(json.dumps(chat(name).to_json()))) == chat(name)
+
+
+@pytest.mark.parametrize(("template", "why"), [
+    (None, "it has no chat template"),
+    ("{{ raise_exception('no') }}", "it renders no conversation of two turns"),
+    ("{% for m in messages %}{{ m['content'][0]['text'] }} {% endfor %}", "more than white space"),
+    ("{% for m in messages %}User : {{ m['content'][0]['text'] }} {% endfor %}", "does not find it"),
+    ("{% for m in messages %}User : hello {% endfor %}", "it renders no conversation of two turns"),
+])  # fmt: skip
+def test_a_template_that_says_nothing_is_not_used(template: str | None, why: str) -> None:
+    source = formats.tokenizer.__wrapped__("qwen")
+    source.chat_template = template
+    found = chat_of(source, "", formats.special_of("qwen").end_of_turn)
+    assert found.form is None and why in found.origin
+
+
+def test_a_checkpoint_is_looked_for_on_this_machine_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats.tokenizer("qwen").save_pretrained(tmp_path)
+    ends = formats.special_of("qwen").end_of_turn
+    assert chat_of(None, str(tmp_path), ends).form == chat("qwen")
+    assert chat_of(None, str(tmp_path), ends, chosen_ends=True).form is None
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    assert "no tokenizer lies there" in chat_of(None, "nobody/nothing", ends).origin
+    assert "was not loaded from a checkpoint" in chat_of(None, "", ends).origin
+
+
+def test_unknown_ids_are_no_header() -> None:
+    """A prompt of embeddings: what no id is known of equals nothing, itself included."""
+    special = formats.special_of("qwen")
+    end, image = special.end_of_turn[0], 2
+    ids = torch.tensor([[-1, -1, image, -1, -1, end, -1, -1, -1, -1, -1]])
+    found = find_question(ids, ids == image, torch.ones_like(ids).bool(), special)
+    assert found.mask[0].nonzero()[:, 0].tolist() == [6, 7, 8, 9, 10]
