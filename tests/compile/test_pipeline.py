@@ -19,11 +19,6 @@ from hawk_compile.passes.graph import is_call
 from tests.passes import graphs
 
 
-def captured():
-    inputs = graphs.prompt()
-    return graphs.captured(graphs.planned(graphs.Decoder()), inputs, graphs.plan_of(inputs, 2))
-
-
 def test_the_passes_read_as_one_list():
     assert [step.name for step in PASSES] == [
         "functionalize_writes",
@@ -43,13 +38,13 @@ def test_the_passes_read_as_one_list():
 
 
 def test_no_merge_counts_elements():
-    before, after = captured(), run_passes(captured(), [], PassOptions())
+    before, after = graphs.of_a_decoder(), run_passes(graphs.of_a_decoder(), [], PassOptions())
     assert [sum(is_call(node, "masked_scatter") for node in gm.graph.nodes) for gm in (before, after)] == [1, 0]
 
 
 def test_each_pass_says_what_it_did(caplog):
     with caplog.at_level(logging.INFO, logger="hawk_compile"):
-        run_passes(captured(), [], PassOptions())
+        run_passes(graphs.of_a_decoder(), [], PassOptions())
     lines = [record.message for record in caplog.records]
     assert [line.split(":")[0] for line in lines] == [f"{i}. {step.name}" for i, step in enumerate(PASSES, start=1)]
     assert all("nodes" in line and "ms" in line for line in lines)
@@ -57,7 +52,7 @@ def test_each_pass_says_what_it_did(caplog):
 
 def test_dump_writes_the_graph_before_and_after_each_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("HAWK_DUMP", str(tmp_path / "dumps"))
-    run_passes(captured(), [], PassOptions())
+    run_passes(graphs.of_a_decoder(), [], PassOptions())
     files = {path.name.split("_", 1)[1] for path in (tmp_path / "dumps").iterdir()}
     assert files == {"0_captured.py", *(f"{i}_{step.name}.py" for i, step in enumerate(PASSES, start=1))}
     texts = {path.name.split("_", 2)[2]: path.read_text() for path in (tmp_path / "dumps").iterdir()}
@@ -67,7 +62,7 @@ def test_dump_writes_the_graph_before_and_after_each_pass(tmp_path, monkeypatch)
 def test_an_optional_pass_can_be_left_out_and_says_so(monkeypatch, caplog):
     monkeypatch.setenv("HAWK_DISABLE", "refresh_values")
     with caplog.at_level(logging.WARNING, logger="hawk_compile"):
-        run_passes(captured(), [], PassOptions())
+        run_passes(graphs.of_a_decoder(), [], PassOptions())
     assert "refresh_values: left out" in caplog.text
 
 
@@ -109,7 +104,7 @@ def test_an_export_refuses_to_leave_out_what_it_needs(monkeypatch):
 def test_a_switch_that_makes_no_sense_is_refused(monkeypatch, switch, value, message):
     monkeypatch.setenv(switch, value)
     with pytest.raises(ConfigError, match=message):
-        run_passes(captured(), [], PassOptions())
+        run_passes(graphs.of_a_decoder(), [], PassOptions())
 
 
 def test_compilers_caches_are_keyed_by_the_sources():
@@ -126,7 +121,7 @@ def test_compilers_caches_are_keyed_by_the_sources():
     original = backend.inner_compiler
     backend.inner_compiler = lambda name: inner
     try:
-        backend.compile_graph(captured(), [], HawkConfig(backend="eager"), PassOptions())
+        backend.compile_graph(graphs.of_a_decoder(), [], HawkConfig(backend="eager"), PassOptions())
     finally:
         backend.inner_compiler = original
     assert seen == [source_tag()] and len(source_tag()) > 8

