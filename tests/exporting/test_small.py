@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hawk_compile.errors import InputError
-from hawk_compile.exporting import write
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
+from hawk_compile.exporting.parts import write_part
 
 FORMATS = ("aoti", "openvino", "executorch")
 WIDTH = 64
@@ -46,7 +46,7 @@ def test_parts_answer_as_pytorch(format: str, tmp_path: Path) -> None:
     target: Any = importlib.import_module(f"hawk_compile.exporting.{format}")
     options = target.options({"sizes": SIZES}) if hasattr(target, "options") else None
     components = parts()[: 1 if format == "aoti" else 2]  # each is compiled by a C++ compiler, which takes its time
-    written = {each.name: write.write_part(target, each, tmp_path, options) for each in components}
+    written = {each.name: write_part(target, each, tmp_path, options) for each in components}
     for component in components:
         part = written[component.name]
         session = target.open_session(tmp_path, part.file, part)

@@ -28,6 +28,8 @@ from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting import profile, tensorrt, write
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.manifest import Manifest
+from hawk_compile.exporting.parts import write_part
+from hawk_compile.exporting.settings import settings_of
 from hawk_compile.tools.demo.scenes import make_scene
 
 DEMO = Path(str(resources.files("hawk_compile"))) / "tools" / "demo" / "model"
@@ -94,7 +96,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("tensorrt")
     given = {"input_ids": torch.ones(2, 20, dtype=torch.int64), "image_features": torch.ones(24, 64).half()}
     shapes = {"input_ids": ("batch", "prompt"), "image_features": ("visual", 64)}
-    part = write.write_part(
+    part = write_part(
         tensorrt, Component("prefill", Small(), given, shapes), folder, tensorrt.options({"sizes": LONG})
     )
     return SimpleNamespace(folder=folder, manifest=SimpleNamespace(parts={"prefill": part}))
@@ -169,9 +171,9 @@ def test_nothing_is_sorted_where_prompts_are_long(half: SimpleNamespace) -> None
 
 @pytest.mark.parametrize("longest, expected", [(3840, "sort"), (3841, "threshold")])
 def test_selection(longest: int, expected: str) -> None:
-    settings = {"sizes": {"prompt": (16, 512, longest)}, "normalization": "l2"}
-    assert tensorrt.options(settings).selection == expected
-    assert settings == {"normalization": "l2"}
+    settings = {"sizes": {"prompt": (16, 512, longest)}, "normalization": "minmax"}
+    config, options = settings_of(tensorrt, "tensorrt", None, settings)
+    assert (options.selection, config.normalization) == (expected, "minmax")
     assert tensorrt.options({}).selection == "sort"
 
 
