@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.encode import positions_of, run_encoders
 from hawk_compile.capture.features import image_sizes, join_features
-from hawk_compile.capture.modalities import along_prompt, raw_modalities, tokens_of
+from hawk_compile.capture.modalities import along_prompt, raw_modalities, read_for_positions, tokens_of
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.asked import AskedQuestion, take_question
 from hawk_compile.runtime.conversation import TrackedCache, physical_length, physical_mask
@@ -89,7 +89,9 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
     rows, length = tokens_of(kwargs).shape[:2]
     past, whole_mask = physical_length(cache), kwargs.get("attention_mask")
     mask, past_mask = split_mask(cache, whole_mask, past, length)
-    arguments = {name: given for name, given in kwargs.items() if name not in SORTED_OUT and given is not None}
+    used_up = {"mm_token_type_ids"} & read_for_positions(model) if kwargs.get("position_ids") is not None else set()
+    left_out = {*SORTED_OUT, *used_up}  # a graph with what is read no more would be another one than that without
+    arguments = {name: given for name, given in kwargs.items() if name not in left_out and given is not None}
     return PromptInputs(
         arguments=arguments,
         along=along_prompt(arguments, rows, length),
