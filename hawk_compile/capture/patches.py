@@ -2,9 +2,15 @@
 
 The model's own check of feature count against placeholder count formats the number of features into its message, and
 fixes that number in the graph: the check is made on the host, and inside the graph it is asked about empty tensors.
+
+Whether a graph is captured is asked of this thread: `torch.compiler.is_compiling` says what any thread of the process
+does, and what stands in would then run in a call that is not captured.
 """
 
+import contextlib
+import threading
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,13 +21,30 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from hawk_compile.capture.modalities import AUDIO, known_ids, placeholder_ids
 
+exports = threading.local()
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """torch.export runs the model's code in this thread, where Dynamo's own mark does not show."""
+    exports.running = True
+    try:
+        yield
+    finally:
+        exports.running = False
+
+
+def is_captured() -> bool:
+    """Whether the code that asks is being captured: by Dynamo, for which this is a constant, or by an export."""
+    return torch.compiler.is_dynamo_compiling() or getattr(exports, "running", False)
+
 
 def get_placeholder_mask(
     self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any
 ) -> Any:
     """Stands in for the method of this name while a graph is captured: the same masks, a check that always holds."""
     original: Any = type(self).get_placeholder_mask  # type: ignore[attr-defined]
-    if not torch.compiler.is_compiling():
+    if not is_captured():
         return original(self, input_ids, inputs_embeds, *args, **features)
     waiting = placeholder_ids(self)
     if input_ids is None:
@@ -38,7 +61,7 @@ def get_placeholder_mask(
 def get_audio_features(self: nn.Module, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stands in for the method of this name while a graph is captured: there the input is encoded already, [V, D]."""
     original: Any = type(self).get_audio_features  # type: ignore[attr-defined]
-    if not torch.compiler.is_compiling():
+    if not is_captured():
         return original(self, input_features, *args, **kwargs)
     return BaseModelOutputWithPooling(pooler_output=input_features, last_hidden_state=input_features)
 

@@ -37,6 +37,7 @@ def planned_forward(
     Returns:
         The model's output, keep [B, S'], valid [B, S'] and scores [B, S].
     """
+    torch._dynamo.mark_static(planned[2])  # the heads are a number; said here, where no other thread can miss it
     keep, valid, scores = torch.ops.hawk.plan(*planned)
     return unplanned_forward(forward, inputs, past_mask, planned[0], along), keep, valid, scores
 

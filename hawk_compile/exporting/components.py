@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 
+from hawk_compile.capture.patches import exporting
 from hawk_compile.exporting.quiet import quiet
 
 PREFILL, DECODE = "prefill", "decode"
@@ -110,7 +111,7 @@ class Component:
             dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True,
             **settings,
         )  # fmt: skip
-        with self.around():
+        with self.around(), exporting():
             return exporter().export_program(self.module, dict(self.sample), made)[0]
 
 

@@ -1,4 +1,4 @@
-"""The compiled prefill and decode step. No lock is held while one of them runs: only its first calls take turns."""
+"""The compiled prefill and decode step. No lock is held while one of them runs: only captures take turns."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.dynamo import compile_alone
 from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.capture.turns import Turns
-from hawk_compile.compile.backend import compile_graph, options_of
+from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.plan import Plan
@@ -25,7 +25,7 @@ class CompiledPrefill:
         self.options = options_of(config, ranks=ranks)
         self.compilations = 0
         self.turns = Turns()
-        self.function = compile_alone(planned_forward, backend=self.compile, fullgraph=True)
+        self.function = compile_alone(planned_forward, backend=self.turns.backend(self.compile), fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
@@ -56,10 +56,16 @@ class CompiledPrefill:
 
 
 class CompiledStep:
-    """A model's decode step, compiled on its first call."""
+    """A model's decode step, compiled on its first call.
+
+    With options beside the backend (those that generate gives for caches of fixed size) only torch.compile knows what
+    compiles it, so other captures wait until that first call is over.
+    """
 
     def __init__(self, forward: Callable[..., Any], options: dict[str, Any]):
         self.turns = Turns()
+        if options.keys() == {"backend"}:
+            options = {"backend": self.turns.backend(inner_compiler(options["backend"]))}
         self.function = compile_alone(forward, **options)
 
     def run(self, inputs: dict[str, Any]) -> Any:

@@ -126,10 +126,9 @@ class Runtime:
         return self.compiled_steps.setdefault(str(options), CompiledStep(forward, options))
 
     def weights(self, device: torch.device) -> Tensor:
-        """The head weights [H] float32 on a device: an input of the graph whose size is a number in it."""
+        """The head weights [H] float32 on a device: an input of the graph."""
         if device not in self.weights_on:
             values = self.head_weights.values.to(device, copy=True)
-            torch._dynamo.mark_static(values)
             self.weights_on.setdefault(device, values)
         return self.weights_on[device]
 

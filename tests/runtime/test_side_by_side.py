@@ -97,6 +97,26 @@ def test_prefills_overlap(graphs: Graphs, models: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("models", [1, 2])
+def test_first_calls_overlap(graphs: Graphs, models: int) -> None:
+    """A graph runs without the lock in the call that captured it, too."""
+    used = [fresh("llava") for _ in range(models)]
+    with graphs.meeting(2):
+        results = together(lambda: prefill(used[0], 2), lambda: prefill(used[-1], 4))
+    check(results, [prefill(used[0], 2), prefill(used[-1], 4)])
+
+
+def test_an_eager_call_beside_a_capture_is_no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in while a graph is captured must not stand in for another thread's call: the check of features
+    against placeholders holds there, and encoded audio is not taken for encoded already."""
+    model = fresh("llava")
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # what another thread's capture sets
+    inputs = picture("llava", 2)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises((ValueError, RuntimeError)):  # which of them, transformers decides by the same flag
+        model.model.get_placeholder_mask(inputs["input_ids"], embeds, image_features=embeds[0, :1])
+
+
+@pytest.mark.parametrize("models", [1, 2])
 def test_decode_steps_overlap(graphs: Graphs, models: int) -> None:
     used = [fresh("llava", compile_decode=True) for _ in range(models)]
     pairs = [(used[0], 2), (used[-1], 4)]

@@ -83,7 +83,6 @@ def plan_arguments(model: PreTrainedModel, config: HawkConfig, length: int, visu
     """The arguments of `hawk::plan` for one row: [1, S] votes, [1] budget, [H] head weights, S' and V', and more."""
     kept = config.bounds(visual, config.floor(visual))[1]
     weights = torch.empty(model.config.get_text_config().num_attention_heads, device=META)
-    torch._dynamo.mark_static(weights)
     votes = torch.zeros((1, length), dtype=torch.bool, device=META)
     budget = torch.zeros(1, dtype=torch.long, device=META)
     places = torch.zeros((1, length), dtype=torch.long, device=META)
