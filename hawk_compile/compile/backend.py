@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hawk_compile.compat.dynamo import lookup_backend
 from hawk_compile.compile.pipeline import PassOptions, run_passes, source_tag
 from hawk_compile.errors import ConfigError, MergeNotFoundError
 from hawk_compile.passes.graph import is_call
@@ -90,6 +91,4 @@ def holds_prefill(gm: fx.GraphModule) -> bool:
 
 
 def inner_compiler(name: str) -> Callable[..., Any]:
-    from torch._dynamo.backends.registry import lookup_backend
-
     return lookup_backend(name)

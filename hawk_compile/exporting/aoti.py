@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hawk_compile.compat.dynamo import open_package, write_package
 from hawk_compile.exporting.components import PREFILL, Component
 
 PACKAGES: tuple[str, ...] = ()
@@ -32,11 +33,11 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
     path = str(folder / name)
     apart = all(value.device.type == "cpu" for value in component.sample.values())
     settings = {"aot_inductor.package_constants_in_so": not apart}
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+    write_package(program, path, settings)
     if not apart:
         return [name], {"weights": {}}
     values = {**program.state_dict, **program.constants}
-    wanted = torch._inductor.aoti_load_package(path).get_constant_fqns()
+    wanted = open_package(path).get_constant_fqns()
     weights = save_weights({each: values[each].detach() for each in wanted}, folder, component.name)
     return [name, *weights], {"weights": weights}
 
@@ -65,7 +66,7 @@ def content(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    run = torch._inductor.aoti_load_package(str(folder / file))
+    run = open_package(str(folder / file))
     values: dict[str, Tensor] = {}
     for name, taken in part.details["weights"].items():
         held = load_file(folder / name)

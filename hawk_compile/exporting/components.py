@@ -6,9 +6,8 @@
     decode    input_ids [B, T], past keys and values [B, Hkv, P, d] -> logits, keys and values [B, Hkv, P + T, d]
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 
 from hawk_compile.capture.patches import exporting
+from hawk_compile.compat.exporters import broadcast_masks
 from hawk_compile.exporting.quiet import quiet
 
 PREFILL, DECODE = "prefill", "decode"
@@ -33,7 +33,6 @@ MOST = 2**31 - 1
 RELATED = {"total", "patches", "merged_patches", "tiles", "segments", "longest_segment", "windows", "longest_window"}
 """Sizes that may depend on one another (patches on merged patches); torch.export finds out how."""
 
-VMAP, INDEXING = "_vmap_expansion_sdpa", "TransformGetItemToIndex"
 Shape = tuple[str | int, ...]
 
 
@@ -113,20 +112,6 @@ class Component:
         )  # fmt: skip
         with self.around(), exporting():
             return exporter().export_program(self.module, dict(self.sample), made)[0]
-
-
-@contextlib.contextmanager
-def broadcast_masks() -> Iterator[None]:
-    """Let masks be built by broadcasting, as transformers' other exporters do: no pass can work out vmap's shapes.
-
-    What turns a mask function's indexing into an operator of its own, for vmap's sake, is left out with it.
-    """
-    from transformers import masking_utils
-    from transformers.exporters import utils
-
-    found = [(masking_utils, name, make) for _, name, make in utils._PATCHES["onnx"] if name == VMAP]
-    with utils.patch_attributes([*found, (masking_utils, INDEXING, lambda original: contextlib.nullcontext)]):
-        yield
 
 
 def cache_tensors(cache: DynamicCache) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from hawk_compile.capture import segments
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
 from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.capture.twin import sharing_copy
+from hawk_compile.compat.exporters import own_vision_attention
+from hawk_compile.compat.models import PREPARE_ENCODERS
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
 from hawk_compile.plan.question import is_any
@@ -67,15 +69,8 @@ def own_attention() -> Iterator[None]:
 
     The table of what it replaces is the process's: hold the lock of exports.
     """
-    from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
-
-    patches = utils._PATCHES["dynamo"]
-    utils._PATCHES["dynamo"] = [patch for patch in patches if "VisionAttention" not in patch[0]]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        utils._PATCHES["dynamo"] = patches
+    with own_vision_attention(), torch.no_grad():
+        yield
 
 
 def unnamed(tensors: dict[str, Tensor]) -> Any:
@@ -190,7 +185,7 @@ def recorded_calls(
     try:
         with torch.enable_grad():
             # That of an optimised model may run the modules compiled.
-            encode = original(model, "_prepare_multimodal_encoder_kwargs_for_generation")
+            encode = original(model, PREPARE_ENCODERS)
             encoded = encode(dict(inputs))["mm_encoder_outputs"]
             total = sum(part.sum() for output in encoded.values() if output is not None for part in parts_of(output))
             tensors = [value for result in results.values() for value in result.values()]

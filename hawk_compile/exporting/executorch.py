@@ -26,8 +26,9 @@ import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils._sympy.value_ranges import bound_sympy
 
+from hawk_compile.compat.dynamo import bound_sympy, tree_leaves
+from hawk_compile.compat.exporters import executorch_lowered
 from hawk_compile.exporting import profile
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.profile import Range
@@ -78,35 +79,15 @@ def adapted() -> Iterator[None]:
     from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig, MMConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import ExecutorchBackendConfig
-    from transformers.exporters import exporter_executorch, utils
 
-    def preparations(original: dict[str, Any]) -> dict[str, Any]:
-        def products_only(module: Any, sample: Any) -> Any:
-            module, sample, _ = original["xnnpack"](module, sample)
-            return module, sample, [XnnpackPartitioner(configs=[AddmmConfig, LinearConfig, MMConfig])]
-
-        return {**original, "xnnpack": products_only}
-
-    def compile_config(original: Callable[[str], Any]) -> Callable[[str], Any]:
-        def with_extremes(backend: str) -> Any:
-            config = original(backend)
-            config._core_aten_ops_exception_list += [torch.sym_max, torch.sym_min]
-            return config
-
-        return with_extremes
-
-    def fixes(original: dict[str, Any]) -> dict[str, Any]:
-        return {**original, EXTRA: [remove_checks, *original[EXTRA]]}
+    def products_only(module: Any, sample: Any, prepared: Callable[..., Any]) -> Any:
+        module, sample, _ = prepared(module, sample)
+        return module, sample, [XnnpackPartitioner(configs=[AddmmConfig, LinearConfig, MMConfig])]
 
     own_memory = ExecutorchBackendConfig(remove_view_copy=False, sym_shape_eval_pass=largest_shapes())
-    patches = [
-        (torch.nn.functional, "conv3d", as_product),
-        (exporter_executorch, "_BACKEND_PREPARE", preparations),
-        (exporter_executorch, "_get_edge_compile_config", compile_config),
-        (exporter_executorch, "_get_backend_config", lambda original: lambda config: own_memory),
-        (utils, "_FX_PROGRAM_FIXES", fixes),
-    ]
-    with utils.patch_attributes(patches):
+    extremes = [torch.sym_max, torch.sym_min]
+    convolution = (torch.nn.functional, "conv3d", as_product)
+    with executorch_lowered(products_only, extremes, own_memory, remove_checks, [convolution]):
         yield
 
 
@@ -114,7 +95,6 @@ def largest_shapes() -> Any:
     """The pass that plans memory for the largest shapes."""
     from executorch.exir.pass_base import PassBase, PassResult
     from executorch.exir.tensor import TensorSpec
-    from torch.utils._pytree import tree_leaves
 
     class LargestShapes(PassBase):
         def call(self, graph_module: torch.fx.GraphModule) -> PassResult:

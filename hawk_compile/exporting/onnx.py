@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.compat.exporters import translated_sort
 from hawk_compile.errors import ConfigError
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.quantize import METHODS, quantize
@@ -67,7 +68,6 @@ def write(component: Component, folder: Path, options: Options) -> tuple[list[st
 def stable_sort() -> Iterator[None]:
     """Let torch.onnx translate aten.sort.stable itself."""
     from onnxscript import onnx_opset
-    from transformers.exporters import exporter_onnx, utils
 
     op: Any = onnx_opset.opset18
 
@@ -75,14 +75,8 @@ def stable_sort() -> Iterator[None]:
         size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_ints=[dim])), op.Constant(value_ints=[-1]))
         return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
-    fixes, table = utils._FX_NODE_FIXES["onnx"], exporter_onnx._ONNX_TRANSLATION_TABLE
-    utils._FX_NODE_FIXES["onnx"] = [fix for fix in fixes if getattr(fix, "__name__", "") != "_fix_sort_stable"]
-    exporter_onnx._ONNX_TRANSLATION_TABLE = {**table, torch.ops.aten.sort.stable: sort}
-    try:
+    with translated_sort(sort):
         yield
-    finally:
-        utils._FX_NODE_FIXES["onnx"] = fixes
-        exporter_onnx._ONNX_TRANSLATION_TABLE = table
 
 
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from hawk_compile.capture.modalities import placeholder_ids, token_kinds
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.exporting.components import PREFILL, Component, Shape, cache_tensors
+from hawk_compile.kernels.compat import check
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.plan.plan import make_plan, on_host
 from hawk_compile.plan.question import SpecialIds, is_any, special_ids
@@ -63,7 +64,7 @@ class Prefill(nn.Module):
         outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
         equate_lengths(inputs, votes, tuple(given))
-        torch._check(budget.shape[0] == votes.shape[0])
+        check(budget.shape[0] == votes.shape[0])
         cache = DynamicCache()
         result = self.run(
             **inputs,
@@ -83,7 +84,7 @@ class Prefill(nn.Module):
             names = [LAYER_FEATURES_INPUT.format(modality, level) for level in range(len(self.levels[modality]))]
             levels = [given.pop(name) for name in names]
             for level in levels:
-                torch._check(level.shape[0] == features.shape[0])
+                check(level.shape[0] == features.shape[0])
             parts[LAYER_FEATURES] = [
                 whole(level, one) for level, one in zip(levels, self.levels[modality], strict=True)
             ]

@@ -109,7 +109,7 @@ def fetched(hub_id: str) -> Path:
 
 def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
     """Weights that lie beside the checkpoint, or that were published for it."""
-    name = str(getattr(model.config, "_name_or_path", "") or "")
+    name = str(getattr(model.config, "name_or_path", "") or "")
     beside = Path(name) / FILE_NAME
     if name and beside.is_file():
         return read(beside), f"beside the checkpoint ({beside})"

@@ -91,6 +91,6 @@ def compiler() -> str:
 
 
 def backends() -> list[str]:
-    import torch._dynamo
+    import torch
 
-    return sorted(torch._dynamo.list_backends())
+    return sorted(torch.compiler.list_backends())

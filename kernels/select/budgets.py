@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hawk_compile.kernels.compat import check
+
 
 def tokens_for_mass(
     scores: Tensor,  # [B, S] float
@@ -28,15 +30,15 @@ def longest_row(candidate: Tensor, token_mask: Tensor, budget: Tensor) -> int:
     """S': the most positions that a row keeps, read from the device: candidates [B, S] bool, token_mask likewise."""
     others = token_mask.long().sum(1) - candidate.long().sum(1)
     length = (others + budget).amax().item()
-    torch._check(length >= 1)
-    torch._check(length <= candidate.shape[1])
+    check(length >= 1)
+    check(length <= candidate.shape[1])
     return length  # type: ignore[return-value]  # a SymInt while it is traced
 
 
 def kept_of_all(budget: Tensor) -> int:
     """V': the visual tokens kept over all rows, read from the device."""
     count = budget.sum().item()
-    torch._check(count >= 1)
+    check(count >= 1)
     return count  # type: ignore[return-value]
 
 

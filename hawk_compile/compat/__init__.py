@@ -1,0 +1,9 @@
+"""Every private name of torch and transformers that this package uses, behind a name that says what it is for.
+
+    dynamo.py      torch.compile: settings while a prefill is captured, backends, errors, AOTInductor's packages
+    models.py      transformers' models and caches, and the methods by which generate prepares a prompt
+    exporters.py   transformers' exporters: their tables of patches and fixes
+
+What passes and operators use stands beside them (`hawk_compile.passes.compat`, `hawk_compile.kernels.compat`). Each
+name has a test in tests/test_compat.py, so that a new release fails there, by name; no other file may use one.
+"""

@@ -1,0 +1,41 @@
+"""Private names of torch.compile, AOTInductor and torch's trees."""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.backends.registry import lookup_backend as lookup_backend  # the compiler of a backend's name
+from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
+from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
+from torch._dynamo.exc import Unsupported as Unsupported
+from torch._dynamo.exc import UserError as UserError
+from torch.fx.experimental import _config as fx_config
+from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested lists and dicts
+from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression
+
+mark_static = torch._dynamo.mark_static
+"""mark_static(tensor): its sizes are part of every graph that reads it."""
+
+
+def dynamo_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
+    """torch.compile's own settings by name, in this thread, inside."""
+    return torch._dynamo.config.patch(**settings)
+
+
+def shape_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
+    """Settings by name of how sizes become symbols, in this thread, inside."""
+    return fx_config.patch(**settings)  # type: ignore[attr-defined]
+
+
+def write_package(program: torch.export.ExportedProgram, path: str, settings: dict[str, Any]) -> str:
+    """Compile a program by AOTInductor into one .pt2 file."""
+    return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+
+
+def open_package(path: str) -> Any:
+    """A .pt2 file as something to call, with `get_constant_fqns` and `load_constants`."""
+    return torch._inductor.aoti_load_package(path)
+
+

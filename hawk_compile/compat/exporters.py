@@ -1,0 +1,93 @@
+"""Private names of transformers' exporters, and of onnxscript's and ExecuTorch's settings behind them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+VMAP, INDEXING = "_vmap_expansion_sdpa", "TransformGetItemToIndex"
+SORT_FIX = "_fix_sort_stable"
+
+
+@contextlib.contextmanager
+def broadcast_masks() -> Iterator[None]:
+    """Let masks be built by broadcasting, as the ONNX exporter does: no pass can work out vmap's shapes.
+
+    What turns a mask function's indexing into an operator of its own, for vmap's sake, is left out with it.
+    """
+    from transformers import masking_utils
+    from transformers.exporters import utils
+
+    patches = [(masking_utils, name, make) for _, name, make in utils._PATCHES["onnx"] if name == VMAP]
+    with utils.patch_attributes([*patches, (masking_utils, INDEXING, lambda original: contextlib.nullcontext)]):
+        yield
+
+
+@contextlib.contextmanager
+def own_vision_attention() -> Iterator[None]:
+    """Leave vision towers the attention that they are set to: the exporters have one for images of a single size."""
+    from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
+
+    patches = utils._PATCHES["dynamo"]
+    # Each is (owner, attribute, factory); the owner is a class, from transformers 5.21 or so on its dotted path.
+    utils._PATCHES["dynamo"] = [patch for patch in patches if "VisionAttention" not in str(patch[0])]
+    try:
+        yield
+    finally:
+        utils._PATCHES["dynamo"] = patches
+
+
+@contextlib.contextmanager
+def translated_sort(sort: Callable[..., Any]) -> Iterator[None]:
+    """Let torch.onnx translate aten.sort.stable by a function of ours, and not rewrite it before."""
+    from transformers.exporters import exporter_onnx, utils
+
+    fixes, table = utils._FX_NODE_FIXES["onnx"], exporter_onnx._ONNX_TRANSLATION_TABLE
+    utils._FX_NODE_FIXES["onnx"] = [fix for fix in fixes if getattr(fix, "__name__", "") != SORT_FIX]
+    exporter_onnx._ONNX_TRANSLATION_TABLE = {**table, torch.ops.aten.sort.stable: sort}
+    try:
+        yield
+    finally:
+        utils._FX_NODE_FIXES["onnx"] = fixes
+        exporter_onnx._ONNX_TRANSLATION_TABLE = table
+
+
+@contextlib.contextmanager
+def executorch_lowered(
+    prepare: Callable[[Any, Any, Callable[..., Any]], Any], exceptions: list[Any], backend_config: Any,
+    fix: Callable[[Any], None], attributes: list[tuple[Any, str, Any]],
+) -> Iterator[None]:  # fmt: skip
+    """Let the ExecuTorch exporter lower as we say.
+
+    Args:
+        prepare: (module, sample, the exporter's own preparation for XNNPACK) -> (module, sample, partitioners).
+        exceptions: operators that its verifier lets through.
+        backend_config: an `ExecutorchBackendConfig`.
+        fix: what is done to a program, in place, before the exporter's own fixes.
+        attributes: more (object, attribute, factory) to be replaced.
+    """
+    from transformers.exporters import exporter_executorch, utils
+
+    def preparations(original: dict[str, Any]) -> dict[str, Any]:
+        return {**original, "xnnpack": lambda module, sample: prepare(module, sample, original["xnnpack"])}
+
+    def edge_config(original: Callable[[str], Any]) -> Callable[[str], Any]:
+        def with_exceptions(backend: str) -> Any:
+            config = original(backend)
+            config._core_aten_ops_exception_list += exceptions
+            return config
+
+        return with_exceptions
+
+    def fixes(original: dict[str, Any]) -> dict[str, Any]:
+        return {**original, "executorch": [fix, *original["executorch"]]}
+
+    patches = [
+        (exporter_executorch, "_BACKEND_PREPARE", preparations),
+        (exporter_executorch, "_get_edge_compile_config", edge_config),
+        (exporter_executorch, "_get_backend_config", lambda original: lambda config: backend_config),
+        (utils, "_FX_PROGRAM_FIXES", fixes),
+    ]
+    with utils.patch_attributes([*attributes, *patches]):
+        yield

@@ -1,0 +1,57 @@
+"""Private names of transformers' models, configurations and generate."""
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+"""(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length): puts generate's cache among the
+arguments."""
+PREPARE_POSITIONS = "_prepare_position_ids_for_generation"
+"""(inputs_tensor, model_kwargs) -> positions of a prompt, with those of images."""
+PREPARE_ENCODERS = "_prepare_multimodal_encoder_kwargs_for_generation"
+"""(model_kwargs) -> the same, images and videos encoded (`mm_encoder_outputs`)."""
+PREFILL = "_prefill"
+"""(input_ids, generation_config, model_kwargs, ...): generate's first forward, or several of chunks."""
+CANDIDATES = "_get_candidate_generator"
+"""(..., model_kwargs=): what drafts tokens for assisted decoding."""
+
+AUDIO_LENGTHS = "_get_feat_extract_output_lengths"
+"""A method of audio towers: (frames) -> (frames after convolutions, tokens)."""
+COMMIT = "_commit_hash"
+"""The commit of the Hub's repository that a configuration came from."""
+
+
+def supports_encoded_images(model: PreTrainedModel) -> bool:
+    """Whether the model's forward takes `mm_encoder_outputs`."""
+    return model._supports_mm_encoder_outputs()  # type: ignore[operator]
+
+
+def run_encoders_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with images and videos encoded, by the method that generate has for it."""
+    return getattr(model, PREPARE_ENCODERS)(kwargs)
+
+
+def positions_for(model: PreTrainedModel, inputs: Any, kwargs: dict[str, Any]) -> Any:
+    """The positions of a prompt, by the method that generate has for them."""
+    return getattr(model, PREPARE_POSITIONS)(inputs, kwargs)
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """The attention implementation of the module that has this configuration."""
+    return config._attn_implementation
+
+
+def set_attention(config: PretrainedConfig, name: str | None) -> None:
+    """Let the module that has this configuration attend by another implementation, one of our own included."""
+    config._attn_implementation = name
+
+
+def compile_settings_of(model: PreTrainedModel) -> Any:
+    """What generate compiles the decode step with, where nobody says otherwise."""
+    return model._default_compile_config()  # type: ignore[operator]
+
+
+def device_mesh_of(model: PreTrainedModel) -> Any:
+    """The ranks between which a model's heads are shared."""
+    return model._device_mesh

@@ -1,0 +1,188 @@
+"""The private names of torch and transformers that we use: each is there, takes what we give and does what we need.
+
+A new release that changes one fails here, by its name. No other file than compat's may use one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from transformers import GenerationMixin, LlavaForConditionalGeneration
+
+from hawk_compile.compat import dynamo, exporters, models
+from hawk_compile.kernels import compat as kernels
+from hawk_compile.passes import compat as passes
+from tests import zoo
+
+ROOT = Path(__file__).parents[1]
+HOMES = {"hawk_compile/compat", "passes/compat.py", "kernels/compat.py"}
+WAITING = ("hawk_compile/capture", "hawk_compile/runtime", "hawk_compile/tools", "passes/")
+"""Rooms whose names are still to be moved to compat."""
+OWN = {"_hawk_runtime"}
+"""Attributes that we put on others' objects ourselves."""
+PARTS = ("_token_id", "_token_index", "_features", "_norm", "_proj", "_seconds", "_like", "_hooks", "_hooks_", "_")
+"""Ends of names, and separators."""
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_what_operators_use() -> None:
+    kernels.check(torch.tensor(2).item() == 2)
+    with pytest.raises(RuntimeError):
+        kernels.check(False)
+
+
+def test_what_passes_use() -> None:
+    leaves, _ = passes.tree_flatten({"a": [1, 2], "b": 3})
+    assert leaves == [1, 2, 3]
+    operator = torch.ops.aten.add_.Tensor
+    assert isinstance(operator, passes.OpOverload) and isinstance(torch.ops.aten.add_, passes.OpOverloadPacket)
+    assert passes.schema_of(operator).is_mutable and not passes.schema_of(torch.ops.aten.add.Tensor).is_mutable
+    whole = torch.zeros(4)
+    assert passes.storage_of(whole) == passes.storage_of(whole[1:]) != passes.storage_of(torch.zeros(4))
+    passes.assert_async(torch.tensor(True), "never")
+    with passes.enable_python_dispatcher():
+        assert torch.ones(2).sum() == 2
+    assert parameters(passes.all_reduce)[:3] == ["self", "reduceOp", "group"]
+    assert callable(passes.invoke_subgraph)
+
+
+def test_names_of_operators_in_graphs() -> None:
+    """ATen's, or functions of torch; graphs of torch.export keep their guards where we look for them."""
+    for name in (*passes.ASSERTIONS, passes.TO_COPY, passes.UNSAFE_VIEW):
+        assert hasattr(torch.ops.aten, name) or hasattr(torch, name), name
+
+    class Small(torch.nn.Module):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return values.to(torch.float64)
+
+    program = torch.export.export(Small(), (torch.ones(3),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    targets = [node.target for node in program.run_decompositions().graph.nodes]
+    operators = {target.overloadpacket.__name__ for target in targets if isinstance(target, passes.OpOverload)}
+    assert passes.TO_COPY in operators
+    value = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"]
+    assert isinstance(value, passes.FakeTensor)
+    assert hasattr(program.module(), passes.GUARDS)
+
+
+def test_settings_of_torch_compile_hold_inside_and_in_this_thread_alone() -> None:
+    seen: list[Any] = []
+
+    def graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        seen.append([node.target for node in gm.graph.nodes])
+        return gm
+
+    @torch.compile(backend=graph, fullgraph=True)
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return torch.ones(int(values.sum().item()))
+
+    names = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops", "specialize_float")
+    with (
+        dynamo.dynamo_settings(**dict.fromkeys(names, True), recompile_limit=2, accumulated_recompile_limit=64),
+        dynamo.shape_settings(use_duck_shape=False),
+    ):
+        assert total(torch.tensor([1, 2])).shape == (3,)
+    assert "item" in seen[0]
+
+
+def test_backends_errors_and_trees_of_torch_compile() -> None:
+    assert callable(dynamo.lookup_backend("eager")) and callable(dynamo.lookup_backend("inductor"))
+    assert dynamo.tree_leaves([1, {"a": (2, 3)}]) == [1, 2, 3]
+    for error in (dynamo.Unsupported, dynamo.UserError, dynamo.BackendCompilerFailed, dynamo.FailOnRecompileLimitHit):
+        assert issubclass(error, Exception)
+    assert issubclass(dynamo.Unsupported, dynamo.TorchDynamoException)
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise ValueError("by us")
+
+    with pytest.raises(dynamo.BackendCompilerFailed) as caught:
+        torch.compile(lambda values: values + 1, backend=backend)(torch.ones(2))
+    assert isinstance(caught.value.inner_exception, ValueError)
+    weights = torch.ones(3)
+    dynamo.mark_static(weights)
+
+
+def test_packages_of_aotinductor() -> None:
+    """That they hold what they should is tested by exports; compiling one takes its time."""
+    assert parameters(torch._inductor.aoti_compile_and_package)[0] == "exported_program"
+    assert {"package_path", "inductor_configs"} <= {*parameters(torch._inductor.aoti_compile_and_package)}
+    assert parameters(torch._inductor.aoti_load_package)[0] == "path"
+
+
+@pytest.mark.parametrize(("name", "takes"), [
+    (models.PREPARE_CACHE, ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size",
+                            "max_cache_length"]),
+    (models.PREPARE_POSITIONS, ["self", "inputs_tensor", "model_kwargs"]),
+    (models.PREPARE_ENCODERS, ["self", "model_kwargs"]),
+    (models.PREFILL, ["self", "input_ids", "generation_config", "model_kwargs"]),
+    (models.CANDIDATES, ["self", "generation_config", "input_ids", "inputs_tensor"]),
+])  # fmt: skip
+def test_methods_by_which_generate_prepares(name: str, takes: list[str]) -> None:
+    assert parameters(getattr(GenerationMixin, name))[: len(takes)] == takes
+    assert "model_kwargs" in parameters(getattr(GenerationMixin, name))
+
+
+def test_models_and_their_configurations() -> None:
+    model: Any = zoo.build("llava", layers=1)
+    assert models.supports_encoded_images(model) and isinstance(model, LlavaForConditionalGeneration)
+    config = model.config.get_text_config()
+    assert models.attention_of(config) == "sdpa"
+    models.set_attention(config, "eager")
+    assert models.attention_of(config) == "eager" == model.config.get_text_config()._attn_implementation
+    models.set_attention(config, "sdpa")
+    assert models.compile_settings_of(model).to_dict()["fullgraph"] is not None
+    assert models.device_mesh_of(model) is None and (model.tp_size or 1) == 1
+    inputs = zoo.inputs("llava", model, rows=[zoo.sizes("llava")[0]])
+    assert "mm_encoder_outputs" in models.run_encoders_of(model, inputs)
+    assert hasattr(zoo.build("qwen2_audio", layers=1).base_model.audio_tower, models.AUDIO_LENGTHS)
+
+
+def test_tables_of_the_exporters() -> None:
+    from transformers import masking_utils
+    from transformers.exporters import exporter_executorch, exporter_onnx, utils  # noqa: F401
+
+    assert hasattr(masking_utils, exporters.VMAP) and hasattr(masking_utils, exporters.INDEXING)
+    assert any(name == exporters.VMAP for _, name, _ in utils._PATCHES["onnx"])
+    assert any(getattr(fix, "__name__", "") == exporters.SORT_FIX for fix in utils._FX_NODE_FIXES["onnx"])
+    before, vmap = utils._PATCHES["dynamo"], getattr(masking_utils, exporters.VMAP)
+    with exporters.own_vision_attention():
+        assert 0 < len(utils._PATCHES["dynamo"]) < len(before)
+    assert utils._PATCHES["dynamo"] is before
+    with exporters.broadcast_masks():
+        assert getattr(masking_utils, exporters.VMAP) is not vmap
+    with exporters.translated_sort(len):
+        assert exporter_onnx._ONNX_TRANSLATION_TABLE[torch.ops.aten.sort.stable] is len
+    assert exporter_onnx._ONNX_TRANSLATION_TABLE.get(torch.ops.aten.sort.stable) is not len
+
+
+def private_names(path: Path) -> list[str]:
+    """Attributes, imports and strings that are names with an underscore, other than of Python or of self."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "cls"):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [part for name in (*modules, *(each.name for each in node.names)) for part in name.split(".")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            names = [] if node.value in PARTS else [node.value]
+        else:
+            continue
+        lines = [name for name in names if name.startswith("_") and not name.startswith("__") and name not in OWN]
+        found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in lines]
+    return found
+
+
+def test_no_other_file_uses_a_private_name() -> None:
+    links = ("hawk_compile/passes", "hawk_compile/kernels")
+    files = [path for room in ("hawk_compile", "passes", "kernels") for path in sorted((ROOT / room).rglob("*.py"))]
+    others = [path for path in files if not str(path.relative_to(ROOT)).startswith((*links, *HOMES, *WAITING))]
+    assert [name for path in others for name in private_names(path)] == []
