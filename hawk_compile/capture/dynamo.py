@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
-from torch.fx.experimental import _config as fx_config
 
 from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
+from hawk_compile.compat.dynamo import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+    dynamo_settings,
+    shape_settings,
+)
+from hawk_compile.kernels.compat import check
 
 CAPTURE_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit)
 """What Dynamo raises when it cannot capture a function as one graph."""
@@ -34,14 +40,14 @@ it traces. What is compiled already runs without it."""
 def capture_settings() -> Iterator[None]:
     """Dynamo's settings for what is captured inside. Each thread has its own."""
     with (
-        torch._dynamo.config.patch(
+        dynamo_settings(
             capture_scalar_outputs=True,
             capture_dynamic_output_shape_ops=True,
             specialize_float=True,
             recompile_limit=RECOMPILE_LIMIT,
             accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),
-        fx_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        shape_settings(use_duck_shape=False),
     ):
         yield
 
@@ -63,6 +69,6 @@ def equate_lengths(inputs: dict[str, Any], votes: Tensor, along: tuple[str, ...]
         given = inputs.get(name)
         if isinstance(given, Tensor):
             rows, length = (given.shape[0], given.shape[1]) if name == "inputs_embeds" else given.shape[-2:]
-            torch._check(length == votes.shape[-1])
+            check(length == votes.shape[-1])
             if rows != 1:
-                torch._check(rows == votes.shape[0])
+                check(rows == votes.shape[0])

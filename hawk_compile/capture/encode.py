@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hawk_compile.capture.features import FEATURES
 from hawk_compile.capture.modalities import AUDIO, PER_TOKEN_INPUTS, raw_modalities
+from hawk_compile.compat.models import run_encoders_of
 
 
 def run_encoders(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def run_encoders(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, An
         kwargs["position_ids"] = positions_of(base, kwargs)
     if AUDIO in raw_modalities(kwargs) and hasattr(base, "get_audio_features"):
         kwargs = encode_audio(base, kwargs)
-    return model._prepare_multimodal_encoder_kwargs_for_generation(kwargs)  # type: ignore[operator]
+    return run_encoders_of(model, kwargs)  # type: ignore[operator]
 
 
 def encode_audio(base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.modalities import AUDIO, AUDIO_INPUT
+from hawk_compile.compat.models import AUDIO_LENGTHS
 from hawk_compile.errors import InputError
+from hawk_compile.kernels.compat import check
 
 FEATURES = "pooler_output"
 LAYER_FEATURES = "deepstack_features"
@@ -58,7 +60,7 @@ def cut_extra_rows(outputs: dict[str, ModelOutput]) -> dict[str, ModelOutput]:
         if output.get(LAYER_FEATURES) is not None:
             parts[LAYER_FEATURES] = [without_extra(level) for level in output[LAYER_FEATURES]]
             for level in parts[LAYER_FEATURES]:
-                torch._check(level[0].shape[-2] == parts[FEATURES][0].shape[-2])
+                check(level[0].shape[-2] == parts[FEATURES][0].shape[-2])
         cut[modality] = type(output)(**parts)
     return cut
 
@@ -108,4 +110,4 @@ def feature_count(model: PreTrainedModel, kwargs: dict[str, Any], outputs: dict[
             "is: give what the model's processor returns"
         )
     tower: Any = model.base_model.audio_tower
-    return count + int(tower._get_feat_extract_output_lengths(frames.sum(-1))[1].sum())
+    return count + int(getattr(tower, AUDIO_LENGTHS)(frames.sum(-1))[1].sum())

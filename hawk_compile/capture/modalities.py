@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hawk_compile.compat.models import AUDIO_LENGTHS
 from hawk_compile.errors import InputError
 from hawk_compile.settings.config import MODALITIES
 
@@ -94,7 +95,7 @@ def takes(model: PreTrainedModel, modality: str) -> bool:
 def encodes_audio_itself(model: PreTrainedModel) -> bool:
     """Whether audio is encoded in the middle of the model's forward, so that its encoder stays in the graph."""
     tower = getattr(model.base_model, "audio_tower", None)
-    return not hasattr(model.base_model, "get_audio_features") and hasattr(tower, "_get_feat_extract_output_lengths")
+    return not hasattr(model.base_model, "get_audio_features") and hasattr(tower, AUDIO_LENGTHS)
 
 
 def placeholders_by_modality(model: Any, modalities: Iterable[str] = MODALITIES) -> dict[str, int | None]:

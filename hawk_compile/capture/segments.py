@@ -19,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
+from hawk_compile.compat.models import set_attention
+
 ATTENTION = "hawk_flash_segments"
 GRID = "grid_thw"
 WINDOW_INDEX = "window_index"
@@ -89,7 +91,7 @@ def attend_by_segments(copy: nn.Module) -> None:
     for part in copy.modules():
         config: Any = getattr(part, "config", None)
         if config is not None:
-            config._attn_implementation = ATTENTION
+            set_attention(config, ATTENTION)
 
 
 def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SHARED = ("_parameters", "_buffers")
+from hawk_compile.compat.models import MODULES, is_tensors_or_hooks
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
@@ -22,13 +22,9 @@ def sharing_copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
-            if is_shared(name) or isinstance(value, Tensor):
+            if is_tensors_or_hooks(name) or isinstance(value, Tensor):
                 memo[id(value)] = value
     return copy.deepcopy(module, memo)
-
-
-def is_shared(name: str) -> bool:
-    return name in SHARED or name.endswith("_hooks") or "_hooks_" in name
 
 
 def snapshot(module: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
@@ -48,7 +44,7 @@ def dictionaries(module: nn.Module) -> Iterator[dict[str, Any]]:
     configs: dict[int, Any] = {}
     for part in module.modules():
         yield vars(part)
-        yield part._modules
+        yield getattr(part, MODULES)
         if hasattr(part, "config"):
             configs[id(part.config)] = part.config
     yield from (vars(config) for config in configs.values())
@@ -57,7 +53,7 @@ def dictionaries(module: nn.Module) -> Iterator[dict[str, Any]]:
 def with_children(module: nn.Module, children: dict[str, nn.Module]) -> Any:
     """A module of the same class and attributes with other submodules of these names; its own methods are rebound."""
     shell = object.__new__(type(module))
-    attributes = {**vars(module), "_modules": {**module._modules, **children}}
+    attributes = {**vars(module), MODULES: {**getattr(module, MODULES), **children}}
     shell.__dict__.update({
         name: types.MethodType(value.__func__, shell) if inspect.ismethod(value) and value.__self__ is module else value
         for name, value in attributes.items()

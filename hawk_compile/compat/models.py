@@ -1,4 +1,4 @@
-"""Private names of transformers' models, configurations and generate."""
+"""Private names of modules, and of transformers' models, configurations and generate."""
 
 from typing import Any
 
@@ -16,10 +16,22 @@ PREFILL = "_prefill"
 CANDIDATES = "_get_candidate_generator"
 """(..., model_kwargs=): what drafts tokens for assisted decoding."""
 
+UPLOAD = "_upload_modified_files"
+"""(working_dir, ...): sends what save_pretrained has written to the Hub."""
+
 AUDIO_LENGTHS = "_get_feat_extract_output_lengths"
 """A method of audio towers: (frames) -> (frames after convolutions, tokens)."""
 COMMIT = "_commit_hash"
 """The commit of the Hub's repository that a configuration came from."""
+
+
+MODULES = "_modules"
+"""The attribute of a module that holds its children by name."""
+
+
+def is_tensors_or_hooks(attribute: str) -> bool:
+    """Whether a module holds its parameters, buffers or hooks by this name."""
+    return attribute in ("_parameters", "_buffers") or attribute.endswith("_hooks") or "_hooks_" in attribute
 
 
 def supports_encoded_images(model: PreTrainedModel) -> bool:

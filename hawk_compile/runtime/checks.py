@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import takes
+from hawk_compile.compat.models import attention_of, supports_encoded_images
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.settings.config import MODALITIES, HawkConfig
 from hawk_compile.versions import check_model_release, installed, warn_unsupported
@@ -31,13 +32,13 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
             f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
         )
     sees = takes(model, "image") or takes(model, "video")
-    if sees and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+    if sees and not supports_encoded_images(model):
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
             "its vision encoder; a later transformers may have this model in such a form "
             f"(here is {installed('transformers')})"
         )
-    implementation = model.config.get_text_config()._attn_implementation
+    implementation = attention_of(model.config.get_text_config())
     if implementation != "sdpa":
         raise UnsupportedModelError(
             f'{name} uses attn_implementation="{implementation}", and only "sdpa" can be located in a graph: call '

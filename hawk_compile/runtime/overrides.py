@@ -16,6 +16,15 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.modalities import modalities_of
 from hawk_compile.capture.patches import body_overrides
+from hawk_compile.compat.models import (
+    CANDIDATES,
+    PREFILL,
+    PREPARE_CACHE,
+    PREPARE_ENCODERS,
+    PREPARE_POSITIONS,
+    UPLOAD,
+    compile_settings_of,
+)
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
 from hawk_compile.runtime.conversation import TrackedCache, note, physical_length, physical_mask
@@ -38,12 +47,12 @@ def overrides_of(model: PreTrainedModel) -> Overrides:
         "save_pretrained": save_of(kind),
         "create_masks_for_generate": masks_for_generate,
         "get_compiled_call": compiled_call,
-        "_prepare_cache_for_generation": prepare_cache,
-        "_prepare_position_ids_for_generation": position_ids_for_generation,
-        "_prefill": prefill_whole,
-        "_get_candidate_generator": candidate_generator,
-        "_prepare_multimodal_encoder_kwargs_for_generation": encode_images,
-        "_upload_modified_files": upload,
+        PREPARE_CACHE: prepare_cache,
+        PREPARE_POSITIONS: position_ids_for_generation,
+        PREFILL: prefill_whole,
+        CANDIDATES: candidate_generator,
+        PREPARE_ENCODERS: encode_images,
+        UPLOAD: upload,
     }
     overrides: Overrides = {name: (model, types.MethodType(function, model)) for name, function in made.items()}
     return overrides | {name: (model.base_model, method) for name, method in body_overrides(model).items()}
@@ -137,7 +146,7 @@ def upload(self: PreTrainedModel, working_dir: str | os.PathLike[str], *args: An
     runtime = self.__dict__.get(RUNTIME)
     if runtime is not None:
         write_head_weights(working_dir, self, runtime)
-    return original(self, "_upload_modified_files")(working_dir, *args, **kwargs)
+    return original(self, UPLOAD)(working_dir, *args, **kwargs)
 
 
 def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = False, **kwargs: Any) -> Any:
@@ -154,7 +163,7 @@ def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = Fals
 def compiled_call(self: PreTrainedModel, compile_config: CompileConfig | None) -> Any:
     """What generate calls where it compiles decoding (static caches on CUDA): the step inside, compiled by the same
     options, instead of this wrapper."""
-    options = (compile_config or self._default_compile_config()).to_dict()
+    options = (compile_config or compile_settings_of(self)).to_dict()
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with generating(replace(running.get() or Generation(), step_options=options)):
@@ -169,7 +178,7 @@ def prepare_cache(
 ) -> None:  # fmt: skip
     """generate's cache. One of fixed size that it makes itself, for this call alone, may be smaller after pruning."""
     given = model_kwargs.get("past_key_values")
-    original(self, "_prepare_cache_for_generation")(
+    original(self, PREPARE_CACHE)(
         generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
     cache = model_kwargs.get("past_key_values")
@@ -180,7 +189,7 @@ def prepare_cache(
 def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     """Positions with the offsets of this conversation, not of the one that used the model last."""
     with deltas_of(self, model_kwargs.get("past_key_values")):
-        return original(self, "_prepare_position_ids_for_generation")(inputs_tensor, model_kwargs)
+        return original(self, PREPARE_POSITIONS)(inputs_tensor, model_kwargs)
 
 
 def prefill_whole(
@@ -202,13 +211,13 @@ def prefill_whole(
         generation = running.get()
         if generation is not None:
             generation.prompt_length = input_ids.shape[1]
-    return original(self, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
+    return original(self, PREFILL)(input_ids, generation_config, model_kwargs, **kwargs)
 
 
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The vision encoder, compiled if the settings ask for that."""
     runtime = self.__dict__.get(RUNTIME)
-    encode = original(self, "_prepare_multimodal_encoder_kwargs_for_generation")
+    encode = original(self, PREPARE_ENCODERS)
     if runtime is not None and runtime.config.compile_vision:
         encode = runtime.vision.method(self, encode)
     return encode(model_kwargs)
@@ -226,4 +235,4 @@ def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[st
             "assisted decoding runs the whole conversation again behind what the cache holds: leave it out in later "
             "turns"
         )
-    return original(self, "_get_candidate_generator")(*args, model_kwargs=model_kwargs, **kwargs)
+    return original(self, CANDIDATES)(*args, model_kwargs=model_kwargs, **kwargs)

@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.capture.modalities import token_kinds
+from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 
@@ -37,7 +38,7 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
         )
-    if kwargs.get("inputs_embeds") is not None and not model._supports_mm_encoder_outputs():  # type: ignore[operator]
+    if kwargs.get("inputs_embeds") is not None and not supports_encoded_images(model):
         raise UnsupportedCallError(
             f"inputs_embeds were given beside audio, which {type(model).__name__} merges into input_ids only: give "
             "input_ids [B, S]"

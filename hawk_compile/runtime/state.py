@@ -12,6 +12,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.vision import CompiledVision
+from hawk_compile.compat.dynamo import mark_static
+from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.chat import Chat
 from hawk_compile.plan.question import SpecialIds
@@ -135,8 +137,8 @@ class Runtime:
 
 def ranks_of(model: PreTrainedModel) -> Ranks | None:
     """This process among those that transformers shares a model's heads between (`tp_plan`); None if there are none."""
-    if (model._tp_size or 1) == 1:
+    if (model.tp_size or 1) == 1:
         return None
-    mesh: Any = model._device_mesh
+    mesh: Any = device_mesh_of(model)
     mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
     return Ranks(mesh.get_group().group_name, mesh.get_local_rank(), mesh.size())

@@ -96,7 +96,7 @@ def calibrate(
     about = {
         "ablation": ablation, "metric": name_of(metric), "ratios": list(ratios) if ablation == SCORE else [],
         "batch": batch, "heads_at_once": heads_at_once, "max_new_tokens": max_new_tokens,
-        "settings": described(settled), "skip_bad": skip_bad, "model": str(model.config._name_or_path),
+        "settings": described(settled), "skip_bad": skip_bad, "model": str(model.config.name_or_path),
         "weights": fingerprint(model), "versions": {name: importlib.metadata.version(name) for name in OWN_PACKAGES},
         "datasets": {name: digest(samples) for name, samples in sets.items()},
     }  # fmt: skip

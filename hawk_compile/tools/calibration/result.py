@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from hawk_compile.compat.models import COMMIT
 from hawk_compile.errors import InputError
 from hawk_compile.tools.evaluation.statistics import interval
 
@@ -89,6 +90,6 @@ def summary(
         datasets=datasets,
         unsure=[head for head in range(len(weights)) if head not in sure],
         ablation=about["ablation"], metric=about["metric"], ratios=about["ratios"], seed=seed, model=about["model"],
-        revision=getattr(model.config, "_commit_hash", None), date=date,
+        revision=getattr(model.config, COMMIT, None), date=date,
         versions=about["versions"],
     )  # fmt: skip

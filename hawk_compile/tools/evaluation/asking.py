@@ -10,6 +10,7 @@ import torch
 from hawk_compile.capture.encode import run_encoders
 from hawk_compile.capture.features import fresh
 from hawk_compile.capture.modalities import read_for_positions
+from hawk_compile.compat.models import positions_for
 from hawk_compile.settings.config import HawkConfig, check_at_least_1
 from hawk_compile.tools.benchmarking.timing import synchronize
 from hawk_compile.tools.checkpoints import fit, prompts
@@ -39,7 +40,7 @@ def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, 
     """The inputs of `generate` for a batch, padded on the left, its pictures encoded."""
     questions = [sample.question for sample in samples]
     inputs = fit(model, prompts(processor, [sample.pictures() for sample in samples], questions))
-    with_positions = {**inputs, "position_ids": model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)}
+    with_positions = {**inputs, "position_ids": positions_for(model, inputs["input_ids"], inputs)}
     result = run_encoders(model, with_positions)
     if "mm_token_type_ids" in read_for_positions(model):  # positions are known by now; elsewhere the mask is made of it
         result.pop("mm_token_type_ids", None)

@@ -84,7 +84,7 @@ def evaluate(
     sound = scored(scores.values, samples, lambda line: progress(Progress(total, total, line)))
     unpruned, *rows = scores.rows(sound)
     return Evaluation(
-        model=str(model.config._name_or_path or type(model).__name__),
+        model=str(model.config.name_or_path or type(model).__name__),
         data=fspath(data) if isinstance(data, (str, PathLike)) else type(data).__name__,
         metric=name_of(metric),
         baseline=baseline,
