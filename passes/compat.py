@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_flatten as tree_flatten  # the tensors in n
 assert_async = torch._assert_async
 """assert_async(condition, message): an assertion that does not wait for the device."""
 
-ASSERTIONS = ("_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_check")
+ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_assert")
 """Operators and functions that check something and give nothing."""
+
+CHECK_NAMES = ("_assert", "_check")
+"""How the names of all that checks begin."""
 
 GUARDS = "_guards_fn"
 """The submodule in which a graph of torch.export keeps its checks of the inputs."""

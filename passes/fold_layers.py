@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_flatten
 
+from hawk_compile.passes.compat import invoke_subgraph, tree_flatten
 from hawk_compile.passes.graph import expr, is_call, memories, op_name, tensor, value, written_by
 from hawk_compile.passes.site import Split, read
 

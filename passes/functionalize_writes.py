@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from hawk_compile.passes.compat import OpOverload
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, memories, op_name, run_on_values, value, written_by
 from hawk_compile.passes.written import Target, Written, with_part
@@ -169,7 +170,7 @@ def target_of(node: fx.Node) -> Target:
 
 def changes_shape(node: fx.Node) -> bool:
     """Whether an operator changes the shape, strides or memory of the tensor itself, as `unsqueeze_` does."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return torch.Tag.inplace_view in node.target.tags
     packet = getattr(torch.ops.aten, op_name(node), None)
     return packet is not None and any(

@@ -13,10 +13,17 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
+from hawk_compile.passes.compat import (
+    UNSAFE_VIEW,
+    FakeTensor,
+    OpOverload,
+    OpOverloadPacket,
+    enable_python_dispatcher,
+    storage_of,
+)
+from hawk_compile.passes.compat import schema_of as operator_schema
 from hawk_compile.passes.errors import GraphError, ShapeError
 
 Size = fx.Node | int
@@ -24,7 +31,7 @@ Size = fx.Node | int
 EMPTY: Mapping[Any, Any] = MappingProxyType({})
 VALUE_KEYS = ("example_value", "val")
 LAYOUT_OPS = frozenset(
-    {"view", "reshape", "_unsafe_view", "unflatten", "transpose", "permute", "movedim", "contiguous", "clone", "alias"}
+    {"view", "reshape", UNSAFE_VIEW, "unflatten", "transpose", "permute", "movedim", "contiguous", "clone", "alias"}
 )
 """Operators that move elements without changing them."""
 OPERATOR_WRITES = frozenset(
@@ -66,9 +73,9 @@ def op_name(node: fx.Node) -> str:
 
 def name_of(target: Any) -> str:
     """The plain name of what a node calls."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return target.__name__
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
@@ -101,7 +108,7 @@ def sizes_equal_to(shape: Iterable[Any], size: Any) -> list[int]:
 def memories(found: Any) -> set[int]:
     """Which storages a value lies in: a tensor, or a tuple or list of them. Views share their tensor's."""
     if isinstance(found, Tensor):
-        return {found.untyped_storage()._cdata}
+        return {storage_of(found)}
     if isinstance(found, (tuple, list)):
         return set().union(*map(memories, found))
     return set()
@@ -118,7 +125,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         writes = [argument.name for argument in schema.arguments if argument.is_write]
         written = [named[name] for name in writes if name in named]
     else:
-        of_operator = getattr(node.target, "__module__", None) == "_operator"
+        of_operator = getattr(node.target, "__module__", None) == operator.add.__module__
         in_place = name.endswith("_") and not name.endswith("__") and not of_operator
         first = in_place or name.strip("_") in OPERATOR_WRITES or bool(node.kwargs.get("inplace"))
         written = [node.kwargs["out"]] if node.kwargs.get("out") is not None else []
@@ -129,12 +136,12 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in leaves if isinstance(leaf, fx.Node) and memories(value(leaf))]
 
 
-def schema_of(node: fx.Node) -> torch._C.FunctionSchema | None:
+def schema_of(node: fx.Node) -> Any:
     """The schema of an ATen or custom operator; None of what is called by a torch function or method."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema
-    if isinstance(node.target, torch._ops.OpOverloadPacket) and len(node.target.overloads()) == 1:
-        return getattr(node.target, node.target.overloads()[0])._schema
+    if isinstance(node.target, OpOverload):
+        return operator_schema(node.target)
+    if isinstance(node.target, OpOverloadPacket) and len(node.target.overloads()) == 1:
+        return operator_schema(getattr(node.target, node.target.overloads()[0]))
     return None
 
 

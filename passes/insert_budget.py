@@ -19,6 +19,7 @@ from torch import fx
 
 from hawk_compile.kernels.plan.op import VISUAL_OFFSET
 from hawk_compile.kernels.select.budgets import guaranteed_first, kept_of_all, longest_row, tokens_for_mass
+from hawk_compile.passes.compat import assert_async
 from hawk_compile.passes.graph import Builder, Size
 from hawk_compile.passes.site import Budgeted, Located, Scored, Split, find, note, read
 
@@ -76,7 +77,7 @@ def uniform_budget(build: Builder, located: Located, scored: Scored, removed: Fr
     counts = build.call(torch.sum, scored.visual_mask, 1)
     equal = build.call(torch.all, build.call(torch.eq, counts, per_row))
     build.call(
-        torch._assert_async,
+        assert_async,
         equal,
         "the rows of this batch hold different numbers of visual tokens; use hawk_compile.optimize, which plans a "
         "budget for each row, or batch rows with equal numbers",

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributed._functional_collectives import all_reduce
 
 import hawk_compile.kernels.gather.op
 import hawk_compile.kernels.score.op  # noqa: F401  both register operators
 from hawk_compile.kernels.score.voters import last_vote, last_voters, split_heads
+from hawk_compile.passes.compat import all_reduce
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, ancestors, expr, is_call, same, shape_of, sizes_equal_to, tensor
 from hawk_compile.passes.site import Located, Scored, Split, find, note, read

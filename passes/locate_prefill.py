@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import SymInt, fx
 
+from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
 from hawk_compile.passes.graph import (
     LAYOUT_OPS,
@@ -128,7 +129,7 @@ def is_merge(node: fx.Node) -> bool:
 def previous_merge(merge: fx.Node) -> fx.Node | None:
     node = merge.args[0]
     while isinstance(node, fx.Node) and not is_merge(node):
-        if not is_call(node, "to", "_to_copy", "clone", "contiguous", "alias"):
+        if not is_call(node, "to", TO_COPY, "clone", "contiguous", "alias"):
             return None
         node = node.args[0]
     return node if isinstance(node, fx.Node) else None
@@ -325,7 +326,7 @@ def projection(node: fx.Node, merged: fx.Node, length: Any) -> tuple[fx.Node | N
 
 
 def is_layout(node: fx.Node) -> bool:
-    if is_call(node, "to", "_to_copy"):
+    if is_call(node, "to", TO_COPY):
         return tensor(node).dtype == tensor(node.args[0]).dtype  # type: ignore[union-attr]
     return is_call(node, *LAYOUT_OPS)
 

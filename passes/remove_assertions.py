@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import fx
 
+from hawk_compile.passes.compat import ASSERTIONS, GUARDS
 from hawk_compile.passes.graph import op_name
 
-CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_assert")
-GUARDS = "_guards_fn"
+CHECKS = ASSERTIONS
 
 
 def remove_assertions(

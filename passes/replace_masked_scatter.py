@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.graph import Builder, is_call, same, shape_of
 
 
@@ -29,7 +30,7 @@ def can_replace(node: fx.Node) -> bool:
     values, mask = node.args[:2]
     if len(shape_of(values)) != 3 or len(shape_of(mask)) != 3:
         return False
-    while isinstance(mask, fx.Node) and is_call(mask, "to", "_to_copy", "clone", "contiguous", "alias"):
+    while isinstance(mask, fx.Node) and is_call(mask, "to", TO_COPY, "clone", "contiguous", "alias"):
         mask = mask.args[0]
     return same(shape_of(mask)[-1], 1) or (isinstance(mask, fx.Node) and is_call(mask, "expand", "expand_as"))
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 import hawk_compile.kernels.plan.op  # noqa: F401  registers the operator
+from hawk_compile.passes.compat import schema_of
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Size, same
 
@@ -61,7 +62,7 @@ class Located:
         """An argument of the plan that may be left out; None without it, and without a plan."""
         if self.plan is None:
             return None
-        names = [argument.name for argument in torch.ops.hawk.plan.default._schema.arguments]
+        names = [argument.name for argument in schema_of(torch.ops.hawk.plan.default).arguments]
         arguments = dict(zip(names, self.plan.args, strict=False)) | self.plan.kwargs
         return arguments.get(name)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import SymInt, fx
 
+from hawk_compile.passes.compat import CHECK_NAMES
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import (
     ancestors,
@@ -83,4 +84,4 @@ def holds_features(node: fx.Node, located: Located) -> bool:
 
 
 def is_check(node: fx.Node) -> bool:
-    return node.op == "call_function" and op_name(node).startswith(("_assert", "_check", "sym_constrain"))
+    return node.op == "call_function" and op_name(node).startswith((*CHECK_NAMES, "sym_constrain"))

@@ -22,8 +22,6 @@ from tests import zoo
 
 ROOT = Path(__file__).parents[1]
 HOMES = {"hawk_compile/compat", "passes/compat.py", "kernels/compat.py"}
-WAITING = ("passes/",)
-"""Rooms whose names are still to be moved to compat."""
 OWN = {"_hawk_runtime"}
 """Attributes that we put on others' objects ourselves."""
 PARTS = ("_token_id", "_token_index", "_features", "_norm", "_proj", "_seconds", "_like", "_hooks", "_hooks_", "_")
@@ -57,7 +55,7 @@ def test_what_passes_use() -> None:
 
 def test_names_of_operators_in_graphs() -> None:
     """ATen's, or functions of torch; graphs of torch.export keep their guards where we look for them."""
-    for name in (*passes.ASSERTIONS, passes.TO_COPY, passes.UNSAFE_VIEW):
+    for name in (*passes.ASSERTIONS, *passes.CHECK_NAMES, passes.TO_COPY, passes.UNSAFE_VIEW):
         assert hasattr(torch.ops.aten, name) or hasattr(torch, name), name
 
     class Small(torch.nn.Module):
@@ -154,6 +152,13 @@ def test_models_and_their_configurations() -> None:
     assert hasattr(zoo.build("qwen2_audio", layers=1).base_model.audio_tower, models.AUDIO_LENGTHS)
 
 
+def test_files_that_are_not_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert models.file_of(str(tmp_path), "config.json") == str(tmp_path / "config.json")
+    assert models.file_of(str(tmp_path), "chat_template.json") is None
+    assert models.file_of("nobody/has-this-one", "config.json") is None
+
+
 def test_tables_of_the_exporters() -> None:
     from transformers import masking_utils
     from transformers.exporters import exporter_executorch, exporter_onnx, utils  # noqa: F401
@@ -193,5 +198,5 @@ def private_names(path: Path) -> list[str]:
 def test_no_other_file_uses_a_private_name() -> None:
     links = ("hawk_compile/passes", "hawk_compile/kernels")
     files = [path for room in ("hawk_compile", "passes", "kernels") for path in sorted((ROOT / room).rglob("*.py"))]
-    others = [path for path in files if not str(path.relative_to(ROOT)).startswith((*links, *HOMES, *WAITING))]
+    others = [path for path in files if not str(path.relative_to(ROOT)).startswith((*links, *HOMES))]
     assert [name for path in others for name in private_names(path)] == []

@@ -19,6 +19,7 @@ from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
 from hawk_compile.capture.features import arguments_of, cut_extra_rows
 from hawk_compile.capture.patches import body_overrides
+from hawk_compile.compat.dynamo import mark_static
 from hawk_compile.errors import InputError
 
 
@@ -37,7 +38,7 @@ def planned_forward(
     Returns:
         The model's output, keep [B, S'], valid [B, S'] and scores [B, S].
     """
-    torch._dynamo.mark_static(planned[2])  # the heads are a number; said here, where no other thread can miss it
+    mark_static(planned[2])  # the heads are a number; said here, where no other thread can miss it
     keep, valid, scores = torch.ops.hawk.plan(*planned)
     return unplanned_forward(forward, inputs, past_mask, planned[0], along), keep, valid, scores
 

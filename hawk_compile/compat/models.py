@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 """(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length): puts generate's cache among the
@@ -32,6 +33,12 @@ MODULES = "_modules"
 def is_tensors_or_hooks(attribute: str) -> bool:
     """Whether a module holds its parameters, buffers or hooks by this name."""
     return attribute in ("_parameters", "_buffers") or attribute.endswith("_hooks") or "_hooks_" in attribute
+
+
+def file_of(checkpoint: str, name: str) -> str | None:
+    """Where a file of a checkpoint lies on this machine; None if it does not. Nothing is downloaded."""
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    return cached_file(checkpoint, name, local_files_only=True, **quiet)  # type: ignore[arg-type]
 
 
 def supports_encoded_images(model: PreTrainedModel) -> bool:

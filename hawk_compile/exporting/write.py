@@ -136,7 +136,7 @@ def manifest_of(
     """What a folder holds, of which everything but the manifest is written."""
     written = {file for part in parts.values() for file in part.sha256}
     ids = special_ids(model, config)
-    path = getattr(model.config, "_name_or_path", "")
+    path = getattr(model.config, "name_or_path", "")
     templated = processor if processor is not None else config.processor
     chat = chat_of(templated, path, ids.end_of_turn, config.end_of_turn_token_id is not None)
     return Manifest(

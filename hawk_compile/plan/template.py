@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hawk_compile.compat.models import file_of
 from hawk_compile.plan.chat import Chat, ChatFormat, Ids, Row, Span, places
 
 Make = Callable[[str], Ids]
@@ -291,16 +292,13 @@ def source_at(path: str) -> Any:
         UnknownTemplate: there is none.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
     here: dict[str, Any] = {"local_files_only": True}
     if not path:
         raise UnknownTemplate("the model was not loaded from a checkpoint")
     try:
         names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-        missing: dict[str, Any] = {f"_raise_exceptions_for_{what}": False
-                                   for what in ("missing_entries", "connection_errors")}  # fmt: skip
-        files = {name: cached_file(path, name, **here, **missing) for name in names}
+        files = {name: file_of(path, name) for name in names}
         if not files["tokenizer_config.json"]:
             raise UnknownTemplate("no tokenizer lies there")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **here)

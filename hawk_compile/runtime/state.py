@@ -12,7 +12,6 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.vision import CompiledVision
-from hawk_compile.compat.dynamo import mark_static
 from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.chat import Chat
@@ -111,7 +110,7 @@ class Runtime:
     def learn_chat(self, model: PreTrainedModel) -> Chat:
         """What the chat template puts around a user's text: learned once, when there is a prompt to prune."""
         if not self.chat_known:
-            path = getattr(model.config, "_name_or_path", "")
+            path = getattr(model.config, "name_or_path", "")
             chosen = self.settings.end_of_turn_token_id is not None
             self.chat = chat_of(self.settings.processor, path, self.ids.end_of_turn, chosen)
             self.chat_known = True

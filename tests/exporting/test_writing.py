@@ -65,9 +65,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
-    lines: list[str] = []
-    write_export(tmp_path / "out", told=lines.append)
-    assert [line.split(":")[0] for line in lines] == list(NAMES)
+    told: list[hawk_compile.Progress] = []
+    write_export(tmp_path / "out", told=told.append)
+    assert [now.text.split(":")[0] for now in told if now.text] == list(NAMES)
     manifest = manifests.read(tmp_path / "out")
     assert list(manifest.parts) == list(NAMES) and manifest.encoders == ["vision_tower"] and manifest.ratio == 0.5
     part = manifest.parts["prefill"]
