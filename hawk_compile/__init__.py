@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from hawk_compile.tools.evaluation.result import Evaluation
     from hawk_compile.tools.inspection.inspect import Inspection
     from hawk_compile.tools.inspection.inspect import inspect_model as inspect
-    from hawk_compile.tools.pictures.show import Seen, show
+    from hawk_compile.tools.pictures.seen import Seen
+    from hawk_compile.tools.pictures.show import show
 
 __version__ = "0.1.0"
 __all__ = [
@@ -109,7 +110,7 @@ HOMES = {
     "Progress": "progress",
     "Report": "runtime.records",
     "Runner": "exporting.runner",
-    "Seen": "tools.pictures.show",
+    "Seen": "tools.pictures.seen",
     "UnsupportedCallError": "errors",
     "UnsupportedModelError": "errors",
     "bench": "tools.benchmarking.bench",

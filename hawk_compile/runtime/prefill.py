@@ -20,6 +20,7 @@ from hawk_compile.capture.modalities import (
 from hawk_compile.capture.patches import install_recorders
 from hawk_compile.plan.plan import Plan, make_plan, on_host
 from hawk_compile.plan.question import is_any
+from hawk_compile.plan.quotas import quotas
 from hawk_compile.runtime.conversation import track
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
@@ -28,7 +29,6 @@ from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import refuse_quotas_of_audio, refuse_unsupported
 from hawk_compile.runtime.state import Runtime
-from hawk_compile.settings.budgets import quotas
 from hawk_compile.settings.config import HawkConfig
 
 

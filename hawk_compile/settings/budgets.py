@@ -1,19 +1,9 @@
-"""How many visual tokens are kept where one ratio for a whole prompt does not say it.
-
-    Adaptive(mass=0.9)         each row keeps as few as hold that share of its score
-    min_per_image, quota       every image (or frame of a video) keeps some, or its own share
-"""
+"""How many visual tokens are kept where one ratio does not say it: as few as hold a share of the score."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from hawk_compile.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from hawk_compile.settings.config import HawkConfig
+from hawk_compile.errors import ConfigError
 
 Count = int | float
 """A number of tokens (int), or a fraction of a row's visual tokens (float)."""
@@ -66,56 +56,3 @@ def tokens(given: Count, count: int) -> int:
 
 def is_number(given: Any) -> bool:
     return isinstance(given, (int, float)) and not isinstance(given, bool)
-
-
-@dataclass(frozen=True)
-class Quotas:
-    """What every image of a batch keeps at least.
-
-    Attributes:
-        image: [B, S] int64, which image a position belongs to, counted over the batch; -1 elsewhere.
-        floor: [B, S] int64, the tokens that its image keeps at least; 0 elsewhere.
-        total: [B] int64, the sum over a row's images.
-        tokens: visual tokens of all images.
-    """
-
-    image: Tensor
-    floor: Tensor
-    total: Tensor
-    tokens: int
-
-
-def quotas(
-    input_ids: Tensor, placeholders: dict[str, int | None], sizes: dict[str, list[int]], config: "HawkConfig"
-) -> Quotas:
-    """The images' places in a batch, and what each keeps.
-
-    Args:
-        input_ids: [B, S] int64.
-        placeholders: modality -> id that waits for its features.
-        sizes: modality -> tokens of each image or frame, in the order of the prompts.
-
-    Raises:
-        InputError: two modalities that share one placeholder, so that their images cannot be told apart.
-    """
-    image = torch.full_like(input_ids, -1)
-    floor, total = torch.zeros_like(image), torch.zeros_like(image[:, 0])
-    known = 0
-    if len({placeholders.get(modality) for modality in sizes}) < len(sizes):
-        raise InputError(
-            f"min_per_image and quota need prompts whose {' and '.join(sizes)} tokens have ids of their own, and this "
-            "model's have the same: give one kind of them in a call, or leave both settings out"
-        )
-    for modality, counts in sizes.items():
-        mask = torch.isin(input_ids, torch.tensor(placeholders[modality], device=input_ids.device))
-        edges = torch.tensor(counts, device=input_ids.device).cumsum(0)
-        floors = torch.tensor([*map(config.floor, counts), 0], device=input_ids.device)
-        rank = mask.flatten().long().cumsum(0) - 1
-        unit = torch.bucketize(rank, edges, right=True)  # len(counts) for positions that have no features
-        begins = (rank == torch.nn.functional.pad(edges, (1, 0))[unit]).view_as(mask) & mask
-        unit = unit.view_as(mask)
-        image = image.where(~mask, unit + known)
-        floor = floor.where(~mask, floors[unit])
-        total = total + (floor * begins).sum(1)
-        known += len(counts)
-    return Quotas(image, floor, total, sum(map(sum, sizes.values())))

@@ -1,6 +1,5 @@
 """Checkpoint folders and their processors, read for the command line, and prompts made with them."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hawk_compile.errors import InputError, UnsupportedModelError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def check_drawable() -> None:
-    """Raises InputError where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('a picture needs matplotlib, which is not installed: pip install "hawk-compile[plot]"')
 
 
 def read_for_tasks(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:

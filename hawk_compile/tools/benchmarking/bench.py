@@ -16,8 +16,9 @@ from hawk_compile.settings.config import HawkConfig, check_choice, make_config_o
 from hawk_compile.tools.benchmarking import memory, prompts, timing
 from hawk_compile.tools.benchmarking.floors import floors, measure_rates
 from hawk_compile.tools.benchmarking.images import Picture, family, picture
+from hawk_compile.tools.benchmarking.measured import Measurement, Shape, Size
 from hawk_compile.tools.benchmarking.models import load
-from hawk_compile.tools.benchmarking.result import Benchmark, Measurement, Shape, Size
+from hawk_compile.tools.benchmarking.result import Benchmark
 from hawk_compile.tools.benchmarking.stages import PRUNED, STAGES
 from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.timing import Call

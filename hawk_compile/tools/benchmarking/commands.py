@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.errors import InputError
 from hawk_compile.tools.benchmarking.bench import bench
 from hawk_compile.tools.benchmarking.result import Benchmark
 from hawk_compile.tools.benchmarking.table import head, tables
-from hawk_compile.tools.evaluation.commands import names, numbers
-from hawk_compile.tools.evaluation.table import check_writable
+from hawk_compile.tools.terminal import counts, names, numbers
+from hawk_compile.tools.writing import check_writable
 
 
 def bench_checkpoint(
@@ -59,10 +59,3 @@ def show(console: Console, found: Benchmark) -> None:
         console.print()
         console.print(about)
         console.print(shown)
-
-
-def counts(given: str) -> list[int]:
-    try:
-        return [int(each) for each in given.split(",")]
-    except ValueError:
-        raise ConfigError(f"tokens must be whole numbers with commas between, like 576,1024, got {given!r}") from None

@@ -7,9 +7,9 @@ from typing import Any
 
 from hawk_compile.errors import InputError
 from hawk_compile.tools.benchmarking.floors import Floor
-from hawk_compile.tools.benchmarking.result import Benchmark, Measurement, Size
+from hawk_compile.tools.benchmarking.measured import Measured, Measurement, Size
 from hawk_compile.tools.benchmarking.timing import Spread, spread
-from hawk_compile.tools.evaluation.table import check_writable
+from hawk_compile.tools.writing import check_writable
 
 STAGE_NAMES = {"prefill": "prefill", "first": "first token", "decode": "decode step"}
 HEADINGS = (
@@ -33,7 +33,7 @@ def over(above: Measurement | None, below: Measurement | None) -> Spread | None:
     return spread([a / b for a, b in zip(above.seconds, below.seconds, strict=True)])
 
 
-def rows(found: Benchmark) -> list[tuple[str, ...]]:
+def rows(found: Measured) -> list[tuple[str, ...]]:
     """Each size, stage and ratio that was measured."""
     lines = []
     for size in found.sizes:
@@ -45,7 +45,7 @@ def rows(found: Benchmark) -> list[tuple[str, ...]]:
     return lines
 
 
-def row(found: Benchmark, size: Size, stage: str, floor: Floor, pruned: Measurement) -> tuple[str, ...]:
+def row(found: Measured, size: Size, stage: str, floor: Floor, pruned: Measurement) -> tuple[str, ...]:
     eager, compiled = (found.of(size.visual_tokens, stage, column) for column in ("eager", "compiled"))
     short, authors = (found.of(size.visual_tokens, stage, column, floor.ratio) for column in ("short", "authors"))
     work = (floor.flop_ratio, floor.causal_flop_ratio) if stage == "prefill" else (None, None)
@@ -60,7 +60,7 @@ def row(found: Benchmark, size: Size, stage: str, floor: Floor, pruned: Measurem
     )  # fmt: skip
 
 
-def scoring_rows(found: Benchmark) -> list[tuple[str, ...]]:
+def scoring_rows(found: Measured) -> list[tuple[str, ...]]:
     lines = []
     for size in found.sizes:
         for floor in size.floors:
@@ -83,7 +83,7 @@ def part_of(part: Measurement, whole: Measurement | None) -> str:
     return "" if whole is None else f"{spread(part.seconds).median / spread(whole.seconds).median:.2%}"
 
 
-def memory_rows(found: Benchmark) -> list[tuple[str, ...]]:
+def memory_rows(found: Measured) -> list[tuple[str, ...]]:
     lines = []
     for size in found.sizes:
         for floor in size.floors:
@@ -111,7 +111,7 @@ def milliseconds(given: Measurement | None) -> str:
     return f"{1e3 * found.median:.2f} ({1e3 * found.iqr:.2f})"
 
 
-def tables(found: Benchmark) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def tables(found: Measured) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """(what it shows, headings, lines) of each table that has lines."""
     made = [
         (
@@ -137,7 +137,7 @@ def tables(found: Benchmark) -> list[tuple[str, tuple[str, ...], list[tuple[str,
     return [each for each in made if each[2]]
 
 
-def head(found: Benchmark) -> list[str]:
+def head(found: Measured) -> list[str]:
     """What was measured, where and how, and what is not as asked."""
     given = found.settings
     whole = found.layers == found.all_layers
@@ -153,7 +153,7 @@ def head(found: Benchmark) -> list[str]:
     return [*lines, *compiled_lines(found), *vision_lines(found), *(f"Note: {note}." for note in found.notes)]
 
 
-def compiled_lines(found: Benchmark) -> list[str]:
+def compiled_lines(found: Measured) -> list[str]:
     if not found.shapes:
         return []
     total = found.shapes[-1].compilations
@@ -170,7 +170,7 @@ def compiled_lines(found: Benchmark) -> list[str]:
     return lines
 
 
-def vision_lines(found: Benchmark) -> list[str]:
+def vision_lines(found: Measured) -> list[str]:
     spent = []
     for visual in (size.visual_tokens for size in found.sizes):
         eager, compiled = (found.of(visual, "vision", column) for column in ("eager", "compiled"))
@@ -180,7 +180,7 @@ def vision_lines(found: Benchmark) -> list[str]:
     return [f"Vision encoder, compiled over eager: {', '.join(spent)}."] if spent else []
 
 
-def markdown(found: Benchmark) -> str:
+def markdown(found: Measured) -> str:
     """Head and tables."""
     parts = ["\n\n".join(head(found))]
     for about, headings, lines in tables(found):
@@ -189,7 +189,7 @@ def markdown(found: Benchmark) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(found: Benchmark) -> dict[str, Any]:
+def as_json(found: Measured) -> dict[str, Any]:
     """Every number: all rounds of all measurements, floors, rates, shapes, and where it was."""
     made = dataclasses.asdict(found)
     for size, own in zip(made["sizes"], found.sizes, strict=True):
@@ -201,7 +201,7 @@ def as_json(found: Benchmark) -> dict[str, Any]:
     return made
 
 
-def write(found: Benchmark, folder: Path) -> list[Path]:
+def write(found: Measured, folder: Path) -> list[Path]:
     """bench.md, bench.json, and bench.png where the prefill was timed.
 
     Raises:
@@ -220,7 +220,7 @@ def write(found: Benchmark, folder: Path) -> list[Path]:
     return written
 
 
-def plot(found: Benchmark, path: Path) -> None:
+def plot(found: Measured, path: Path) -> None:
     """The prefill's time over the compiled unpruned one's, by the fraction removed; dashed: the FLOP ratio, causal."""
     from matplotlib.figure import Figure
 

@@ -17,7 +17,7 @@ from hawk_compile.tools.calibration.ablation import SCORE, ablated
 from hawk_compile.tools.calibration.likelihood import likelihoods
 from hawk_compile.tools.evaluation.asking import answer_scores, encoded
 from hawk_compile.tools.evaluation.metrics import Metric
-from hawk_compile.tools.evaluation.samples import Sample
+from hawk_compile.tools.evaluation.sample import Sample
 from hawk_compile.tools.switching import Switch
 
 

@@ -33,7 +33,8 @@ from hawk_compile.tools.calibration.record import Record
 from hawk_compile.tools.calibration.result import Calibration, summary
 from hawk_compile.tools.evaluation.asking import batches
 from hawk_compile.tools.evaluation.metrics import Metric, metric_of, name_of, scored
-from hawk_compile.tools.evaluation.samples import Sample, read_samples
+from hawk_compile.tools.evaluation.sample import Sample
+from hawk_compile.tools.evaluation.samples import read_samples
 from hawk_compile.tools.switching import left_as_it_was
 
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")

@@ -10,7 +10,7 @@ from hawk_compile.tools.calibration.calibrate import calibrate
 from hawk_compile.tools.calibration.processes import Processes, own_device
 from hawk_compile.tools.calibration.result import Calibration
 from hawk_compile.tools.checkpoints import read_for_tasks
-from hawk_compile.tools.evaluation.commands import bar, numbers
+from hawk_compile.tools.terminal import bar, numbers
 
 
 def calibrate_checkpoint(

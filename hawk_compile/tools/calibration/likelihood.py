@@ -9,7 +9,7 @@ from torch import Tensor
 from hawk_compile.capture.features import fresh
 from hawk_compile.errors import InputError
 from hawk_compile.tools.checkpoints import rendered
-from hawk_compile.tools.evaluation.samples import Sample
+from hawk_compile.tools.evaluation.sample import Sample
 
 LIKELIHOOD = "likelihood"
 

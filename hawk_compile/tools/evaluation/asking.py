@@ -15,7 +15,7 @@ from hawk_compile.settings.config import HawkConfig, check_at_least_1
 from hawk_compile.tools.benchmarking.timing import synchronize
 from hawk_compile.tools.checkpoints import fit, prompts
 from hawk_compile.tools.evaluation.metrics import Metric, checked
-from hawk_compile.tools.evaluation.samples import Sample
+from hawk_compile.tools.evaluation.sample import Sample
 from hawk_compile.tools.switching import Switch
 
 ROUNDS = 5

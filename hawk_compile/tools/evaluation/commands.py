@@ -1,21 +1,15 @@
 """What `hawk-compile evaluate` does, and what it prints."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TimeRemainingColumn
 
-from hawk_compile.errors import ConfigError
-from hawk_compile.progress import Listener, Progress
 from hawk_compile.tools.checkpoints import read_for_tasks
-from hawk_compile.tools.evaluation.demo import MODEL, control_rows
+from hawk_compile.tools.evaluation.demo import DEMO, MODEL, control_rows
 from hawk_compile.tools.evaluation.evaluate import evaluate
-from hawk_compile.tools.evaluation.samples import DEMO
-from hawk_compile.tools.evaluation.table import check_writable
+from hawk_compile.tools.terminal import bar, names, numbers
+from hawk_compile.tools.writing import check_writable
 
 
 def evaluate_checkpoint(
@@ -43,29 +37,3 @@ def evaluate_checkpoint(
     written = found.write(out)
     console.print(written[0].read_text(encoding="utf-8"), soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}")
-
-
-@contextlib.contextmanager
-def bar(console: Console, what: str) -> Iterator[Listener]:
-    """A listener that draws a progress bar with the time left, and prints what it is told in words."""
-    with Bar(*Bar.get_default_columns()[:-1], TimeRemainingColumn(), console=console) as shown:
-        task = shown.add_task(what, total=None)
-
-        def listen(now: Progress) -> None:
-            if now.text:
-                console.print(now.text)
-            if now.total:
-                shown.update(task, completed=now.done, total=now.total)
-
-        yield listen
-
-
-def numbers(given: str) -> list[float]:
-    try:
-        return [float(each) for each in given.split(",")]
-    except ValueError:
-        raise ConfigError(f"ratios must be numbers with commas between, such as 0.5,0.8, got {given!r}") from None
-
-
-def names(given: str) -> "str | list[str]":
-    return given if given == "all" else [each.strip() for each in given.split(",")]

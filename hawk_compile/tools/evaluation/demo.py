@@ -16,9 +16,12 @@ from hawk_compile.errors import InputError
 from hawk_compile.runtime.api import restore
 from hawk_compile.tools.demo.evaluate import another_question, by_hand, by_pass, oracle, prepare
 from hawk_compile.tools.demo.scenes import COLORS, DIGITS, SPLITS, Question, Scene, pick_questions
-from hawk_compile.tools.evaluation.result import Evaluation, Row
-from hawk_compile.tools.evaluation.samples import DEMO, Sample
+from hawk_compile.tools.evaluation.result import Evaluation
+from hawk_compile.tools.evaluation.sample import Sample
+from hawk_compile.tools.evaluation.scored import Row
 
+DEMO = "demo"
+"""Names the demo's own questions; "demo:tune" those of another split."""
 MODEL = Path(__file__).parents[1] / "demo" / "model"
 """The shipped checkpoint."""
 QUESTIONS, PER_SCENE = 2000, 4

@@ -20,8 +20,10 @@ from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_conf
 from hawk_compile.tools.evaluation.asking import answer_scores, batches, encoded, prefill_seconds
 from hawk_compile.tools.evaluation.methods import Cell, Methods, Selectable, cells_of, methods_of
 from hawk_compile.tools.evaluation.metrics import Metric, metric_of, name_of, scored
-from hawk_compile.tools.evaluation.result import Evaluation, Row
-from hawk_compile.tools.evaluation.samples import Sample, read_samples
+from hawk_compile.tools.evaluation.result import Evaluation
+from hawk_compile.tools.evaluation.sample import Sample
+from hawk_compile.tools.evaluation.samples import read_samples
+from hawk_compile.tools.evaluation.scored import Row
 from hawk_compile.tools.switching import Switch, left_as_it_was
 
 

@@ -21,7 +21,7 @@ from hawk_compile.runtime.api import optimize
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config
 from hawk_compile.settings.selectors import selector_named
 from hawk_compile.tools.checkpoints import fit, prompts, read_for_tasks
-from hawk_compile.tools.evaluation.samples import picture
+from hawk_compile.tools.evaluation.sample import picture
 
 MARK = "<image>"
 """How tasks mark a picture's place in their text. Here pictures come first, and some tokenizers know it as an id."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hawk_compile.errors import ConfigError, InputError
-from hawk_compile.tools.evaluation.samples import Sample
+from hawk_compile.tools.evaluation.sample import Sample
 
 Metric = Callable[[str, tuple[str, ...]], float]
 """(what the model said, all right answers) -> [0, 1]."""

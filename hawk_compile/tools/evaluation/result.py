@@ -1,62 +1,21 @@
-"""What an evaluation gives: the scores of every method at every ratio, question by question."""
+"""What an evaluation gives: the scores of every method, which can write themselves down."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
-
-from hawk_compile.tools.evaluation.samples import Sample
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one ratio.
-
-    Attributes:
-        scores: [N] float64, what the metric gives each sample.
-        kept: mean number of visual tokens kept; None where a choice was made outside of the graph.
-        seconds: median time of a prefill of one batch, pictures encoded; None where none was timed.
-    """
-
-    method: str
-    ratio: float
-    scores: np.ndarray
-    kept: float | None = None
-    seconds: float | None = None
+from hawk_compile.tools.evaluation import table
+from hawk_compile.tools.evaluation.scored import Scored
 
 
 @dataclass
-class Evaluation:
-    """What was measured.
-
-    Attributes:
-        unpruned: the row of the model without pruning, at ratio 0.
-        rows: every method at every ratio.
-        baseline: the method that the others are compared with.
-        visual: mean number of visual tokens of a prompt.
-    """
-
-    model: str
-    data: str
-    metric: str
-    baseline: str
-    samples: list[Sample]
-    visual: float
-    unpruned: Row
-    rows: list[Row] = field(default_factory=list)
-
-    def row(self, method: str, ratio: float) -> Row:
-        return next(row for row in self.rows if (row.method, row.ratio) == (method, ratio))
+class Evaluation(Scored):
+    """Everything that `evaluate` measured, as a table, JSON and a plot."""
 
     def markdown(self) -> str:
         """A table of every ratio's methods, the best first, with intervals and p-values against the baseline."""
-        from hawk_compile.tools.evaluation.table import markdown
-
-        return markdown(self)
+        return table.markdown(self)
 
     def write(self, folder: "str | PathLike[str]") -> list[Path]:
         """The table, JSON with the score of every sample, and a plot; see `hawk_compile.tools.evaluation.table`."""
-        from hawk_compile.tools.evaluation.table import write
-
-        return write(self, Path(folder))
+        return table.write(self, Path(folder))

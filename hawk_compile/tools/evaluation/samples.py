@@ -13,7 +13,6 @@ What is wrong with a record is said with the line it stands on.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,60 +20,10 @@ from typing import Any
 from PIL import Image
 
 from hawk_compile.errors import InputError
-
-DEMO = "demo"
-"""Names the demo's own questions; "demo:tune" those of another split."""
+from hawk_compile.tools.evaluation.demo import DEMO, demo_samples
+from hawk_compile.tools.evaluation.sample import Sample
 
 FIELDS = ("image", "images", "question", "answer", "answers", "kind")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question.
-
-    Attributes:
-        images: paths of pictures, or the pictures.
-        answers: all that count as right.
-        kind: what is asked for.
-        origin: where it stands, for messages.
-    """
-
-    images: tuple[Path | Image.Image, ...]
-    question: str
-    answers: tuple[str, ...]
-    kind: str = ""
-    origin: str = ""
-
-    def pictures(self) -> list[Image.Image]:
-        """The pictures in RGB.
-
-        Raises:
-            InputError: one that cannot be read.
-        """
-        return [picture(each, self.origin) for each in self.images]
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of the pictures, which are not decoded for it."""
-        found = []
-        for each in self.images:
-            if isinstance(each, Image.Image):
-                found.append(each.size)
-            else:
-                with Image.open(each) as opened:
-                    found.append(opened.size)
-        return found
-
-
-def picture(image: Path | Image.Image, origin: str) -> Image.Image:
-    try:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{origin}: there is no image {image}: correct the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # of what is in the file
-        raise InputError(f"{origin}: {image} cannot be read as an image ({error}): replace it") from None
 
 
 def read_samples(
@@ -97,8 +46,6 @@ def read_samples(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number of at least 1, got {limit!r}")
     if isinstance(data, str) and data.split(":")[0] == DEMO:
-        from hawk_compile.tools.evaluation.demo import demo_samples
-
         return demo_samples(data, limit)
     found: list[Sample] = []
     for read in records(data):

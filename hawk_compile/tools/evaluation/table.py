@@ -1,15 +1,14 @@
 """An evaluation as a table in Markdown, as JSON and as a plot."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.checkpoints import check_drawable
-from hawk_compile.tools.evaluation.result import Evaluation, Row
+from hawk_compile.tools.evaluation.scored import Row, Scored
 from hawk_compile.tools.evaluation.statistics import Interval, difference, holm, interval
+from hawk_compile.tools.writing import check_writable
 
 SIGNIFICANT = 0.05
 HEADINGS = (
@@ -42,7 +41,7 @@ class Line:
         return "better" if self.gap.mean > 0 else "worse"
 
 
-def lines(found: Evaluation) -> list[Line]:
+def lines(found: Scored) -> list[Line]:
     """The unpruned model, then every ratio with its methods, the best first."""
     whole = found.unpruned.scores.mean()
 
@@ -61,7 +60,7 @@ def lines(found: Evaluation) -> list[Line]:
     return result
 
 
-def markdown(found: Evaluation, made: list[Line] | None = None) -> str:
+def markdown(found: Scored, made: list[Line] | None = None) -> str:
     """A table, with what it is a table of above it. `made` are its lines, where they are known: they take time."""
     head = [heading.format(baseline=found.baseline) for heading in HEADINGS]
     cells = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]
@@ -87,7 +86,7 @@ def cells_of(line: Line, visual: float) -> list[str]:
     ]  # fmt: skip
 
 
-def as_json(found: Evaluation, made: list[Line] | None = None) -> dict[str, Any]:
+def as_json(found: Scored, made: list[Line] | None = None) -> dict[str, Any]:
     """Everything that was measured, the score of every sample with it."""
     return {
         "model": found.model, "data": found.data, "metric": found.metric, "baseline": found.baseline,
@@ -101,7 +100,7 @@ def as_json(found: Evaluation, made: list[Line] | None = None) -> dict[str, Any]
     }  # fmt: skip
 
 
-def write(found: Evaluation, folder: Path) -> list[Path]:
+def write(found: Scored, folder: Path) -> list[Path]:
     """evaluation.md, evaluation.json and evaluation.png in a folder.
 
     Raises:
@@ -119,21 +118,7 @@ def write(found: Evaluation, folder: Path) -> list[Path]:
     return written
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder, and see that a plot can be drawn, before anything is measured.
-
-    Raises:
-        InputError: the folder cannot be written to, or matplotlib is missing.
-    """
-    check_drawable()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error}): give another folder") from None
-
-
-def plot(found: Evaluation, made: list[Line], path: Path) -> None:
+def plot(found: Scored, made: list[Line], path: Path) -> None:
     """Score over the fraction removed, a line for each method, with intervals."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -6,9 +6,10 @@ from typing import Any
 from rich.console import Console
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.checkpoints import check_drawable, read_for_tasks
-from hawk_compile.tools.evaluation.commands import bar
+from hawk_compile.tools.checkpoints import read_for_tasks
 from hawk_compile.tools.pictures.show import show
+from hawk_compile.tools.terminal import bar
+from hawk_compile.tools.writing import check_drawable
 
 
 def show_checkpoint(

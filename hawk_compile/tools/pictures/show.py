@@ -5,7 +5,7 @@ that nothing is compiled for them.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,42 +24,9 @@ from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config
 from hawk_compile.settings.head_weights import resolve
 from hawk_compile.tools.checkpoints import fit, prompt
-from hawk_compile.tools.evaluation.samples import picture
+from hawk_compile.tools.evaluation.sample import picture
+from hawk_compile.tools.pictures.seen import Seen
 from hawk_compile.tools.switching import left_as_it_was
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One question about one picture.
-
-    Attributes:
-        kept: [h, w] bool, of the picture's visual tokens.
-        scores: [h, w] float, by which they were ranked.
-        heads: [H, h, w] float, the score of each query head alone, as the selector normalises it and lets text vote.
-        weights: [H] float, of the heads, as the selector used them.
-        answer, unpruned: what the model says with and without pruning.
-    """
-
-    image: Image.Image
-    question: str
-    ratio: float
-    selector: str
-    kept: np.ndarray
-    scores: np.ndarray
-    heads: np.ndarray
-    weights: list[float]
-    answer: str
-    unpruned: str
-
-    def write(self, path: "str | PathLike[str]") -> None:
-        """A PNG of the kept tokens, the scores, and each head's own.
-
-        Raises:
-            InputError: the file cannot be written, or matplotlib is missing.
-        """
-        from hawk_compile.tools.pictures.draw import draw
-
-        draw(self, Path(path))
 
 
 def show(

@@ -16,9 +16,9 @@ from hawk_compile.tools.benchmarking import prompts, scoring
 from hawk_compile.tools.benchmarking.bench import SHAPES, bench
 from hawk_compile.tools.benchmarking.floors import Rates
 from hawk_compile.tools.benchmarking.images import picture, pixels
+from hawk_compile.tools.benchmarking.measured import Measurement
 from hawk_compile.tools.benchmarking.models import load
 from hawk_compile.tools.benchmarking.profiles import PROFILES, internvl3_8b, llava_onevision_7b, tiny
-from hawk_compile.tools.benchmarking.result import Measurement
 from hawk_compile.tools.benchmarking.stages import STAGES
 from hawk_compile.tools.benchmarking.subjects import Subjects
 from hawk_compile.tools.benchmarking.table import as_json, markdown, over, write

@@ -16,8 +16,8 @@ from hawk_compile.tools.cli import app
 from hawk_compile.tools.evaluation.demo import control_rows
 from hawk_compile.tools.evaluation.evaluate import evaluate
 from hawk_compile.tools.evaluation.methods import methods_of
-from hawk_compile.tools.evaluation.result import Row
 from hawk_compile.tools.evaluation.samples import read_samples
+from hawk_compile.tools.evaluation.scored import Row
 from hawk_compile.tools.evaluation.table import as_json, lines, markdown
 from tests.exporting import demo
 

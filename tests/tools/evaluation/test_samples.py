@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.evaluation.samples import Sample, read_samples
+from hawk_compile.tools.evaluation.sample import Sample
+from hawk_compile.tools.evaluation.samples import read_samples
 
 GOOD = {"image": "cat.png", "question": "What is this?", "answers": ["cat", "a cat"]}
 

@@ -13,7 +13,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.demo.scenes import make_scene
 from hawk_compile.tools.pictures import commands
-from hawk_compile.tools.pictures.draw import DIMMED, dimmed
+from hawk_compile.tools.pictures.seen import DIMMED, dimmed
 from hawk_compile.tools.pictures.show import grid, show
 from tests.exporting import demo
 

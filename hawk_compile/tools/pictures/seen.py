@@ -1,18 +1,51 @@
-"""What pruning kept of a picture, drawn: the kept tokens, the scores, and each head's own."""
+"""What `show` gives: what pruning kept of a picture, and a drawing of it: kept tokens, scores, each head's own."""
 
 import math
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.checkpoints import check_drawable
-from hawk_compile.tools.pictures.show import Seen
+from hawk_compile.tools.writing import check_drawable
 
 DIMMED = 0.25
 COLUMNS = 8
 """Maps of heads side by side."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One question about one picture.
+
+    Attributes:
+        kept: [h, w] bool, of the picture's visual tokens.
+        scores: [h, w] float, by which they were ranked.
+        heads: [H, h, w] float, the score of each query head alone, as the selector normalises it and lets text vote.
+        weights: [H] float, of the heads, as the selector used them.
+        answer, unpruned: what the model says with and without pruning.
+    """
+
+    image: Image.Image
+    question: str
+    ratio: float
+    selector: str
+    kept: np.ndarray
+    scores: np.ndarray
+    heads: np.ndarray
+    weights: list[float]
+    answer: str
+    unpruned: str
+
+    def write(self, path: "str | PathLike[str]") -> None:
+        """A PNG of the kept tokens, the scores, and each head's own.
+
+        Raises:
+            InputError: the file cannot be written, or matplotlib is missing.
+        """
+        draw(self, Path(path))
 
 
 def draw(seen: Seen, path: Path) -> None:
