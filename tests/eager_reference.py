@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tests.zoo import common
+
 
 def language_model(model: PreTrainedModel) -> nn.Module:
     base = model.base_model
@@ -84,11 +86,11 @@ def scores_of_each(query: Tensor, key: Tensor, visual: Tensor, votes: Tensor, he
 
 
 def voters(ids: list[int], visual: list[bool], vision_end: int, end_of_turn: set[int]) -> list[bool]:
-    """The ids behind the last image and the id that closes it, up to the last end-of-turn id."""
+    """The ids behind the last image and the id that closes it, up to the last end-of-turn id; a start id is no text."""
     start = 1 + max(position for position, each in enumerate(ids) if visual[position] or each == vision_end)
     ends = [position for position, each in enumerate(ids) if each in end_of_turn and position >= start]
     stop = ends[-1] if ends else len(ids)
-    return [start <= position < stop for position in range(len(ids))]
+    return [start <= position < stop and each != common.START for position, each in enumerate(ids)]
 
 
 def kept_positions(row_scores: Tensor, visual: Tensor, count: int) -> Tensor:

@@ -158,12 +158,12 @@ def best(found: Tensor, ratio: float) -> list[int]:
 
 
 def voters(model: PreTrainedModel, ids: list[int]) -> list[int]:
-    """The text after the last image, up to the last end of a turn behind it."""
+    """The text after the last image, up to the last end of a turn behind it; a start id is no text."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     start = max(i for i, each in enumerate(ids) if each in (*VISUAL, *vision_ends(model)))
     stops = [i for i, each in enumerate(ids) if each in ends and i > start]
-    found = list(range(start + 1, stops[-1] if stops else len(ids)))
+    found = [i for i in range(start + 1, stops[-1] if stops else len(ids)) if ids[i] != common.START]
     assert found, "a prompt that ends with its image has another rule, which tests/runtime/test_query.py covers"
     return found
 
