@@ -2,7 +2,7 @@
 
     model = hawk_compile.optimize(model, ratio=0.8)   # remove 80 % of the visual tokens of every prompt
     out = model.generate(**inputs)                    # nothing else changes
-    hawk_compile.report(model)                        # what the last prefill kept
+    hawk_compile.report(model)                        # what its last prefill kept; so of an output or of a cache
     with hawk_compile.pruned(model, ratio=0.5): ...   # only in here, by these settings
     model = hawk_compile.restore(model)               # exactly the model it was
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
