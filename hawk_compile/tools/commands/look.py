@@ -33,12 +33,11 @@ def inspect(
     found = inspect_model(path, ratio=ratio, image_tokens=image_tokens, text_tokens=tokens, layers=layers)
     out = console()
     ids = ", ".join(map(str, found.placeholders)) or "none named"
-    behind = f"id {' or '.join(map(str, found.vision_end))}" if found.vision_end else "the last visual token"
-    until = f", up to the row's last {' or '.join(map(str, found.end_of_turn))}" if found.end_of_turn else ""
+    closing, ending = (" or ".join(map(str, each)) or "none known" for each in (found.vision_end, found.end_of_turn))
     facts = {
         "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured, on the meta device)",
         "merge": f"{', '.join(found.merges)}: masked_scatter at placeholder ids {ids}",
-        "voting text": f"behind {behind}{until}",
+        "question": f"the newest user's text, behind its last image; id that closes images: {closing}, turns: {ending}",
         "attention": f"{found.attention}: {found.heads} heads, {found.kv_heads} KV heads of {found.head_dim}",
         "norm": found.norm or "none: the projections read different values",
         "projections": f"{found.query_projection or 'not one linear'}, {found.key_projection or 'not one linear'}",

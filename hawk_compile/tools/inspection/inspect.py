@@ -38,7 +38,7 @@ class Inspection:
         form: 'folded' or 'projected': how visual tokens are scored; `why` says what decided it.
         gathered: everything that is gathered.
         placeholders: ids that visual features replace.
-        vision_end, end_of_turn: the text after the last of the first, up to the last of the second, votes.
+        vision_end, end_of_turn: ids that close an image and a turn, by which the question is found.
         ratio: fraction of visual tokens removed.
         visual_tokens, kept_visual_tokens: V and V' of the prompt that the numbers are for; with a budget, the most.
         prompt_tokens, kept_tokens: S and S'.
