@@ -1,4 +1,4 @@
-"""What Dynamo cannot capture, said in terms of the model: which line of which module, why, and what to do about it."""
+"""What cannot be captured, said in terms of the model: which line of which module, why, and what to do about it."""
 
 import contextlib
 import inspect
@@ -8,13 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 from hawk_compile.capture.dynamo import CAPTURE_FAILURES, CompilerFailed
 from hawk_compile.errors import CaptureError, HawkError
 
-NOT_THE_MODEL = (Path(torch.__file__).parent, Path(__file__).parents[1])
-"""Folders whose lines are no lines of a model: torch and this package."""
+NOT_THE_MODEL = (
+    Path(torch.__file__).parent, Path(__file__).parents[1], Path(transformers.__file__).parent / "exporters"
+)  # fmt: skip
+"""Folders whose lines are no lines of a model: torch, this package, and what exports by torch."""
+GENERATED = "<eval_with_key>"
+"""How the files of a graph's code are called, which is no model's either."""
 LONGEST_REASON = 300
 """Characters; Dynamo's own messages run to a hundred lines."""
 RESTORE = "call hawk_compile.restore(model) to run it unpruned, and see whether it runs then"
@@ -22,7 +27,7 @@ RESTORE = "call hawk_compile.restore(model) to run it unpruned, and see whether 
 
 @contextlib.contextmanager
 def diagnosed(model: nn.Module, what: str = "", remedy: str = RESTORE) -> Iterator[None]:
-    """Let what Dynamo raises inside be a CaptureError, and what a pass raises inside Dynamo be that error itself.
+    """Let what captures raise inside (Dynamo, torch.export) be a CaptureError, and what a pass raises there be itself.
 
     Args:
         model: whose forward is captured; its modules are named by their path in it.
@@ -57,7 +62,13 @@ def capture_error(error: BaseException, model: nn.Module, what: str, remedy: str
 def user_stack(error: BaseException) -> list[traceback.FrameSummary]:
     """The model's frames, outermost first: those that Dynamo was tracing, or that ran while torch.export traced."""
     traced = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
-    return [frame for frame in traced if not any(Path(frame.filename).is_relative_to(room) for room in NOT_THE_MODEL)]
+    return [frame for frame in traced if is_of_a_model(frame)]
+
+
+def is_of_a_model(frame: traceback.FrameSummary) -> bool:
+    """Whether a line stands neither in code that a graph became nor in one of the folders `NOT_THE_MODEL`."""
+    path = Path(frame.filename)
+    return not frame.filename.startswith(GENERATED) and not any(path.is_relative_to(room) for room in NOT_THE_MODEL)
 
 
 def line_of(stack: Sequence[traceback.FrameSummary]) -> str:

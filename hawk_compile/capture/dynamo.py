@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
 from hawk_compile.compat.dynamo import (
@@ -22,8 +23,8 @@ from hawk_compile.compat.dynamo import (
 )
 from hawk_compile.kernels.compat import check
 
-CAPTURE_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit)
-"""What Dynamo raises when it cannot capture a function as one graph."""
+CAPTURE_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
+"""What Dynamo and torch.export raise when they cannot capture a function as one graph."""
 
 CompilerFailed = BackendCompilerFailed
 """What Dynamo raises when what it hands a graph to raises; `inner_exception` is that."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 
+from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.patches import exporting
 from hawk_compile.compat.exporters import broadcast_masks
 from hawk_compile.exporting.quiet import quiet
@@ -32,6 +33,9 @@ MOST = 2**31 - 1
 
 RELATED = {"total", "patches", "merged_patches", "tiles", "segments", "longest_segment", "windows", "longest_window"}
 """Sizes that may depend on one another (patches on merged patches); torch.export finds out how."""
+
+REMEDY = "prune the model with hawk_compile.optimize, which may compile what torch.export cannot"
+"""What to do about a component that cannot be traced."""
 
 Shape = tuple[str | int, ...]
 
@@ -105,12 +109,15 @@ class Component:
         Args:
             exporter, config: the exporter's class and that of its settings.
             **settings: more of its settings.
+
+        Raises:
+            CaptureError: torch.export cannot trace it.
         """
         made = config(
             dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True,
             **settings,
         )  # fmt: skip
-        with self.around(), exporting():
+        with self.around(), exporting(), diagnosed(self.module, f"the component {self.name}", REMEDY):
             return exporter().export_program(self.module, dict(self.sample), made)[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +112,13 @@ def test_what_we_refuse_ourselves_stays_what_it_is() -> None:
     model = hawk_compile.optimize(zoo.build(NAME, layers=1), ratio=0.5, backend="eager")
     with pytest.raises(InputError):
         model(**{**picture(NAME), "inputs_embeds": torch.zeros(1, 4, 64)})
+
+
+@pytest.mark.parametrize("forward", [branches, reads_a_value], ids=lambda function: function.__name__)
+def test_export_names_the_line_too(forward: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="the component prefill cannot be captured") as caught:
+        hawk_compile.export(broken(forward), picture(NAME), tmp_path / "out", ratio=0.5)
+    message = str(caught.value)
+    assert f"{__file__}:{line_of(forward)}, in {forward.__name__}: `" in message
+    assert f"LlamaDecoderLayer model.{LAYER}" in message and "hawk_compile.optimize" in message
+    assert not list(tmp_path.iterdir())
