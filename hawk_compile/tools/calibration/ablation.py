@@ -4,13 +4,14 @@
     attention   text does not see visual tokens through this head, and nothing is pruned: what it fetches from pictures
     output      the head's whole output is 0, and nothing is pruned: whatever it does, text to text included
 
-The last two are made inside the model's own attention, through transformers' table of attention functions, each row of
-a batch with a head of its own. Head weights are one input [H] of the compiled graph for all rows, so "score" leaves out
-one head in a forward.
+The last two are made inside the model's own attention, each row of a batch with a head of its own: the scoring layer
+alone is told to use a function of ours, under a name in transformers' table that no other module knows. Head weights
+are one input [H] of the compiled graph for all rows, so "score" leaves out one head in a forward.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hawk_compile.capture.dynamo import capture_lock
+from hawk_compile.compat.models import set_attention
 
 SCORE, ATTENTION, OUTPUT = "score", "attention", "output"
 ABLATIONS = (SCORE, ATTENTION, OUTPUT)
@@ -36,16 +37,12 @@ def ablated(model: PreTrainedModel, kind: str, heads: Sequence[int], visual: Ten
         heads: [B], each row's query head; none: all of them work.
         visual: [B, S] bool, the prompt's visual tokens; 'attention' hides them from text.
     """
-    base: Any = model.base_model
-    decoder = {id(module) for module in base.get_decoder().modules()}
     plain = ALL_ATTENTION_FUNCTIONS[FUNCTION]
     length = 0  # of the row so far: a cache may hold its end alone
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *a: Any, **k: Any
     ) -> Any:
-        if not heads or getattr(module, "layer_idx", None) != LAYER or id(module) not in decoder:
-            return plain(module, query, key, value, attention_mask, *a, **k)
         nonlocal length
         length += query.shape[2]
         if kind == ATTENTION:
@@ -56,12 +53,27 @@ def ablated(model: PreTrainedModel, kind: str, heads: Sequence[int], visual: Ten
             out[list(range(len(heads))), :, list(heads)] = 0
         return out, weights
 
-    with capture_lock:
-        ALL_ATTENTION_FUNCTIONS[FUNCTION] = attend
-        try:
-            yield
-        finally:
-            ALL_ATTENTION_FUNCTIONS[FUNCTION] = plain
+    with attending(model, attend) if heads else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def attending(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
+    """Let the scoring layer attend by a function of ours; neither other layers nor other models know of it."""
+    name = f"hawk_ablated_{id(model)}"
+    base: Any = model.base_model
+    modules = [module for module in base.get_decoder().modules() if getattr(module, "layer_idx", None) == LAYER]
+    configs = {module: module.config for module in modules if hasattr(module, "config")}
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    try:
+        for module, config in configs.items():
+            module.config = copy.deepcopy(config)  # it is that of all layers, and masks are chosen by it
+            set_attention(module.config, name)
+        yield
+    finally:
+        for module, config in configs.items():
+            module.config = config
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def hidden(

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 import hawk_compile
@@ -46,6 +47,22 @@ def test_the_output_of_one_head_is_zero(name):
             torch.testing.assert_close(found[row], model(**inputs).logits[row])
             assert not torch.allclose(found[row], plain[row], atol=1e-4)
             weight.copy_(whole)
+
+
+def test_other_models_do_not_see_an_ablation():
+    """Two models of one class: the second runs as ever inside the first one's, whose own config is as it was behind."""
+    one, other = zoo.build("llava", layers=2), zoo.build("llava", layers=2)
+    inputs = zoo.inputs("llava", one, rows=[zoo.sizes("llava")[2]])
+    visual = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    known = set(ALL_ATTENTION_FUNCTIONS)
+    with torch.no_grad():
+        plain, others = one(**inputs).logits, other(**inputs).logits
+        with ablated(one, "output", [1], visual):
+            assert torch.equal(other(**inputs).logits, others)
+            assert not torch.allclose(one(**inputs).logits, plain)
+        assert torch.equal(one(**inputs).logits, plain)
+    layers = one.base_model.get_decoder().layers
+    assert layers[0].self_attn.config is layers[1].self_attn.config and set(ALL_ATTENTION_FUNCTIONS) == known
 
 
 def test_text_does_not_see_pictures_through_one_head():
