@@ -8,7 +8,7 @@
 What each does: docs/selectors.md. What a function may read: `hawk_compile.settings.rankings`.
 """
 
-from hawk_compile.settings.selectors import (
+from hawk_compile.settings.methods import (
     DART,
     CDPruner,
     DivPrune,
@@ -21,11 +21,11 @@ from hawk_compile.settings.selectors import (
     Norm,
     QAPruner,
     Random,
-    Ranking,
-    Selector,
     Stride,
     Uniform,
 )
+from hawk_compile.settings.selector import Selector
+from hawk_compile.settings.selectors import Ranking
 
 __all__ = [
     "DART",

@@ -12,13 +12,8 @@ from torch import Tensor
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.settings.budgets import Adaptive
-from hawk_compile.settings.selectors import (
-    RankingFunction,
-    Selector,
-    selector_of,
-    warn_of_old_spelling,
-    with_options,
-)
+from hawk_compile.settings.selector import RankingFunction, Selector
+from hawk_compile.settings.selectors import selector_of, warn_of_old_spelling, with_options
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")

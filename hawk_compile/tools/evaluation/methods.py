@@ -6,7 +6,9 @@ from typing import Any
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.settings.config import HawkConfig, changed
-from hawk_compile.settings.selectors import SELECTORS, RankingFunction, Selector, Stride, selector_of
+from hawk_compile.settings.methods import Stride
+from hawk_compile.settings.selector import RankingFunction, Selector
+from hawk_compile.settings.selectors import SELECTORS, selector_of
 
 UNPRUNED = "unpruned"
 

@@ -1,0 +1,133 @@
+"""An attention's query or key as it is before position enters it.
+
+A value is *position-free* if it is computed from the merged embeddings and from values without a dimension S (weights,
+numbers): rotary tables have one, so the last position-free value on the way to the attention is the query or key before
+RoPE.
+
+Where there is no one such value, because a part of each head is made and rotated apart from the rest, as in latent
+attention (MLA):
+
+    k_nope [B, H, S, n], k_rope [B, 1, S, r]                 of two projections
+    key    [B, H, S, n + r] = cat(k_nope, expand(rope(k_rope)))
+
+the key is computed as the attention computes it, with `k_rope` in the place of `rope(k_rope)`: what is scored is the
+whole head, its part without position and its part that rotates, before it does (shared by all heads here).
+"""
+
+from typing import Any
+
+from torch import fx
+
+from hawk_compile.passes.errors import AttentionNotFoundError
+from hawk_compile.passes.graph import (
+    ancestors,
+    dependents,
+    in_order,
+    is_call,
+    op_name,
+    same,
+    shape_of,
+    sizes_equal_to,
+    tensor,
+)
+
+
+def position_free(merged: fx.Node, within: set[fx.Node], graph: fx.Graph, length: Any) -> set[fx.Node]:
+    """The nodes of `within` computed from the merged embeddings and from values without a dimension S only."""
+    free = {merged}
+    after = dependents(merged)
+    for node in in_order(graph, within & after):
+        if any(holds_positions(source, length) for source in node.all_input_nodes if source not in after | {merged}):
+            continue
+        if all(source in free for source in node.all_input_nodes if source in after):
+            free.add(node)
+    return free
+
+
+def holds_positions(node: fx.Node, length: Any) -> bool:
+    """Whether a value may differ by position: it has a dimension S, and is not filled with one number, or none."""
+    found = tensor(node)
+    if found is None or not sizes_equal_to(found.shape, length):
+        return False
+    return op_name(node).removeprefix("new_").removesuffix("_like") not in ("empty", "zeros", "ones", "full")
+
+
+def before_position(
+    graph: fx.Graph, merged: fx.Node, target: fx.Node, length: Any
+) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+    """An attention's input before position enters it.
+
+    Returns:
+        The node that it is: the last [B, H, S, d] or [B, S, H, d] value on the way to `target` that every position-free
+        use comes through. Or `target` itself, and what to compute it with: value in which position has entered -> value
+        of the same shape before that.
+
+    Raises:
+        AttentionNotFoundError: position enters in a way that cannot be left out.
+    """
+    within = ancestors(target)
+    free = position_free(merged, within, graph, length)
+    for node in reversed(in_order(graph, common_sources(target, within, free))):
+        found = tensor(node)
+        heads = found is not None and found.ndim == 4 and sizes_equal_to(found.shape[1:3], length)
+        if heads and same(shape_of(node)[-1], shape_of(target)[-1]) and only_rearranged(node, within):
+            return node, {}
+    return target, without_position(graph, merged, target, free, length)
+
+
+def common_sources(node: fx.Node, within: set[fx.Node], free: set[fx.Node]) -> set[fx.Node]:
+    """The position-free values that every position-free value which `node` is computed from comes through."""
+    frontier = [
+        source
+        for source in free & within
+        if source is node or any(use in within and use not in free for use in source.users)
+    ]
+    return set.intersection(free, *(ancestors(source) for source in frontier))
+
+
+def only_rearranged(node: fx.Node, within: set[fx.Node]) -> bool:
+    """Whether no projection stands on the way from the node to what `within` are the ancestors of."""
+    return not any(is_call(between, "linear") for between in dependents(node) & within)
+
+
+def without_position(
+    graph: fx.Graph, merged: fx.Node, target: fx.Node, free: set[fx.Node], length: Any
+) -> dict[fx.Node, fx.Node]:
+    """Each value on the way to `target` in which position has entered -> the last value of its shape before that."""
+    after = dependents(merged)
+    rotated: dict[fx.Node, fx.Node] = {}
+    stack = [target]
+    while stack:
+        node = stack.pop()
+        if node in free or node not in after or node in rotated:
+            continue
+        origin = unrotated(graph, node, free)
+        if origin is not None:
+            rotated[node] = origin
+        elif any(holds_positions(source, length) for source in node.all_input_nodes if source not in after):
+            raise AttentionNotFoundError(
+                f"{target.name}, an input of the first attention, cannot be computed without position: {node.name} = "
+                f"{op_name(node)} brings it in, and is not of the shape of a value before it; this attention is not "
+                "supported"
+            )
+        else:
+            stack.extend(node.all_input_nodes)
+    if not free & ancestors(target) or len(shape_of(target)) != 4:
+        raise AttentionNotFoundError(
+            f"{target.name}, an input of the first attention, cannot be traced back to the merged embeddings; this "
+            "attention is not supported"
+        )
+    return rotated
+
+
+def unrotated(graph: fx.Graph, node: fx.Node, free: set[fx.Node]) -> fx.Node | None:
+    """The last position-free value of the node's shape that all of the node comes through, if there is one."""
+    if tensor(node) is None:
+        return None
+    within = ancestors(node)
+    for source in reversed(in_order(graph, common_sources(node, within, free))):
+        found = tensor(source)
+        alike = found is not None and found.ndim == 4 == len(shape_of(node))
+        if alike and all(map(same, shape_of(source), shape_of(node))) and only_rearranged(source, within):
+            return source
+    return None
