@@ -45,12 +45,12 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
 def save_weights(values: dict[str, Tensor], folder: Path, component: str) -> dict[str, dict[str, str]]:
     """Write what the prefill's file does not hold yet; returns, by file, whose names the values have there."""
     own, first = f"{component}.safetensors", folder / f"{PREFILL}.safetensors"
-    held = {content(value): name for name, value in load_file(first).items()} if first.is_file() else {}
+    held = {content_key(value): name for name, value in load_file(first).items()} if first.is_file() else {}
     fresh: dict[str, Tensor] = {}
     names: dict[str, dict[str, str]] = {first.name: {}, own: {}}
     for name, value in values.items():
         value = value.contiguous()
-        key = content(value)
+        key = content_key(value)
         if key in held:
             names[first.name][name] = held[key]
         else:
@@ -60,7 +60,7 @@ def save_weights(values: dict[str, Tensor], folder: Path, component: str) -> dic
     return {file: taken for file, taken in names.items() if taken}
 
 
-def content(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+def content_key(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     """What tells a tensor from others."""
     return value.dtype, value.shape, hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().data).digest()
 

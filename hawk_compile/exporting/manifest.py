@@ -176,7 +176,7 @@ def check_files(folder: Path, sha256: dict[str, str], owner: str) -> None:
             raise ManifestError(f"the manifest names {name}, which lies outside {folder}: do not load it")
         if not path.is_file():
             raise ManifestError(f"{folder} lacks {name} of {owner}: copy the whole folder, or export again")
-        found = digest(path)
+        found = file_digest(path)
         if found != expected:
             raise ManifestError(
                 f"{name} of {owner} is not the file that was exported (SHA-256 {found[:12]}..., the "
@@ -184,7 +184,7 @@ def check_files(folder: Path, sha256: dict[str, str], owner: str) -> None:
             )
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

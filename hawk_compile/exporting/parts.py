@@ -11,7 +11,7 @@ from torch import Tensor
 from hawk_compile.errors import ExportError, HawkError
 from hawk_compile.exporting.components import DECODE, PREFILL, Component, Shape
 from hawk_compile.exporting.folder import size_of
-from hawk_compile.exporting.manifest import Part, TensorSpec, digest
+from hawk_compile.exporting.manifest import Part, TensorSpec, file_digest
 from hawk_compile.exporting.quiet import quiet
 from hawk_compile.progress import Listener, Progress
 
@@ -76,5 +76,5 @@ def output_shape(component: Component, name: str, value: Tensor) -> Shape:
 
 def with_digests(parts: dict[str, Part], folder: Path) -> dict[str, Part]:
     """The parts with the SHA-256 of their files, which they may share; each is read once."""
-    found = {file: digest(folder / file) for file in {file for part in parts.values() for file in part.sha256}}
+    found = {file: file_digest(folder / file) for file in {file for part in parts.values() for file in part.sha256}}
     return {name: replace(part, sha256={file: found[file] for file in part.sha256}) for name, part in parts.items()}

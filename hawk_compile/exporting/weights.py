@@ -17,11 +17,11 @@ def share_weights(first: Path, second: Path) -> None:
     import onnx_ir
 
     own = second.with_name(f"{second.name}.data")
-    held = {digest(tensor): tensor for tensor in external(onnx_ir.load(first)).values()}
+    held = {content_key(tensor): tensor for tensor in external(onnx_ir.load(first)).values()}
     model = onnx_ir.load(second)
     rest: dict[str, onnx_ir.Tensor] = {}
     for name, tensor in external(model).items():
-        same = held.get(digest(tensor))
+        same = held.get(content_key(tensor))
         if same is None:
             rest[name] = onnx_ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
         else:
@@ -52,7 +52,7 @@ def external(model: "onnx_ir.Model") -> "dict[str, onnx_ir.ExternalTensor]":
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, onnx_ir.ExternalTensor)}
 
 
-def digest(tensor: "onnx_ir.ExternalTensor") -> tuple[int, bytes]:
+def content_key(tensor: "onnx_ir.ExternalTensor") -> tuple[int, bytes]:
     """What tells a tensor's bytes from others: two types may share them, and two shapes."""
     content = tensor.tobytes()
     return len(content), hashlib.sha256(content).digest()

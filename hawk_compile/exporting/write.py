@@ -18,7 +18,7 @@ from hawk_compile.exporting.decode import decode_component
 from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.folder import written_whole
 from hawk_compile.exporting.formats import check_dtype, target_of
-from hawk_compile.exporting.manifest import Manifest, Part, digest
+from hawk_compile.exporting.manifest import Manifest, Part, file_digest
 from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
@@ -153,7 +153,7 @@ def manifest_of(
         model=type(model).__name__,
         encoders=[name for name in parts if name not in (PREFILL, DECODE)],
         parts=parts,
-        files={file.name: digest(file) for file in sorted(folder.iterdir()) if file.name not in written},
+        files={file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.name not in written},
         ids={
             "vision_end": list(ids.vision_end), "end_of_turn": list(ids.end_of_turn), "special": list(ids.special),
             "placeholders": placeholder_ids(model),

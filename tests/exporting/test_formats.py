@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import hawk_compile
 from hawk_compile.exporting.check import compare
-from hawk_compile.exporting.manifest import digest
+from hawk_compile.exporting.manifest import file_digest
 from hawk_compile.exporting.quantize import quantize
 from hawk_compile.exporting.weights import locations, share_weights
 from hawk_compile.tools.cli import app
@@ -170,7 +170,7 @@ def test_int8_weights(exported: hawk_compile.Runner, tmp_path: Path) -> None:
     share_weights(folder / "prefill.onnx", folder / "decode.onnx")
     for name in ("prefill", "decode"):
         files = [f"{name}.onnx", *locations(folder / f"{name}.onnx")]
-        parts[name] = replace(parts[name], sha256={file: digest(folder / file) for file in files})
+        parts[name] = replace(parts[name], sha256={file: file_digest(folder / file) for file in files})
     manifest = replace(exported.manifest, parts=parts)
     manifest.write(folder)
     runner = hawk_compile.load(folder)

@@ -74,7 +74,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert part.file == "prefill.onnx" and part.details == {"options": "some"}
     assert part.inputs == [manifests.TensorSpec("rows", "float32", ["batch", 3])]
     shared = {each.sha256["shared.bin"] for each in manifest.parts.values()}
-    assert shared == {manifests.digest(tmp_path / "out/shared.bin")}  # as it is when all have been written
+    assert shared == {manifests.file_digest(tmp_path / "out/shared.bin")}  # as it is when all have been written
     assert {"config.json", "generation_config.json"} <= manifest.files.keys()
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 

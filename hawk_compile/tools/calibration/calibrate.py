@@ -99,7 +99,7 @@ def calibrate(
         "batch": batch, "heads_at_once": heads_at_once, "max_new_tokens": max_new_tokens,
         "settings": described(settled), "skip_bad": skip_bad, "model": str(model.config.name_or_path),
         "weights": fingerprint(model), "versions": {name: importlib.metadata.version(name) for name in OWN_PACKAGES},
-        "datasets": {name: digest(samples) for name, samples in sets.items()},
+        "datasets": {name: samples_digest(samples) for name, samples in sets.items()},
     }  # fmt: skip
     check_alike(processes.share({**about, "seed": seed}))
     record = Record(None if progress_file is None else Path(progress_file), about, processes)
@@ -206,7 +206,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps([str(model.dtype), model.device.type, held]).encode()).hexdigest()
 
 
-def digest(samples: Sequence[Sample]) -> str:
+def samples_digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of all questions, answers and pictures."""
     found = hashlib.sha256()
     for sample in samples:

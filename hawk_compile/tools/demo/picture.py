@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hawk_compile.tools.demo.scenes import TOKEN, Scene
+from hawk_compile.tools.dimming import dimmed
 
 GAP, CAPTION, DIM = 14, 44, 0.22
 """Pixels between panels, pixels for a caption, and the brightness of a removed token."""
@@ -32,21 +33,18 @@ def draw(panels: Sequence[Panel]) -> Image.Image:
     for panel in panels:
         for line, text in enumerate(panel.caption):
             pen.text((left, GAP + line * 20), text, fill="black", font=font)
-        sheet.paste(Image.fromarray(dimmed(panel)), (left, GAP + CAPTION))
+        sheet.paste(Image.fromarray(shown(panel)), (left, GAP + CAPTION))
         left += panel.scene.size[1] + GAP
     return sheet
 
 
-def dimmed(panel: Panel) -> np.ndarray:
+def shown(panel: Panel) -> np.ndarray:
     """uint8 [height, width, 3]."""
-    image = panel.scene.image
     if panel.kept is None:
-        return image
-    rows, columns = (side // TOKEN for side in panel.scene.size)
-    brightness = np.full(rows * columns, DIM)
-    brightness[panel.kept] = 1
-    by_pixel = brightness.reshape(rows, columns).repeat(TOKEN, 0).repeat(TOKEN, 1)
-    return (image * by_pixel[:, :, None]).astype(np.uint8)
+        return panel.scene.image
+    grid = np.zeros([side // TOKEN for side in panel.scene.size], dtype=bool)
+    grid.flat[panel.kept] = True
+    return dimmed(panel.scene.image, grid, DIM)
 
 
 def write(panels: Sequence[Panel], out: Path) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 
 from hawk_compile.errors import InputError
+from hawk_compile.tools.dimming import dimmed
 from hawk_compile.tools.writing import check_drawable
 
 DIMMED = 0.25
+"""The brightness of a removed token."""
 COLUMNS = 8
 """Maps of heads side by side."""
 
@@ -69,7 +71,7 @@ def draw(seen: Seen, path: Path) -> None:
     )
     pixels = np.asarray(seen.image.convert("RGB"))
     panels = above.subplots(1, 3)
-    for axes, title, shown in zip(panels, titles, (pixels, dimmed(pixels, seen.kept), pixels), strict=True):
+    for axes, title, shown in zip(panels, titles, (pixels, dimmed(pixels, seen.kept, DIMMED), pixels), strict=True):
         axes.set_title(title, fontsize=11)
         axes.axis("off")
         axes.imshow(shown)
@@ -85,12 +87,3 @@ def draw(seen: Seen, path: Path) -> None:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written ({error}): give another file, ending in .png") from None
-
-
-def dimmed(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The picture [height, width, 3] uint8, dark where tokens were removed."""
-    height, width = pixels.shape[:2]
-    light = Image.fromarray((255 * np.where(kept, 1.0, DIMMED)).astype(np.uint8)).resize(
-        (width, height), Image.Resampling.NEAREST
-    )
-    return (pixels * (np.asarray(light)[..., None] / 255)).astype(np.uint8)

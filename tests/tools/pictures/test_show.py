@@ -12,8 +12,8 @@ import hawk_compile
 from hawk_compile.errors import InputError
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.demo.scenes import make_scene
+from hawk_compile.tools.dimming import dimmed
 from hawk_compile.tools.pictures import commands
-from hawk_compile.tools.pictures.seen import DIMMED, dimmed
 from hawk_compile.tools.pictures.show import grid, show
 from tests.exporting import demo
 
@@ -58,8 +58,8 @@ def test_heads_are_those_that_the_selector_used():
 
 def test_removed_tokens_are_dark():
     pixels = np.full((28, 56, 3), 200, dtype=np.uint8)
-    found = dimmed(pixels, np.array([[True, False]]))
-    assert (found[:, :28] == 200).all() and (np.abs(found[:, 28:] - 200 * DIMMED) <= 1).all()
+    found = dimmed(pixels, np.array([[True, False]]), 0.25)
+    assert (found[:, :28] == 200).all() and (found[:, 28:] == 50).all()
 
 
 @pytest.mark.parametrize(
