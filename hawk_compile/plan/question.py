@@ -273,11 +273,17 @@ def mask_of_ids(input_ids: Tensor, real: Tensor, wanted: Any, ids: SpecialIds) -
 
 def id_lists(wanted: Any, special: Sequence[int]) -> Iterator[list[int]]:
     """The ids of each row's question, without padding around them."""
-    rows = wanted.tolist() if isinstance(wanted, Tensor) else wanted
-    if not isinstance(rows, (list, tuple)) or any(isinstance(row, int) for row in rows):
-        raise InputError(f"question_ids must be [B, T] or a list of ids for each row, got {type(wanted).__name__}")
-    for row in rows:
-        ids = [int(each) for each in row]
+    try:
+        rows = [torch.as_tensor(row, dtype=torch.int64).tolist() for row in wanted]
+    except (TypeError, ValueError, RuntimeError):  # what torch raises at no numbers, or at a single one
+        rows = None
+    if rows is None or any(not isinstance(row, list) or any(isinstance(each, list) for each in row) for row in rows):
+        shape = f" {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else ""
+        raise InputError(
+            f"question_ids must be [B, T] or a list of ids for each row, got {type(wanted).__name__}{shape}: give the "
+            "ids of each row's question as they stand in input_ids"
+        )
+    for ids in rows:
         text = [place for place, each in enumerate(ids) if each >= 0 and each not in special]
         yield ids[text[0] : text[-1] + 1] if text else []
 

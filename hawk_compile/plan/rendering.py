@@ -103,6 +103,12 @@ class Template:
         """Whether a pattern is more than white space, which stands in texts too."""
         return bool(self.special & {*pattern}) or any(map(str.isalnum, self.tokenizer.decode(list(pattern))))
 
+    def without_blank(self, pattern: Ids) -> Ids:
+        """Without the white space that it begins with, which a tokenizer may join with the end of a text ("?\\n")."""
+        blank = self.blank()
+        first = next((place for place, each in enumerate(pattern) if each not in blank), len(pattern))
+        return pattern[first:]
+
     def through_special(self, pattern: Ids) -> Ids:
         """Up to its first special id, which no text holds."""
         stop = next((place for place, each in enumerate(pattern) if each in self.special), len(pattern) - 1)

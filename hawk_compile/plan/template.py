@@ -47,7 +47,7 @@ def learned(template: Template, talk: Conversations, ends: Sequence[int]) -> Cha
     return ChatFormat(
         opens=(opens := opens_of(template, talk, ends)),
         closes=closes,
-        tools=tools_of(template, talk, opens, ends),
+        tools=tools_of(template, talk, opens),
         tail=tail,
         blank=template.blank(),
         special=tuple(sorted(template.special)),
@@ -83,23 +83,25 @@ def closes_of(template: Template, talk: Conversations) -> tuple[tuple[Ids, ...],
     end = unasked[0][1] if unasked else ()
     both = shared_start([asked, end])
     if template.special & {*both}:
-        return (template.through_special(both),), ()
+        close = template.through_special(both)
+        return tuple(dict.fromkeys((close, template.without_blank(close)))), ()
     answered = shared_start([one, other])
     close = template.through_special(shared_start([asked, answered]) if asked else answered)
-    return ((close,) if close and template.is_header(close) else ()), end
+    closes = dict.fromkeys((close, template.without_blank(close)))
+    return tuple(pattern for pattern in closes if template.is_header(pattern)), end
 
 
-def tools_of(template: Template, talk: Conversations, opens: tuple[Ids, ...], ends: Sequence[int]) -> tuple[Ids, ...]:
+def tools_of(template: Template, talk: Conversations, opens: tuple[Ids, ...]) -> tuple[Ids, ...]:
     """What stands before a tool's message, where a user's text could begin there too."""
     tools = attempt(template, talk.tool_message(talk.first, "weather"), talk.tool_message(talk.second, "clock"))
     if not tools:
         return ()
     pattern = shared_end([before for before, _ in tools])[-LONGEST:]
-    closed = max((place for place, each in enumerate(pattern) if each in ends), default=-1)
-    pattern = pattern[closed + 1 :] if template.is_header(pattern[closed + 1 :]) else pattern
     row = np.array(pattern, np.int64)
-    inside = [each for each in opens if len(places(row, each))]
-    return (pattern,) if inside and pattern not in opens else ()
+    # What stands before the open belongs to the call of the tool, and is another with another call.
+    opened = [int(starts[-1]) for each in opens if len(starts := places(row, each))]
+    pattern = pattern[min(opened) :] if opened else ()
+    return (pattern,) if pattern and pattern not in opens else ()
 
 
 def checked(template: Template, talk: Conversations, form: ChatFormat, ends: Sequence[int]) -> ChatFormat:

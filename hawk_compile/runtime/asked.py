@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hawk_compile.errors import InputError
-from hawk_compile.plan.question import SpecialIds, mask_of_ids
+from hawk_compile.plan.question import SpecialIds, id_lists, mask_of_ids
 
 QUESTION_ARGUMENTS = ("question_ids", "question_mask")
 
@@ -27,8 +27,7 @@ class AskedQuestion:
     @property
     def numbers(self) -> set[int]:
         """The ids of all rows."""
-        rows = self.ids.tolist() if isinstance(self.ids, Tensor) else self.ids or ()
-        return {number for row in rows if not isinstance(row, int) for number in row if number >= 0}
+        return set() if self.ids is None else {number for row in id_lists(self.ids, ()) for number in row}
 
     def repeated(self, rows: int) -> "AskedQuestion":
         """For `rows` rows, among which generate repeats those it was given (beams, several sequences)."""
@@ -42,12 +41,15 @@ class AskedQuestion:
             more = [row for row in given for _ in range(rows // count)]
         return AskedQuestion(more) if self.mask is None else AskedQuestion(mask=more)
 
-    def on_prompt(self, ids: Tensor, real: Tensor, special: SpecialIds, prompt: int | None) -> Tensor:
+    def on_prompt(
+        self, ids: Tensor, real: Tensor, special: SpecialIds, prompt: int | None, earlier: int = 0
+    ) -> Tensor:
         """[B, S] on the host, nonzero for the question.
 
         Args:
             ids, real: [B, S] on the host.
             prompt: positions from here on were generated; None if none were.
+            earlier: positions of the conversation that the cache held before, which a mask may cover too.
 
         Raises:
             InputError: a mask of another shape, or ids that do not stand in their row.
@@ -56,11 +58,13 @@ class AskedQuestion:
         covered = length if prompt is None else prompt
         if self.mask is None:
             return mask_of_ids(ids, real & (torch.arange(length) < covered), self.ids, special)
-        if self.mask.ndim != 2 or self.mask.shape[0] != rows or self.mask.shape[1] < covered:
+        if tuple(self.mask.shape) not in ((rows, covered), (rows, earlier + covered)):
+            whole = f", or [{rows}, {earlier + covered}] like the whole conversation" if earlier else ""
             raise InputError(
-                f"question_mask must have shape [{rows}, {covered}] like the prompt, got {tuple(self.mask.shape)}"
+                f"question_mask must have shape [{rows}, {covered}] like the prompt{whole}, got "
+                f"{tuple(self.mask.shape)}"
             )
-        mask = self.mask.cpu()[:, self.mask.shape[1] - covered :]  # of a conversation on a cache, what is new
+        mask = self.mask.cpu()[:, self.mask.shape[1] - covered :]
         return torch.nn.functional.pad(mask, (0, length - covered))
 
 

@@ -61,6 +61,7 @@ def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> t
     asked = inputs.question
     if asked is None and generation is not None and generation.question is not None:
         asked = generation.question.repeated(inputs.rows)
+    earlier = 0 if inputs.cache is None else int(inputs.cache.get_seq_length())
     chat = runtime.learn_chat(model).form
     ids = inputs.arguments.get("input_ids")
     if ids is None:
@@ -78,7 +79,7 @@ def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> t
     plan = make_plan(
         ids, is_any(ids, placeholders), real, feature_count(model, inputs.arguments, inputs.features), runtime.ids,
         config, prompt, images, candidates, chat,
-        None if asked is None else asked.on_prompt(ids, real, runtime.ids, prompt),
+        None if asked is None else asked.on_prompt(ids, real, runtime.ids, prompt, earlier),
     )  # fmt: skip
     return plan.to(tokens.device), left
 

@@ -6,8 +6,11 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.question import Question, QuestionRule, find_question
@@ -196,3 +199,49 @@ def test_unknown_ids_are_no_header() -> None:
     ids = torch.tensor([[-1, -1, image, -1, -1, end, -1, -1, -1, -1, -1]])
     found = find_question(ids, ids == image, torch.ones_like(ids).bool(), special)
     assert found.mask[0].nonzero()[:, 0].tolist() == [6, 7, 8, 9, 10]
+
+
+def joining_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary that joins what ends a sentence with the new lines behind it, as Qwen's and Llama 3's."""
+    made = Tokenizer(models.BPE())
+    split = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<s>", "</s>", "<image>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    text = ["What is it?\n\nAssistant: blue.\n\nUser: why not?\n\n", "apple 7 green zebras Quiet house"]
+    made.train_from_iterator(text * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"],
+        chat_template=template,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["why not", "What is it?", "blue."])
+def test_what_closes_a_text_may_begin_in_its_last_id(text: str) -> None:
+    words = joining_tokenizer(
+        "{%- for m in messages -%}"
+        "{%- set said = m['content'] if m['content'] is string else m['content'][0]['text'] -%}"
+        "{%- if m['role'] == 'user' -%}{{ 'User: ' + said + '\n\n' }}{%- else -%}{{ 'Assistant: ' + said + eos_token }}"
+        "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+    )
+    form = learn(words, (words.eos_token_id,))
+    ids = np.array(words(f"User: blue?\n\nAssistant: blue.</s>User: {text}\n\nAssistant:")["input_ids"])
+    (_, (start, stop)) = form.turns(ids, np.array([words.eos_token_id]))
+    assert words.decode(ids[start:stop].tolist()).strip() == text
+
+
+def test_a_tools_message_is_known_whatever_tool_was_called() -> None:
+    """Where the end of a turn is no end-of-turn id, so that the call and its result are one stretch of ids."""
+    source = formats.tokenizer("qwen")
+    ends = (source.convert_tokens_to_ids("<|endoftext|>"),)
+    form = learn(source, ends)
+    assert [source.convert_ids_to_tokens(list(pattern)) for pattern in form.tools] == [
+        ["<|im_start|>", "user", "\n", "<tool_response>", "\n"]
+    ]
+    line = np.array(formats.ids_of("qwen", SITUATIONS["tool, system"]))
+    (*_, (start, stop)) = form.turns(line, np.array(ends))
+    assert source.convert_ids_to_tokens(line[start:stop].tolist()) == question(2).split(" ")

@@ -81,8 +81,14 @@ def test_a_call_says_who_votes(named_model: tuple[str, Any]) -> None:
                 torch.testing.assert_close(row[: ids.shape[1]][ids[0] == c.IMAGE], by_mask, **models.ROUNDING)
     with pytest.raises(hawk_compile.HawkError, match="either question_ids or question_mask"):
         scored(model, inputs, question_ids=[Q1], question_mask=mask)
-    with pytest.raises(hawk_compile.HawkError, match="question_mask must have shape"):
-        scored(model, inputs, question_mask=mask[:, 1:])
+    longer = torch.cat([mask, mask[:, :5]], 1)
+    for shape in (mask[:, 1:], longer, longer.flip(1), mask[0], mask[:, :, None]):
+        with pytest.raises(hawk_compile.HawkError, match="question_mask must have shape"):
+            scored(model, inputs, question_mask=shape)
+    for ids_of_rows in (Q1, [None], ["why"], torch.tensor([[Q1]]), torch.tensor(7), [[[7]]]):
+        with pytest.raises(hawk_compile.HawkError, match="question_ids must be"):
+            scored(model, inputs, question_ids=ids_of_rows)
+    assert scored(model, inputs, question_ids=[torch.tensor(Q1)])[0].equal(by_mask)
     with pytest.raises(hawk_compile.HawkError, match=r"question_ids of row 0, .* does not stand in that row"):
         scored(model, inputs, question_ids=[[*Q1, 99]])
     with pytest.raises(ValueError, match="question_idz"):
