@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,8 +131,13 @@ def tower_config(model_type: str, image_size: int, **overrides: Any) -> dict[str
     } | overrides
 
 
+drawing = threading.Lock()
+"""Construction draws from the generator of the whole process."""
+
+
 def build(architecture: Architecture, *, seed: int, layers: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):  # construction draws weights that `randomize` replaces or adds to
+    # Construction draws weights that `randomize` replaces or adds to.
+    with drawing, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForMultimodalLM.from_config(
             architecture.config(layers), attn_implementation="sdpa", dtype=torch.float32
