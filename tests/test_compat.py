@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import fx
 from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.utils import output_capturing
 
 from hawk_compile.compat import dynamo, exporters, models
 from hawk_compile.kernels import compat as kernels
@@ -150,6 +151,16 @@ def test_models_and_their_configurations() -> None:
     inputs = zoo.inputs("llava", model, rows=[zoo.sizes("llava")[0]])
     assert "mm_encoder_outputs" in models.run_encoders_of(model, inputs)
     assert hasattr(zoo.build("qwen2_audio", layers=1).base_model.audio_tower, models.AUDIO_LENGTHS)
+
+
+def test_what_recorders_of_hidden_states_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_capturing, "is_torchdynamo_compiling", output_capturing.is_torchdynamo_compiling)
+    collector = output_capturing.CompileableContextVar("tried")
+    for captured in (True, False):
+        models.let_recorders_ask(lambda answer=captured: answer)
+        token = collector.set({"hidden_states": []})
+        assert (collector.global_var is not None) == captured
+        collector.reset(token)
 
 
 def test_files_that_are_not_there_are_none(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from hawk_compile.capture.modalities import AUDIO, known_ids, placeholder_ids
+from hawk_compile.compat.models import let_recorders_ask
 
 exports = threading.local()
 
@@ -37,6 +38,16 @@ def exporting() -> Iterator[None]:
 def is_captured() -> bool:
     """Whether the code that asks is being captured: by Dynamo, for which this is a constant, or by an export."""
     return torch.compiler.is_dynamo_compiling() or getattr(exports, "running", False)
+
+
+def record_by_thread() -> None:
+    """Let transformers record hidden states in each thread's own place while another thread captures.
+
+    It records in one place of the process where it believes to be captured, which it asks of the whole process: two
+    threads that encode images by hidden states, as LLaVA does, would get each other's features while a third compiles.
+    Captured code is as before.
+    """
+    let_recorders_ask(is_captured)
 
 
 def get_placeholder_mask(

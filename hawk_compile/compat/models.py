@@ -1,9 +1,10 @@
 """Private names of modules, and of transformers' models, configurations and generate."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, output_capturing
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
 """(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length): puts generate's cache among the
@@ -64,6 +65,12 @@ def attention_of(config: PretrainedConfig) -> str | None:
 def set_attention(config: PretrainedConfig, name: str | None) -> None:
     """Let the module that has this configuration attend by another implementation, one of our own included."""
     config._attn_implementation = name
+
+
+def let_recorders_ask(is_captured: Callable[[], bool]) -> None:
+    """What the recorders of hidden states ask whether the code that runs is captured; then they record in one place of
+    the process, else in one of each thread."""
+    output_capturing.is_torchdynamo_compiling = is_captured
 
 
 def compile_settings_of(model: PreTrainedModel) -> Any:

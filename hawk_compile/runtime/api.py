@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.patches import record_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.question import special_ids
 from hawk_compile.runtime.checks import check_model
@@ -47,6 +48,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
+    record_by_thread()
     originals, replaced = install(model, {} if earlier is None else earlier.originals)
     if replaced:
         warnings.warn(

@@ -202,3 +202,30 @@ def test_an_error_in_one_thread_is_its_own(graphs: Graphs) -> None:
         lambda: wrong(ZeroDivisionError, in_graph=True),
     )
     check(results, [expected[0], expected[1], expected[1], expected[1]])
+
+
+@torch.no_grad()
+def test_images_encoded_while_a_third_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks of the whole process whether it is captured: hidden states then went to one place for all."""
+    model = fresh("llava")
+    inputs = [{"pixel_values": picture("llava", which)["pixel_values"]} for which in (0, 1)]
+    alone = [model.base_model.get_image_features(**given).pooler_output for given in inputs]
+    monkeypatch.setattr("torch.compiler._is_compiling_flag", True)
+    meeting = threading.Barrier(2, timeout=SECONDS)
+    layer = next(module for name, module in model.base_model.vision_tower.named_modules() if name.endswith("layers.0"))
+
+    def meet(*_: Any) -> None:
+        meeting.wait()
+
+    hook = layer.register_forward_pre_hook(meet)
+
+    def encode(which: int) -> Any:
+        with torch.no_grad():
+            return model.base_model.get_image_features(**inputs[which]).pooler_output
+
+    try:
+        found = together(lambda: encode(0), lambda: encode(1))
+    finally:
+        hook.remove()
+    for here, there in zip(alone, found, strict=True):
+        assert torch.equal(torch.cat([*here]), torch.cat([*there]))
