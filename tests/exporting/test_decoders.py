@@ -115,6 +115,7 @@ def test_openvino_graphs_share_their_weights() -> None:
     assert sum(file.stat().st_size for file in folder.glob("*.bin")) < 1.1 * 4 * decoder
 
 
+@pytest.mark.slow
 def test_an_openvino_session_serves_threads_side_by_side() -> None:
     """Each with a request of its own: one that two threads shared would be busy."""
     name, met = NAMES["openvino"], threading.Barrier(2, timeout=60)

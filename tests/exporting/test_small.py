@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hawk_compile.errors import InputError
+from hawk_compile.exporting import openvino
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.parts import write_part
 
@@ -63,3 +66,19 @@ def test_parts_answer_as_pytorch(format: str, tmp_path: Path) -> None:
         assert any(file.startswith(PREFILL) for file in written[DECODE].sha256)
         held = sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix in (".bin", ".safetensors"))
         assert held < 1.1 * 4 * WIDTH * (3 * WIDTH + 3)
+
+
+def test_an_openvino_session_serves_threads_side_by_side(tmp_path: Path) -> None:
+    """With inputs that keep a request busy for a while: one that two threads shared would refuse the second."""
+    part = write_part(openvino, parts()[0], tmp_path, None)
+    session, met = openvino.open_session(tmp_path, part.file, part), threading.Barrier(2, timeout=60)
+    feeds = [{"hidden": torch.randn(32, 512, WIDTH)} for _ in range(2)]
+    alone = [session(feed)["product"] for feed in feeds]
+
+    def ask(number: int) -> None:
+        for _ in range(5):
+            met.wait()
+            assert session(feeds[number])["product"].equal(alone[number])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(ask, range(2)))
