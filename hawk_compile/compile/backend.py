@@ -21,6 +21,14 @@ from hawk_compile.settings.config import HawkConfig, make_config
 
 log = logging.getLogger("hawk_compile")
 
+BEYOND_A_GRAPH = {
+    ("modalities",): "needs to know the ids of placeholders",
+    ("question", "processor", "vision_end_token_id", "end_of_turn_token_id"): "needs to know the prompt's ids",
+    ("budget", "min_per_image", "quota"): "needs to know the prompt",
+    ("compile_decode", "compile_vision"): "needs to know the model's other graphs",
+}
+"""Settings that only `optimize` can follow, and why."""
+
 
 def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Compile a graph of Dynamo's, pruning visual tokens where it merges them.
@@ -35,22 +43,13 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     """
     from hawk_compile.settings.head_weights import explicit_weights
 
-    if "modalities" in (options or {}):
-        raise ConfigError(
-            'options["modalities"] needs the ids of placeholders, which a graph does not know: leave it out to prune '
-            "all that the graph merges, or use hawk_compile.optimize"
-        )
     config = make_config(None, dict(options or {}))
-    if config.compile_decode or config.compile_vision:
-        raise ConfigError(
-            "compile_decode and compile_vision are about other graphs than the one that torch.compile gives here: "
-            "leave them out, or use hawk_compile.optimize"
-        )
-    if config.budget is not None or config.per_image:
-        raise ConfigError(
-            "budget, min_per_image and quota need to know the prompt, which a graph alone does not: use "
-            "hawk_compile.optimize"
-        )
+    for names, why in BEYOND_A_GRAPH.items():
+        if unusable := [name for name in names if name in (options or {})]:
+            raise ConfigError(
+                f"options[{unusable[0]!r}] {why}, which a graph alone does not: leave it out, or use "
+                "hawk_compile.optimize"
+            )
     weights = explicit_weights(config.head_weights)
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
     return compile_graph(gm, example_inputs, config, settled)

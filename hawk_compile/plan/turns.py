@@ -8,9 +8,10 @@ End-of-turn ids cut a row into segments. What stands behind the last of them is 
 A header comes again where answers begin, and it is the user's header with another role in it. A user's turn holds
 images, begins as the first one does, or is more than a header.
 
-What cannot be told from ids without a template: a user's header before the first answer where nothing closes it with
-one role in it; " ASSISTANT:" behind the only turn of a prompt; turns of formats without any end-of-turn id; tools whose
-messages have the user's role (Qwen) or stand behind a closed answer (Mistral); a system prompt inside the user's turn.
+What cannot be told from ids without a template: the user's header before the first answer where none of an answer is
+there to compare it with; " ASSISTANT:" behind the only turn of a prompt; turns of formats without any end-of-turn id;
+tools whose messages have the user's role (Qwen) or stand behind a closed answer (Mistral); a system prompt inside the
+user's turn.
 """
 
 from collections.abc import Sequence
@@ -80,10 +81,10 @@ class Segments:
         self.end = head(ids, tail)
         self.lies = self.lay(self.end, len(closed) - 1)
 
-    def lay(self, header: list[int], place: int) -> Header | None:
+    def lay(self, header: list[int], place: int, role_last: bool = False) -> Header | None:
         """Lay an answer's header over the start of a closed segment."""
         start, stop = self.closed[place]
-        return lay_over(header, self.heads[place], self.ids[start:stop], first=place == 0)
+        return lay_over(header, self.heads[place], self.ids[start:stop], first=place == 0, role_last=role_last)
 
     def ends_with_header(self) -> bool:
         """Whether what stands behind the last end of a turn is no user's turn."""
@@ -150,14 +151,25 @@ class Segments:
             users = [place for place in range(count) if place not in answers and place + 1 in {*answers, count}]
         else:
             users = list(range(count - 1, 0 if count % 2 == 0 else -1, -2))[::-1]
-            header = common_header(*self.heads[-2:]) if count > 1 else []
-        over = {place: self.lies if lies is not None and place == count - 1 else self.lay(header, place)
-                for place in users}  # fmt: skip
+            header = common_header(*self.heads[-2:]) or self.header_by_role(users) if count > 1 else []
+        over = {
+            place: lies if lies is not None and place == count - 1 else self.lay(header, place, role_last=lies is None)
+            for place in users
+        }
         roles = {place: found.role for place, found in over.items() if found is not None}
         first = roles.get(users[0]) if users else None
         kept = [place for place in users if first is None or roles.get(place, first) == first]
         known = bool(kept) and over[kept[-1]] is not None
         return [self.after(self.closed[place], over[place]) for place in kept], known
+
+    def header_by_role(self, users: list[int]) -> list[int]:
+        """The header of an answer whose last id is the role: where the newest turn and the first have another one in
+        common, behind an id that all turns begin with; empty if they have not."""
+        answer, user = self.heads[-2:]
+        shared = alike(answer, user)
+        same_role = shared and len(users) > 1 and len(places(self.ids[slice(*self.closed[users[0]])][: HEADER + LEAD],
+                                                             user[shared - 1 : shared + 1]))  # fmt: skip
+        return answer[: shared + 1] if same_role else []
 
     def after(self, span: Span, header: Header | None) -> Span:
         start, stop = span
@@ -222,13 +234,17 @@ def common_header(answer: list[int], user: list[int]) -> list[int]:
     return answer[: shared + 1 + behind] if shared and behind else []
 
 
-def lay_over(header: list[int], segment: list[int], whole_segment: Row, first: bool) -> Header | None:
+def lay_over(
+    header: list[int], segment: list[int], whole_segment: Row, first: bool, role_last: bool = False
+) -> Header | None:
     """Lay an answer's header over the start of a user's segment: the same but for the role, or None.
 
     Args:
         segment: its first ids; `whole_segment` has all of them.
         first: whether it is the first segment of the row, before which stands no end of a turn: what separates turns
             is missing in it, and ids that begin the row may stand before.
+        role_last: whether the role may be the header's last id, one for each role. It is no evidence of a header then,
+            since any text differs somewhere, but where the header is known it says how long the user's is.
     """
     found: list[tuple[tuple[int, ...], Header]] = []
     for skip in range(2 if first else 1):
@@ -238,7 +254,10 @@ def lay_over(header: list[int], segment: list[int], whole_segment: Row, first: b
             for ours_role in range(1, ROLE + 1):
                 for their_role in range(1, ROLE + 1):
                     behind, wanted = theirs[shared + their_role :], ours[shared + ours_role :]
-                    if behind[:1] != wanted[:1] or not wanted or (not shared and ours_role + their_role > 4):
+                    ends = role_last and not wanted and shared and ours_role == their_role == 1
+                    if not ends and (
+                        behind[:1] != wanted[:1] or not wanted or (not shared and ours_role + their_role > 4)
+                    ):
                         continue
                     count = alike(wanted, behind)
                     whole = count == len(wanted)

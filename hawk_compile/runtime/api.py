@@ -52,7 +52,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     originals, replaced = install(model, {} if earlier is None else earlier.originals)
     if replaced:
         warnings.warn(
-            f"{' and '.join(replaced)} of the model were replaced by others after optimize"
+            f"others have replaced {' and '.join(replaced)} of the model after optimize"
             f"{', so nothing was pruned since' if 'forward' in replaced else ''}; they are overridden again now",
             stacklevel=2,
         )
@@ -128,7 +128,7 @@ def last_of(model: nn.Module) -> PrefillRecord:
         )
     if replaced:
         raise HawkError(
-            f"{' and '.join(replaced)} of the model were replaced by others after optimize, which pruning in generate "
+            f"others have replaced {' and '.join(replaced)} of the model after optimize, which pruning in generate "
             "needs: call optimize again"
         )
     if runtime.last is None:

@@ -86,6 +86,11 @@ FORMATS = {
         ends=("<|im_end|>", "<|endoftext|>"), image=("<|vision_start|>", *("<image>",) * VISUAL, "<|vision_end|>"),
         named=("<|vision_start|>", "<|vision_end|>"), vision_end=("<|vision_end|>",),
     ),
+    "no new lines": Format(  # as tokenizers of words write it: the role is the header's last id
+        template=CHATML.replace("\n", " "), special=("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+        ends=("<|im_end|>",), image=("<|vision_start|>", *("<image>",) * VISUAL, "<|vision_end|>"),
+        named=("<|vision_start|>", "<|vision_end|>"), vision_end=("<|vision_end|>",),
+    ),
     "llama 3": Format(
         template=PARTS.replace("IMAGE", "<image>") + (
             "{{ bos_token }}{%- for m in messages -%}"

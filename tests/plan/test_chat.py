@@ -57,7 +57,9 @@ TAKEN = {
     for name, form in FORMATS.items()
 }  # fmt: skip
 
-ROLES_ALIKE = dict.fromkeys(("qwen", "qwen thinking", "internvl"), "a tool's message has the user's role")
+ROLES_ALIKE = dict.fromkeys(
+    ("qwen", "qwen thinking", "no new lines", "internvl"), "a tool's message has the user's role"
+)
 UNTOLD = {
     **{(name, tool): why for tool in ("tool", "tool, system") for name, why in ROLES_ALIKE.items()},
     **{("mistral", tool): "what stands behind a closed answer is a user's" for tool in ("tool", "tool, system")},
@@ -67,7 +69,7 @@ UNTOLD = {
     **{(name, "before the image, no header"): "the same" for name in ("vicuna", "mistral")},
     ("mistral", "one turn, no header"): "the same",
     **{(name, "before the image, no header"): "no answer's header to know the user's by"
-       for name in ("qwen", "qwen thinking", "llama 3", "gemma", "internvl", "smolvlm")},
+       for name in ("qwen", "qwen thinking", "no new lines", "llama 3", "gemma", "internvl", "smolvlm")},
     **{(name, "empty with an image"): "what the processor puts behind an image is text like any"
        for name in ("vicuna", "mistral", "gemma", "internvl", "smolvlm")},
     **{(name, "the same again"): "what ends both questions may be a header" for name in ("vicuna", "mistral")},
