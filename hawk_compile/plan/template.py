@@ -7,7 +7,7 @@ conversation that was rendered: a format that does not find the marked text in a
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from hawk_compile.plan.chat import Chat, ChatFormat, Ids, Row, Span, places
 from hawk_compile.plan.rendering import (
     LONGEST,
     Conversations,
+    Make,
     Template,
     UnknownTemplate,
     attempt,
@@ -34,11 +35,17 @@ def learn(source: Any, ends: Sequence[int]) -> ChatFormat:
     Raises:
         UnknownTemplate: it has none, or one whose texts cannot be found by what surrounds them.
     """
+    template, talk = rendered(source)
+    return checked(template, talk, learned(template, talk, ends), ends)
+
+
+def rendered(source: Any) -> tuple[Template, Conversations]:
+    """A template, and conversations as it takes them: with contents as lists of parts, or as plain strings."""
     template = Template(source)
     for listed in (True, False):
         talk = Conversations(template, listed)
         if attempt(template, talk.one(), talk.two(talk.second), talk.two(talk.third), talk.answered(talk.first)):
-            return checked(template, talk, learned(template, talk, ends), ends)
+            return template, talk
     raise UnknownTemplate("it renders no conversation of two turns")
 
 
@@ -106,20 +113,33 @@ def tools_of(template: Template, talk: Conversations, opens: tuple[Ids, ...]) ->
 
 def checked(template: Template, talk: Conversations, form: ChatFormat, ends: Sequence[int]) -> ChatFormat:
     """The format, if it finds the newest user's text in every conversation that the template renders."""
-    special = np.array(form.special, np.int64)
     makes = [
         (1, talk.one()), (1, talk.one(generation=False)), (2, talk.two(talk.second)),
-        (2, talk.two(talk.third, generation=False)), (3, talk.three()), (1, talk.after_system(talk.second)),
+        (2, talk.two(talk.third, generation=False)), (3, talk.three()),
         (1, talk.before_tool("weather", talk.second)),
     ]  # fmt: skip
     for count, make in makes:
-        for before, after in attempt(template, make):
-            row = np.array(make(talk.first), np.int64)
-            turns = form.turns(row, np.array(ends, np.int64))
-            wanted = (len(before), len(row) - len(after))
-            if len(turns) != count or (turns[-1] != wanted and not only_special(row, turns[-1], wanted, special)):
-                raise UnknownTemplate("what surrounds a user's text does not find it in all conversations")
+        if any(len(turns) != count or not right for turns, right in newest_text(template, talk, form, ends, make)):
+            raise UnknownTemplate("what surrounds a user's text does not find it in all conversations")
     return form
+
+
+def newest_text(
+    template: Template, talk: Conversations, form: ChatFormat, ends: Sequence[int], make: Make
+) -> Iterator[tuple[list[Span], bool]]:
+    """(the users' texts in a conversation, whether the last is the marked one); nothing if it cannot be rendered."""
+    special = np.array(form.special, np.int64)
+    for before, after in attempt(template, make):
+        row = np.array(make(talk.first), np.int64)
+        turns = form.turns(row, np.array(ends, np.int64))
+        wanted = (len(before), len(row) - len(after))
+        yield turns, bool(turns) and (turns[-1] == wanted or only_special(row, turns[-1], wanted, special))
+
+
+def system_stands_apart(source: Any, form: ChatFormat, ends: Sequence[int]) -> bool:
+    """Whether a system prompt is told from a user's text; some templates put it into the user's turn, unmarked."""
+    template, talk = rendered(source)
+    return all(right for _, right in newest_text(template, talk, form, ends, talk.after_system(talk.second)))
 
 
 def only_special(row: Row, span: Span, wanted: Span, special: Row) -> bool:
@@ -168,7 +188,10 @@ def chat_of(processor: Any, path: str, ends: Sequence[int], chosen_ends: bool = 
     if processor is None and chosen_ends:
         return Chat(None, "end_of_turn_token_id is set, and no processor")
     try:
-        return Chat(learn(processor if processor is not None else source_at(path), ends), f"chat template of {where}")
+        source = processor if processor is not None else source_at(path)
+        form = learn(source, ends)
+        beside = "" if system_stands_apart(source, form, ends) else ", whose system prompt votes with the question"
+        return Chat(form, f"chat template of {where}{beside}")
     except UnknownTemplate as error:
         return Chat(None, f"chat template of {where}: {error}")
     except Exception as error:  # what a foreign template raises must not stop a prefill

@@ -247,3 +247,31 @@ def test_a_tools_message_is_known_whatever_tool_was_called() -> None:
     line = np.array(formats.ids_of("qwen", SITUATIONS["tool, system"]))
     (*_, (start, stop)) = form.turns(line, np.array(ends))
     assert source.convert_ids_to_tokens(line[start:stop].tolist()) == question(2).split(" ")
+
+
+IN_THE_USERS_TURN = (
+    "{{ bos_token }}{%- set told = namespace(text='') -%}{%- for m in messages -%}"
+    "{%- set said = m['content'] if m['content'] is string else m['content'][0]['text'] -%}"
+    "{%- if m['role'] == 'system' -%}{%- set told.text = SYSTEM -%}"
+    "{%- elif m['role'] == 'user' -%}{{ '[INST]' + told.text + said + '[/INST]' }}{%- set told.text = '' -%}"
+    "{%- else -%}{{ said + eos_token }}{%- endif -%}{%- endfor -%}"
+)
+
+
+@pytest.mark.parametrize(("system", "told"), [
+    ("'user : \n' + said + ' \n tool : \n\n'", ["q1a", "q1b"]), ("said + '\n\n'", ["s1a", "s1b", "q1a", "q1b"]),
+])  # fmt: skip
+def test_a_system_prompt_in_the_users_turn(system: str, told: list[str]) -> None:
+    """Marked, it does not vote; unmarked, the report says that it does. Without one the template is exact."""
+    source = formats.tokenizer.__wrapped__("mistral")
+    source.chat_template = IN_THE_USERS_TURN.replace("SYSTEM", system)
+    ends = (source.eos_token_id,)
+    found = chat_of(source, "", ends)
+    assert found.form is not None and ("whose system prompt votes" in found.origin) == (told[0] == "s1a")
+    asked = {"role": "user", "content": "q1a q1b"}
+    for said, wanted in (([{"role": "system", "content": "s1a s1b"}, asked], told), ([asked], ["q1a", "q1b"])):
+        text = source.apply_chat_template(said, tokenize=False)
+        ids = np.array(source(text, add_special_tokens=False)["input_ids"])
+        start, stop = found.form.turns(ids, np.array(ends))[-1]
+        words = source.convert_ids_to_tokens(ids[start:stop].tolist())
+        assert [word for word in words if word != "\n"] == wanted
