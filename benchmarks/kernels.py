@@ -32,11 +32,11 @@ def arguments(visual: int) -> list[Any]:
 
     size = TEXT + visual + TEXT
     position = torch.arange(size, device="cuda").unsqueeze(0)
-    query_mask = position >= TEXT + visual
+    question_mask = position >= TEXT + visual
     return [
         draw(BATCH, size, WIDTH),
-        (position >= TEXT) & ~query_mask,
-        query_mask,
+        (position >= TEXT) & ~question_mask,
+        question_mask,
         draw(HEADS * HEAD_DIM, WIDTH) * WIDTH**-0.5,
         draw(HEADS * HEAD_DIM),
         draw(KV_HEADS * HEAD_DIM, WIDTH) * WIDTH**-0.5,

@@ -21,7 +21,7 @@ from torch import Tensor
 import hawk_compile
 from hawk_compile.kernels.gather import op as gather_op  # noqa: F401  these register the operators
 from hawk_compile.kernels.score import op as score_op  # noqa: F401
-from hawk_compile.kernels.score.voters import last_voters, score_each, split_heads
+from hawk_compile.kernels.score.by_token import last_of_question, score_each, split_heads
 from hawk_compile.kernels.select import op as select_op  # noqa: F401
 from hawk_compile.passes.insert_ranking import READABLE
 from hawk_compile.settings.selectors import SELECTORS
@@ -37,11 +37,11 @@ def prompt(visual: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     size = TEXT + visual + TEXT
     position = torch.arange(size, device=device).unsqueeze(0)
-    votes = position >= TEXT + visual
+    question_mask = position >= TEXT + visual
     return {
         "embeddings": torch.randn(1, size, WIDTH, generator=generator, device=device).to(dtype),
-        "visual_mask": (position >= TEXT) & ~votes,
-        "votes": votes,
+        "visual_mask": (position >= TEXT) & ~question_mask,
+        "question_mask": question_mask,
         "budget": torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(visual)], device=device),
     }
 
@@ -56,7 +56,7 @@ def call(name: str, given: dict[str, Tensor], weights: list[Any]) -> Callable[[]
     def run() -> Any:
         known = dict(given)
         if "scores" in wanted:
-            states = (given["embeddings"], given["visual_mask"], given["votes"])
+            states = (given["embeddings"], given["visual_mask"], given["question_mask"])
             score = scored_each if selector.query in ("each", "content") else torch.ops.hawk.score_folded
             known["scores"] = score(*states, *weights, selector.normalization)
         order = known["scores"] if ranking is None else ranking(**{each: known[each] for each in wanted})
@@ -66,11 +66,11 @@ def call(name: str, given: dict[str, Tensor], weights: list[Any]) -> Callable[[]
 
 
 def scored_each(
-    hidden: Tensor, visual_mask: Tensor, votes: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    hidden: Tensor, visual_mask: Tensor, question_mask: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
     k_bias: Tensor, head_weights: Tensor, normalization: str,
 ) -> Tensor:  # fmt: skip
     """What the pass puts in where every voter is scored by itself."""
-    positions, real = last_voters(votes)
+    positions, real = last_of_question(question_mask)
     query = split_heads(torch.ops.hawk.gather(hidden, positions), q_weight, q_bias, HEAD_DIM)
     key = split_heads(hidden, k_weight, k_bias, HEAD_DIM)
     return score_each(query, key, visual_mask, real, head_weights, normalization, False)

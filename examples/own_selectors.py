@@ -17,8 +17,8 @@ import hawk_compile
 MODEL = Path(hawk_compile.__file__).parent / "tools" / "demo" / "model"
 
 
-def likeness(embeddings: Tensor, votes: Tensor) -> Tensor:
-    words = (embeddings.float() * votes.unsqueeze(2)).sum(1, keepdim=True)
+def likeness(embeddings: Tensor, question_mask: Tensor) -> Tensor:
+    words = (embeddings.float() * question_mask.unsqueeze(2)).sum(1, keepdim=True)
     return torch.nn.functional.cosine_similarity(embeddings.float(), words, dim=2)
 
 

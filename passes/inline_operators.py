@@ -17,8 +17,8 @@ import hawk_compile.kernels.gather.op
 import hawk_compile.kernels.score.op
 import hawk_compile.kernels.select.op  # noqa: F401  the three register the operators
 from hawk_compile.kernels.gather import reference as gather
+from hawk_compile.kernels.score import by_token
 from hawk_compile.kernels.score import reference as score
-from hawk_compile.kernels.score import voters
 from hawk_compile.kernels.select import reference as select
 
 SELECTIONS = {"sort": select.select, "threshold": select.select_by_threshold}
@@ -38,7 +38,7 @@ def inline_operators(gm: fx.GraphModule, example_inputs: list[Any], *, selection
     plain = {
         operators.score_folded.default: score.score_folded,
         operators.score_projected.default: score.score_projected,
-        operators.score_each.default: voters.score_each,
+        operators.score_each.default: by_token.score_each,
         operators.select.default: SELECTIONS[selection],
         operators.gather.default: gather.gather,
         torch.ops.aten.scaled_dot_product_attention.default: attention,

@@ -23,10 +23,12 @@ READABLE: dict[str, Callable[[Builder, Located, Scored, Budgeted], Any]] = {
     "scores": lambda build, located, scored, budgeted: scored.scores,
     "embeddings": lambda build, located, scored, budgeted: located.merged,
     "visual_mask": lambda build, located, scored, budgeted: candidates(build, scored),
-    "votes": lambda build, located, scored, budgeted: build.call(torch.ne, scored.votes, 0),
+    "question_mask": lambda build, located, scored, budgeted: build.call(torch.ne, scored.question_mask, 0),
     "budget": lambda build, located, scored, budgeted: budgeted.budget,
 }
 """What a ranking may read, by name."""
+FORMER_NAMES = {"votes": "question_mask"}
+"""Names of the last release, which rankings of users may still have."""
 
 
 def insert_ranking(
@@ -55,10 +57,10 @@ def insert_ranking(
     build = Builder(gm, split.boundary)
     options = dict(ranking_options)
     wanted = [name for name in inspect.signature(ranking).parameters if name not in options]
-    if unknown := [name for name in wanted if name not in READABLE]:
+    if unknown := [name for name in wanted if FORMER_NAMES.get(name, name) not in READABLE]:
         raise GraphError(f"selector {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}")
     try:
-        read_by_it = {name: READABLE[name](build, located, scored, budgeted) for name in wanted}
+        read_by_it = {name: READABLE[FORMER_NAMES.get(name, name)](build, located, scored, budgeted) for name in wanted}
         ranks = build.call(ranking, **read_by_it, **options)
     except Exception as error:
         raise GraphError(f"selector {ranking.__name__} cannot be traced with symbolic sizes: {error}") from error
@@ -74,7 +76,7 @@ def insert_ranking(
         note(gm, Ranked(ranked, scores))
     else:
         note(gm, Ranked(ranked, ranked))
-        erase_unread(gm.graph, scores, {scored.visual_mask, scored.token_mask, scored.votes, *split.full})
+        erase_unread(gm.graph, scores, {scored.visual_mask, scored.token_mask, scored.question_mask, *split.full})
     return gm
 
 

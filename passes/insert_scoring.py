@@ -4,13 +4,13 @@
     after:  merged [B, S, D]
             mask   [B, S]    = merge masks, joined; or what the plan says may be removed
             normed [B, S, D] = norm(merged)                                    a copy, at full length
-            scores [B, S]    = hawk.score_folded(normed, mask, votes, Wq, bq, Wk, bk, w)
+            scores [B, S]    = hawk.score_folded(normed, mask, question_mask, Wq, bq, Wk, bk, w)
             | normed = norm(merged); ...                                       untouched
 
 Where anything but layout stands between projection and position (a query/key norm, an adapter), the copy reaches up to
-that point and the score is `hawk.score_projected(query, key, mask, votes, w)`. Where every voting token is scored by
-itself, it is `hawk.score_each(query of the voters, key, mask, ...)` in both cases. The rest of the graph is
-unchanged.
+that point and the score is `hawk.score_projected(query, key, mask, question_mask, w)`. Where every token of the
+question is scored by itself, it is `hawk.score_each(query of the question, key, mask, ...)` in both cases. The rest of
+the graph is unchanged.
 
 Where images have questions of their own, G in a row, each row is scored G times, by one question over its own visual
 tokens, and what was scored is put together again: the visual tokens of two questions have none in common.
@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 import hawk_compile.kernels.gather.op
 import hawk_compile.kernels.score.op  # noqa: F401  both register operators
-from hawk_compile.kernels.score.voters import last_vote, last_voters, split_heads
+from hawk_compile.kernels.score.by_token import last_of_question, last_token, split_heads
 from hawk_compile.passes.compat import all_reduce
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import Builder, ancestors, expr, is_call, same, shape_of, sizes_equal_to, tensor
@@ -59,8 +59,8 @@ def insert_scoring(
     Args:
         normalization: 'l2', 'softmax' or 'minmax': how a head's raw relevance is normalised over the visual tokens.
         head_weights: [H] float32, for graphs whose caller put no `hawk::plan` beside the model. None: equal weights.
-        query: 'mean': the mean query of all that vote; 'last': without a plan, the last token's; 'each' or 'content':
-            see `hawk_compile.kernels.score.voters`.
+        query: 'mean': the mean query of the question; 'last': without a plan, the last token's; 'each' or 'content':
+            see `hawk_compile.kernels.score.by_token`.
         ranks: of a tensor-parallel model.
 
     Raises:
@@ -73,16 +73,19 @@ def insert_scoring(
     visual_mask = located.planned("candidates") or join_masks(build, located)
     token_mask = real_tokens(build, located, visual_mask)
     plan = located.plan
-    votes = plan.args[0] if plan is not None else text_after_images(build, visual_mask, token_mask, query == "last")
+    if plan is not None:
+        question_mask = plan.args[0]
+    else:
+        question_mask = text_after_images(build, visual_mask, token_mask, query == "last")
     groups = located.planned("question_images")
-    question = votes if groups is None else build.call(torch.any, votes, 1)
+    row_mask = question_mask if groups is None else build.call(torch.any, question_mask, 1)
     weights = plan.args[2] if plan is not None else constant_weights(build, located, head_weights)
     shared = ranks is not None and shape_of(weights)[0] == located.heads * ranks.size
     if ranks is not None and shared:
         if query == "content":
             raise GraphError(
-                'query="content" weighs voters by all heads at once, of which a tensor-parallel model has some on each '
-                'rank: take "each"'
+                'query="content" weighs the question\'s tokens by all heads at once, of which a tensor-parallel model '
+                'has some on each rank: take "each"'
             )
         weights = build.call(torch.narrow, weights, 0, ranks.rank * located.heads, located.heads)
     check_heads(weights, located)
@@ -91,16 +94,17 @@ def insert_scoring(
     if groups is not None:
         rows = 1 if located.form == "folded" else 2  # hidden states, or query and key; what follows are weights
         copies = [*(build.call(for_each_question, each, groups) for each in copies[:rows]), *copies[rows:]]
-        visual, votes = build.call(visual_of_questions, visual, groups), build.call(torch.flatten, votes, 0, 1)
+        visual = build.call(visual_of_questions, visual, groups)
+        question_mask = build.call(torch.flatten, question_mask, 0, 1)
     if query in ("each", "content"):
-        scores = insert_each(build, located, copies, visual, votes, weights, normalization, query == "content")
+        scores = insert_each(build, located, copies, visual, question_mask, weights, normalization, query == "content")
     else:
-        scores = insert_mean(build, located, copies, visual, votes, weights, normalization)
+        scores = insert_mean(build, located, copies, visual, question_mask, weights, normalization)
     if groups is not None:
         scores = build.call(sum_of_questions, scores, groups)
     if ranks is not None and shared:
         scores = build.call(all_reduce, scores, "sum", ranks.group)
-    note(gm, Scored(visual_mask, token_mask, question, scores))
+    note(gm, Scored(visual_mask, token_mask, row_mask, scores))
     return gm
 
 
@@ -131,8 +135,8 @@ def text_after_images(build: Builder, visual_mask: fx.Node, token_mask: fx.Node,
     ahead = build.call(torch.cumsum, build.call(torch.flip, visual_mask, (1,)), 1)
     behind = build.call(torch.eq, build.call(torch.flip, ahead, (1,)), 0)
     after = build.call(torch.logical_and, text, behind)
-    votes = build.call(torch.where, build.call(torch.any, after, 1, True), after, text)
-    return build.call(last_vote, votes) if last else votes
+    question_mask = build.call(torch.where, build.call(torch.any, after, 1, True), after, text)
+    return build.call(last_token, question_mask) if last else question_mask
 
 
 def constant_weights(build: Builder, located: Located, head_weights: Tensor | None) -> fx.Node:
@@ -173,24 +177,25 @@ def sum_of_questions(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 def insert_mean(
-    build: Builder, located: Located, copies: list[Any], visual: Any, votes: Any, weights: Any, normalization: str
-) -> fx.Node:
-    """Scores by the mean query of what votes."""
+    build: Builder, located: Located, copies: list[Any], visual: Any, question_mask: Any, weights: Any,
+    normalization: str,
+) -> fx.Node:  # fmt: skip
+    """Scores by the mean query of the question."""
     if located.form == "folded":
         hidden, *parameters = copies
         score = torch.ops.hawk.score_folded.default
-        return build.call(score, hidden, visual, votes, *parameters, weights, normalization)
+        return build.call(score, hidden, visual, question_mask, *parameters, weights, normalization)
     score = torch.ops.hawk.score_projected.default
-    return build.call(score, *copies, visual, votes, weights, normalization)
+    return build.call(score, *copies, visual, question_mask, weights, normalization)
 
 
 def insert_each(
-    build: Builder, located: Located, copies: list[Any], visual: Any, votes: Any, weights: Any, normalization: str,
-    specific: bool,
+    build: Builder, located: Located, copies: list[Any], visual: Any, question_mask: Any, weights: Any,
+    normalization: str, specific: bool,
 ) -> fx.Node:  # fmt: skip
-    """Queries are made of the voters alone where the form allows it; keys of all positions, as the decoder does."""
-    voters = build.call(last_voters, build.call(torch.ne, votes, 0))
-    positions, real = build.item(voters, 0), build.item(voters, 1)
+    """Queries are made of the question alone where the form allows it; keys of all positions, as the decoder does."""
+    last = build.call(last_of_question, build.call(torch.ne, question_mask, 0))
+    positions, real = build.item(last, 0), build.item(last, 1)
     gather = torch.ops.hawk.gather.default
     if located.form == "folded":
         hidden, q_weight, q_bias, k_weight, k_bias = copies

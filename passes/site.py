@@ -91,7 +91,7 @@ class Scored:
     """[B, S] bool: the visual tokens that may be removed."""
     token_mask: fx.Node
     """[B, S] bool: what is not padding."""
-    votes: Any
+    question_mask: Any
     """[B, S]: which text votes on the visual tokens, or how much."""
     scores: fx.Node
     """[B, S] float32. A selector that does not read them takes them out of the graph again: see `Ranked`."""

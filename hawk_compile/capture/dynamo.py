@@ -58,7 +58,7 @@ def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[...
     return torch.compile(function, **{"dynamic": True, "isolate_recompiles": True, **settings})
 
 
-def equate_lengths(inputs: dict[str, Any], votes: Tensor, along: tuple[str, ...] = ()) -> None:
+def equate_lengths(inputs: dict[str, Any], question_mask: Tensor, along: tuple[str, ...] = ()) -> None:
     """Tell the capture which inputs run along the prompt, so that their lengths are one symbol S, and their rows one B.
 
     By these a mask is known to be as long as the prompt; no operator says so.
@@ -70,6 +70,6 @@ def equate_lengths(inputs: dict[str, Any], votes: Tensor, along: tuple[str, ...]
         given = inputs.get(name)
         if isinstance(given, Tensor):
             rows, length = (given.shape[0], given.shape[1]) if name == "inputs_embeds" else given.shape[-2:]
-            check(length == votes.shape[-1])
+            check(length == question_mask.shape[-1])
             if rows != 1:
-                check(rows == votes.shape[0])
+                check(rows == question_mask.shape[0])

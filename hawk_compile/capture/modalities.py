@@ -27,13 +27,13 @@ PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_id
 
 def tokens_of(kwargs: dict[str, Any]) -> Tensor:
     """input_ids [B, S] or inputs_embeds [B, S, D], whichever was given."""
-    found = [each for each in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None]
-    if len(found) != 1:
+    tokens = [kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
+    if len(tokens) != 1:
         raise InputError(
             "a call takes either input_ids [B, S] or inputs_embeds [B, S, D], got "
-            f"{'both' if found else 'neither'}: give one of them"
+            f"{'both' if tokens else 'neither'}: give one of them"
         )
-    return found[0]
+    return tokens[0]
 
 
 def along_prompt(arguments: dict[str, Any], rows: int, length: int) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def read_for_positions(model: PreTrainedModel) -> set[str]:
 
 def raw_modalities(kwargs: dict[str, Any]) -> set[str]:
     """The modalities that a call holds and that are not encoded yet."""
-    return {each for each in MODALITIES if any(kwargs.get(name) is not None for name in RAW_INPUTS[each])}
+    return {modality for modality in MODALITIES if any(kwargs.get(name) is not None for name in RAW_INPUTS[modality])}
 
 
 def modalities_of(kwargs: dict[str, Any]) -> set[str]:
@@ -86,10 +86,10 @@ def modalities_of(kwargs: dict[str, Any]) -> set[str]:
 
 def takes(model: PreTrainedModel, modality: str) -> bool:
     """Whether the model merges features of a modality into its prompt."""
-    found = hasattr(model.base_model, f"get_{modality}_features")
+    encodes = hasattr(model.base_model, f"get_{modality}_features")
     if modality != AUDIO:
-        return found
-    return getattr(model.config, "audio_token_id", None) is not None and (found or encodes_audio_itself(model))
+        return encodes
+    return getattr(model.config, "audio_token_id", None) is not None and (encodes or encodes_audio_itself(model))
 
 
 def encodes_audio_itself(model: PreTrainedModel) -> bool:
@@ -105,14 +105,14 @@ def placeholders_by_modality(model: Any, modalities: Iterable[str] = MODALITIES)
 
 def placeholder_ids(model: Any, modalities: Iterable[str] = MODALITIES) -> list[int]:
     """The ids that wait for features of these modalities."""
-    return sorted({each for each in placeholders_by_modality(model, modalities).values() if each is not None})
+    return sorted({number for number in placeholders_by_modality(model, modalities).values() if number is not None})
 
 
 def known_ids(model: Any, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:
     """[B, S] int64: those of the wanted ids whose embeddings stand in a prompt of embeddings, -1 elsewhere."""
     embed = model.get_input_embeddings()
     ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
-    for each in wanted:
-        row = embed(torch.tensor([each], device=inputs_embeds.device)).to(inputs_embeds.dtype)
-        ids = ids.masked_fill((inputs_embeds == row).all(-1), each)
+    for number in wanted:
+        row = embed(torch.tensor([number], device=inputs_embeds.device)).to(inputs_embeds.dtype)
+        ids = ids.masked_fill((inputs_embeds == row).all(-1), number)
     return ids

@@ -35,7 +35,7 @@ TOLERANCE = 0.02
 
 def run(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """A module's forward on what `prepared` gives, beside arguments that are no tensors."""
-    renamed = {ARGUMENTS.get(name, name): given for name, given in tensors.items()}
+    renamed = {ARGUMENTS.get(name, name): value for name, value in tensors.items()}
     return forward(**fixed, **renamed)
 
 
@@ -100,16 +100,16 @@ def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
     from transformers.exporters.utils import precompute_export_inputs
 
-    given = dict(tensors)
-    precompute_export_inputs(child, given)
-    del given[GRID]
+    inputs = dict(tensors)
+    precompute_export_inputs(child, inputs)
+    del inputs[GRID]
     for name, places in (("segments", "segment_places"), ("windows", "window_places")):
-        bounds = given.pop(ARGUMENTS[name], None)
-        given.pop(ARGUMENTS[places], None)  # the length of the longest, which the index holds
+        bounds = inputs.pop(ARGUMENTS[name], None)
+        inputs.pop(ARGUMENTS[places], None)  # the length of the longest, which the index holds
         if bounds is not None:
-            given[name] = patches_of(bounds)
-            given[places] = torch.nonzero(given[name].flatten() >= 0).squeeze(1)
-    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            inputs[name] = patches_of(bounds)
+            inputs[places] = torch.nonzero(inputs[name].flatten() >= 0).squeeze(1)
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def patches_of(bounds: Tensor) -> Tensor:
@@ -123,22 +123,22 @@ def named(output: Any) -> dict[str, Tensor]:
     """The tensors of an output by name: `features` of a tensor, `name` of a field, `name.i.n` of a field of n."""
     if isinstance(output, Tensor):
         return {"features": output}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in output.items():
         if isinstance(value, Tensor):
-            found[name] = value
+            tensors[name] = value
         elif isinstance(value, (tuple, list)):
-            parts = [(f"{name}.{index}.{len(value)}", each) for index, each in enumerate(value)]
-            found |= {part: each for part, each in parts if isinstance(each, Tensor)}
-    return found
+            parts = [(f"{name}.{index}.{len(value)}", part) for index, part in enumerate(value)]
+            tensors |= {label: part for label, part in parts if isinstance(part, Tensor)}
+    return tensors
 
 
-def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+def difference(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """How outputs by segments, or the first rows of them, differ from those by the grid; empty if they do not.
 
     They are compared by name, to `TOLERANCE` of the largest value.
     """
-    furthest = max(float((found[name][: len(rows)] - rows).abs().max()) for name, rows in expected.items())
+    furthest = max(float((outputs[name][: len(rows)] - rows).abs().max()) for name, rows in expected.items())
     if furthest <= TOLERANCE * max(float(rows.abs().max()) for rows in expected.values()):
         return ""
     return f"its outputs differ by {furthest:.2g}"
@@ -146,7 +146,12 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
     """Arguments by name, those under ** among them."""
-    rest = next((each.name for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
+    rest = name_of_rest(bound.signature)
     named_arguments = dict(bound.arguments)
     more = named_arguments.pop(rest, {}) if rest else {}
     return {**named_arguments, **more}
+
+
+def name_of_rest(signature: inspect.Signature) -> str | None:
+    """The name of the parameter that takes all other keyword arguments, if there is one."""
+    return next((one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD), None)

@@ -57,14 +57,14 @@ class Prefill(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, question_mask: Tensor, budget: Tensor, kept_slots: Tensor,
         **given: Tensor,
     ) -> Any:  # fmt: skip
-        votes = question_mask != 0
+        asked = question_mask != 0
         kept_visual = given.pop("kept_visual_slots", kept_slots)
         lengths = slots(kept_slots.shape[0], kept_visual.shape[0], kept_slots.device)
-        keep, valid, scores = torch.ops.hawk.plan(votes, budget, self.head_weights, *lengths)
+        keep, valid, scores = torch.ops.hawk.plan(asked, budget, self.head_weights, *lengths)
         outputs = {modality: self.encoded(modality, given) for modality in self.kinds}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
-        equate_lengths(inputs, votes, tuple(given))
-        check(budget.shape[0] == votes.shape[0])
+        equate_lengths(inputs, asked, tuple(given))
+        check(budget.shape[0] == asked.shape[0])
         cache = DynamicCache()
         result = self.run(
             **inputs,

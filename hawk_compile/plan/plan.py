@@ -151,9 +151,9 @@ def check_placeholders(visual: Tensor, features: int, images: Quotas | None) -> 
 
 def check_question(question: Question, tokens: list[int], fewest: list[int]) -> None:
     """Refuse rows that would lose visual tokens without any text to score them."""
-    voting = question.mask.flatten(1).any(1).tolist()
-    for row, (count, low, votes) in enumerate(zip(tokens, fewest, voting, strict=True)):
-        if low < count and not votes:
+    questions = question.mask.flatten(1).any(1).tolist()
+    for row, (count, low, asked) in enumerate(zip(tokens, fewest, questions, strict=True)):
+        if low < count and not asked:
             raise InputError(
                 f"row {row} of the prompt has {count} visual tokens and no text token that could score them: add a "
                 "question, or call the model with ratio=0"

@@ -123,8 +123,8 @@ def find_question(
     mask = np.zeros((len(rows), most, input_ids.shape[1]), bool)
     images = np.zeros_like(mask)
     for row, group in enumerate(groups):
-        for place, (votes, _, seen) in enumerate(group):
-            mask[row, place] = votes
+        for place, (text, _, seen) in enumerate(group):
+            mask[row, place] = text
             if seen is not None:
                 images[row, place] = seen
     if most == 1:
@@ -155,8 +155,8 @@ class RowTurns:
             turns, known = users_turns(self.ids, self.visual, ends, bool((self.shown & ~self.visual).any()))
             self.rest = REST if known else 0
         self.turns = turns
-        self.found = [self.text(turn) for turn in self.turns]
-        self.texts = [place for place, (votes, _) in enumerate(self.found) if len(votes)]
+        self.texts = [self.text(turn) for turn in self.turns]
+        self.spoken = [number for number, (text, _) in enumerate(self.texts) if len(text)]
 
     def text(self, turn: Span) -> tuple[Row, QuerySource]:
         """The places of one turn's text that vote."""
@@ -203,20 +203,20 @@ class RowTurns:
 
     def turn_or_any(self, turn: int) -> tuple[Mask, QuerySource]:
         """The text of a turn; else of the last one before it that has any, else of the first one behind it."""
-        if not self.texts:
+        if not self.spoken:
             anything = np.flatnonzero(self.plain if self.plain.any() else ~self.visual)
             return self.spread(anything), QuerySource.ANY_TEXT
-        before = [place for place in self.texts if place <= turn]
-        chosen = before[-1] if before else self.texts[0]
-        places_of, source = self.found[chosen]
-        return self.spread(places_of), source if chosen == turn else QuerySource.EARLIER_TURN
+        before = [number for number in self.spoken if number <= turn]
+        chosen = before[-1] if before else self.spoken[0]
+        text, source = self.texts[chosen]
+        return self.spread(text), source if chosen == turn else QuerySource.EARLIER_TURN
 
     def own(self) -> list[tuple[Mask, QuerySource, Mask]]:
         """(question, source, visual tokens) of every turn that has images; the newest question where none has."""
         seen = np.flatnonzero(self.visual)
         starts = np.array([start for start, _ in self.turns] or [0])
         turn = np.maximum(np.searchsorted(starts, seen, side="right") - 1, 0)
-        groups = [(*self.turn_or_any(int(each)), self.spread(seen[turn == each])) for each in np.unique(turn)]
+        groups = [(*self.turn_or_any(int(number)), self.spread(seen[turn == number])) for number in np.unique(turn)]
         return groups or [(*self.newest(), self.spread(seen))]
 
     def spread(self, chosen: Row) -> Mask:
@@ -261,13 +261,13 @@ def mask_of_ids(input_ids: Tensor, real: Tensor, wanted: Any, ids: SpecialIds) -
     mask = np.zeros(input_ids.shape, bool)
     for row, (line, there, question) in enumerate(zip(input_ids.numpy(), real.numpy(), questions, strict=True)):
         place = np.flatnonzero(there)
-        found = places(line[place], question)
-        if not len(found):
+        starts = places(line[place], question)
+        if not len(starts):
             raise InputError(
                 f"question_ids of row {row}, {question}, does not stand in that row: give the ids as they are in "
                 "input_ids (a tokenizer may join a word with what stands before it), or question_mask"
             )
-        mask[row, place[found[-1] : found[-1] + len(question)]] = True
+        mask[row, place[starts[-1] : starts[-1] + len(question)]] = True
     return torch.from_numpy(mask)
 
 
@@ -288,17 +288,17 @@ def id_lists(wanted: Any, special: Sequence[int]) -> Iterator[list[int]]:
         yield ids[text[0] : text[-1] + 1] if text else []
 
 
-def counted(votes: Tensor, query: str) -> Tensor:
-    """[..., S] bool: of the text that votes, what counts: for "last" its last token, else all of it."""
+def counted(question_mask: Tensor, query: str) -> Tensor:
+    """[..., S] bool: of the question, what counts: for "last" its last token, else all of it."""
     if query != "last":
-        return votes
-    count = votes.long().cumsum(-1)
-    return votes & (count == count[..., -1:])
+        return question_mask
+    count = question_mask.long().cumsum(-1)
+    return question_mask & (count == count[..., -1:])
 
 
 def is_any(input_ids: Tensor, wanted: Sequence[int]) -> Tensor:
     """Where any of the wanted ids stands."""
-    found = torch.zeros_like(input_ids, dtype=torch.bool)
+    there = torch.zeros_like(input_ids, dtype=torch.bool)
     for number in wanted:
-        found = found | (input_ids == number)
-    return found
+        there = there | (input_ids == number)
+    return there

@@ -156,7 +156,7 @@ class Segments:
             place: lies if lies is not None and place == count - 1 else self.lay(header, place, role_last=lies is None)
             for place in users
         }
-        roles = {place: found.role for place, found in over.items() if found is not None}
+        roles = {place: header.role for place, header in over.items() if header is not None}
         first = roles.get(users[0]) if users else None
         kept = [place for place in users if first is None or roles.get(place, first) == first]
         known = bool(kept) and over[kept[-1]] is not None
@@ -196,16 +196,16 @@ class Segments:
         length = tail[1] - tail[0]
         for count in range(min(SUFFIX, length), 0, -1):
             suffix = self.ids[tail[1] - count : tail[1]].tolist()
-            found = [places(self.ids[start : stop - 1], suffix) for start, stop in bodies]
-            if not all(map(len, found)):
+            matches = [places(self.ids[start : stop - 1], suffix) for start, stop in bodies]
+            if not all(map(len, matches)):
                 continue
-            behind = [int(self.ids[start + at[0] + count]) for (start, _), at in zip(bodies, found, strict=True)]
+            behind = [int(self.ids[start + at[0] + count]) for (start, _), at in zip(bodies, matches, strict=True)]
             if len(behind) > 1 and len({*behind}) == 1:
                 continue  # the same id behind it in all turns: more of a header, not answers
             if count < length:
                 return suffix
             text = max(int((~self.visual[start : start + at[0]]).sum())
-                       for (start, _), at in zip(bodies, found, strict=True))  # fmt: skip
+                       for (start, _), at in zip(bodies, matches, strict=True))  # fmt: skip
             # Nothing but this: a turn without text, or, where none had another text, the same question again.
             return suffix if text > 2 or (text and count <= 2) else []
         return []
@@ -246,7 +246,7 @@ def lay_over(
         role_last: whether the role may be the header's last id, one for each role. It is no evidence of a header then,
             since any text differs somewhere, but where the header is known it says how long the user's is.
     """
-    found: list[tuple[tuple[int, ...], Header]] = []
+    candidates: list[tuple[tuple[int, ...], Header]] = []
     for skip in range(2 if first else 1):
         for lead in range(LEAD + 1 if first else 1):
             ours, theirs = header[skip:], segment[lead:]
@@ -268,5 +268,5 @@ def lay_over(
                     role = tuple(theirs[shared : shared + their_role])
                     core = skip + shared + ours_role + count
                     cost = (-shared, ours_role + their_role, not whole, skip + lead)
-                    found.append((cost, Header(length, core, shared, role)))
-    return min(found, key=lambda each: each[0])[1] if found else None
+                    candidates.append((cost, Header(length, core, shared, role)))
+    return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None

@@ -31,14 +31,14 @@ class AskedQuestion:
 
     def repeated(self, rows: int) -> "AskedQuestion":
         """For `rows` rows, among which generate repeats those it was given (beams, several sequences)."""
-        given = self.ids if self.mask is None else self.mask
-        count = len(given)
+        asked = self.ids if self.mask is None else self.mask
+        count = len(asked)
         if not count or rows == count or rows % count:
             return self
-        if isinstance(given, Tensor):
-            more: Any = given.repeat_interleave(rows // count, 0)
+        if isinstance(asked, Tensor):
+            more: Any = asked.repeat_interleave(rows // count, 0)
         else:
-            more = [row for row in given for _ in range(rows // count)]
+            more = [row for row in asked for _ in range(rows // count)]
         return AskedQuestion(more) if self.mask is None else AskedQuestion(mask=more)
 
     def on_prompt(

@@ -51,9 +51,9 @@ def by_slots(cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     mask, new_tokens = kwargs.get("attention_mask"), tokens_of(kwargs).shape[1]
     whole = int(cache.get_seq_length()) + new_tokens
     cut: dict[str, Any] = {
-        name: of_slots(cache, given) for name, given in kwargs.items()
-        if name not in ("attention_mask", "position_ids") and isinstance(given, Tensor) and given.ndim == 2
-        and given.shape[1] == whole != new_tokens
+        name: of_slots(cache, value) for name, value in kwargs.items()
+        if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.ndim == 2
+        and value.shape[1] == whole != new_tokens
     }  # fmt: skip
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         cut["attention_mask"] = physical_mask(cache, mask, new_tokens)

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.modalities import modalities_of
 from hawk_compile.capture.patches import body_overrides
+from hawk_compile.capture.segments import name_of_rest
 from hawk_compile.compat.models import (
     CANDIDATES,
     PREFILL,
@@ -91,7 +92,7 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     A torch.compile around the whole model leaves it alone: it compiles what can be compiled itself.
     """
     signature = inspect.signature(kind.forward)
-    rest = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
+    rest = name_of_rest(signature)
 
     @torch.compiler.disable(reason="an optimised model compiles its own prefill")
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

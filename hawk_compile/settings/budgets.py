@@ -31,13 +31,13 @@ class Adaptive:
     def __post_init__(self) -> None:
         if not is_number(self.mass) or not 0 < self.mass <= 1:
             raise ConfigError(f"mass is the share of the score that is kept and must be in (0, 1], got {self.mass!r}")
-        for name, given in (("min", self.min), ("max", self.max)):
-            whole = isinstance(given, int) and not isinstance(given, bool) and given >= 1
-            share = isinstance(given, float) and 0 < given <= 1
-            if not (whole or share or (name == "max" and given is None)):
+        for name, bound in (("min", self.min), ("max", self.max)):
+            whole = isinstance(bound, int) and not isinstance(bound, bool) and bound >= 1
+            share = isinstance(bound, float) and 0 < bound <= 1
+            if not (whole or share or (name == "max" and bound is None)):
                 raise ConfigError(
                     f"{name} must be a number of tokens (an int of at least 1) or a fraction of the row's visual "
-                    f"tokens that is kept (a float in (0, 1]), got {given!r}"
+                    f"tokens that is kept (a float in (0, 1]), got {bound!r}"
                 )
         if self.max is not None and type(self.min) is type(self.max) and self.min > self.max:
             raise ConfigError(f"min must not be above max, got min={self.min!r} and max={self.max!r}")
@@ -48,11 +48,11 @@ class Adaptive:
         return min(tokens(self.min, count), top), top
 
 
-def tokens(given: Count, count: int) -> int:
+def tokens(bound: Count, count: int) -> int:
     """A number of tokens, at least 1 and at most `count`."""
-    wanted = given if isinstance(given, int) else -int(-given * count // 1)  # rounded up
+    wanted = bound if isinstance(bound, int) else -int(-bound * count // 1)  # rounded up
     return min(count, max(1, wanted))
 
 
-def is_number(given: Any) -> bool:
-    return isinstance(given, (int, float)) and not isinstance(given, bool)
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -57,7 +57,7 @@ class HawkConfig:
             the model's checkpoint, if it lies on this machine; where there is none, the ids alone say it.
         query: how the question's tokens count: "mean" (their mean query, as in the paper), "last" (the last alone),
             "each" (every token's own normalised scores, alike) or "content" (those by how specific the token's
-            attention is); see `hawk_compile.kernels.score.voters`. None: as the selector has it, "mean" for "hawk".
+            attention is); see `hawk_compile.kernels.score.by_token`. None: as the selector has it, "mean" for "hawk".
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         compile_vision: also compile the vision encoder, as graphs of its own for images of all sizes.
@@ -162,9 +162,9 @@ def check_budget(config: HawkConfig) -> None:
     if config.budget is not None and not isinstance(config.budget, Adaptive):
         raise ConfigError(f"budget must be hawk_compile.Adaptive(...) or None, got {config.budget!r}")
     check_choice("quota", config.quota, QUOTAS)
-    given = config.min_per_image
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-        raise ConfigError(f"min_per_image is a number of visual tokens, an int of at least 0, got {given!r}")
+    fewest = config.min_per_image
+    if isinstance(fewest, bool) or not isinstance(fewest, int) or fewest < 0:
+        raise ConfigError(f"min_per_image is a number of visual tokens, an int of at least 0, got {fewest!r}")
     if config.budget is not None and config.quota == "image":
         raise ConfigError(
             'budget finds one number for all images of a row, and quota="image" sets one for each: give one of them, '
@@ -172,11 +172,11 @@ def check_budget(config: HawkConfig) -> None:
         )
 
 
-def check_modalities(given: Any) -> None:
-    known = isinstance(given, tuple) and all(isinstance(each, str) and each in MODALITIES for each in given)
-    if not known or not given or len(set(given)) < len(given):
+def check_modalities(modalities: Any) -> None:
+    known = isinstance(modalities, tuple) and all(isinstance(name, str) and name in MODALITIES for name in modalities)
+    if not known or not modalities or len(set(modalities)) < len(modalities):
         raise ConfigError(
-            f"modalities must be a tuple of one or more of {', '.join(MODALITIES)}, each once, got {given!r}: for "
+            f"modalities must be a tuple of one or more of {', '.join(MODALITIES)}, each once, got {modalities!r}: for "
             'audio alone give ("audio",)'
         )
 
@@ -201,7 +201,7 @@ def check_selector(config: HawkConfig) -> None:
 
 def check_question(config: HawkConfig) -> None:
     check_choice("question", config.question, QUESTIONS)
-    if config.question == "own" and config.method.reads("votes"):
+    if config.question == "own" and config.method.reads("question_mask"):
         raise ConfigError(
             f'question="own" gives every image a text of its own, and selector "{config.selector}" compares all images '
             'with one: leave question out, or take selector="hawk"'
@@ -213,18 +213,18 @@ def check_question(config: HawkConfig) -> None:
         )
 
 
-def check_ids(name: str, given: Any, several: bool) -> None:
-    each = given if several and isinstance(given, tuple) else () if given is None else (given,)
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in each):
+def check_ids(name: str, value: Any, several: bool) -> None:
+    ids = value if several and isinstance(value, tuple) else () if value is None else (value,)
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
         kind = "an id (int) or a tuple of ids" if several else "an id (int)"
         raise ConfigError(
-            f"{name} must be {kind} or None, got {given!r}; tokenizer.convert_tokens_to_ids gives the id of a token"
+            f"{name} must be {kind} or None, got {value!r}; tokenizer.convert_tokens_to_ids gives the id of a token"
         )
 
 
-def check_choice(name: str, given: Any, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_at_least_1(name: str, value: Any) -> None:

@@ -32,47 +32,47 @@ class HeadWeights:
     origin: str
 
 
-def resolve(given: Any, model: PreTrainedModel) -> HeadWeights:
+def resolve(setting: Any, model: PreTrainedModel) -> HeadWeights:
     """The weights for a model.
 
     Args:
-        given: "auto", "uniform", a path, a Hub id, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
+        setting: "auto", "uniform", a path, a Hub id, a tensor or a sequence of numbers; see `HawkConfig.head_weights`.
 
     Raises:
         HeadWeightsError: a file that holds no weights, a Hub repository without one, or weights of the wrong length,
             negative, all zero or not finite.
     """
     heads = model.config.get_text_config().num_attention_heads
-    if isinstance(given, str) and given in ("auto", "uniform"):
-        found = automatic(model) if given == "auto" else None
-        if found and len(found[0]) == heads:
-            return normalised(*found, heads)
-        unfit = f" ({len(found[0])} weights, {found[1]}, do not fit {heads} heads)" if found else ""
+    if isinstance(setting, str) and setting in ("auto", "uniform"):
+        known = automatic(model) if setting == "auto" else None
+        if known and len(known[0]) == heads:
+            return normalised(*known, heads)
+        unfit = f" ({len(known[0])} weights, {known[1]}, do not fit {heads} heads)" if known else ""
         return HeadWeights(torch.full((heads,), 1.0 / heads), f"uniform{unfit}")
-    return normalised(*named_or_given(given), heads)
+    return normalised(*named_or_numbers(setting), heads)
 
 
-def explicit_weights(given: Any) -> Tensor | None:
+def explicit_weights(setting: Any) -> Tensor | None:
     """Weights that need no model to be known; None for "auto" and "uniform"."""
-    if isinstance(given, str) and given in ("auto", "uniform"):
+    if isinstance(setting, str) and setting in ("auto", "uniform"):
         return None
-    values, origin = named_or_given(given)
+    values, origin = named_or_numbers(setting)
     return normalised(values, origin, len(values)).values
 
 
-def named_or_given(given: Any) -> tuple[Tensor, str]:
+def named_or_numbers(setting: Any) -> tuple[Tensor, str]:
     """Weights of a file or a Hub repository that is named, or numbers, and where they came from."""
-    if isinstance(given, str) and is_hub_id(given):
-        return read(fetched(given)), f"Hub {given}"
-    if isinstance(given, (str, os.PathLike)):
-        return read(Path(given)), f"file {os.fspath(given)}"
-    return as_tensor(given), "given"
+    if isinstance(setting, str) and is_hub_id(setting):
+        return read(fetched(setting)), f"Hub {setting}"
+    if isinstance(setting, (str, os.PathLike)):
+        return read(Path(setting)), f"file {os.fspath(setting)}"
+    return as_tensor(setting), "given"
 
 
-def is_hub_id(given: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a string is `org/name` or `org/name@revision`: nothing that exists here, nor what looks like a path."""
-    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", given) and not given.endswith((".json", ".safetensors"))
-    return bool(looks_so) and not Path(given).exists()
+    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) and not name.endswith((".json", ".safetensors"))
+    return bool(looks_so) and not Path(name).exists()
 
 
 def fetched(hub_id: str) -> Path:
@@ -150,21 +150,22 @@ def read(path: Path) -> Tensor:
     return as_tensor(content)
 
 
-def as_tensor(given: Any) -> Tensor:
-    if isinstance(given, Tensor):
-        if given.ndim != 1:
+def as_tensor(weights: Any) -> Tensor:
+    if isinstance(weights, Tensor):
+        if weights.ndim != 1:
             raise HeadWeightsError(
-                f"head_weights must have shape [H], one weight for each query head; got shape {tuple(given.shape)}"
+                f"head_weights must have shape [H], one weight for each query head; got shape {tuple(weights.shape)}"
             )
-        return given.detach().to("cpu", torch.float32)
-    numbers = isinstance(given, Sequence) and all(
-        isinstance(each, (int, float)) and not isinstance(each, bool) for each in given
+        return weights.detach().to("cpu", torch.float32)
+    numbers = isinstance(weights, Sequence) and all(
+        isinstance(weight, (int, float)) and not isinstance(weight, bool) for weight in weights
     )
-    if not numbers or isinstance(given, str):
+    if not numbers or isinstance(weights, str):
+        kind = type(weights).__name__
         raise HeadWeightsError(
-            f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {type(given).__name__}'
+            f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {kind}'
         )
-    return torch.tensor(list(given), dtype=torch.float32)
+    return torch.tensor(list(weights), dtype=torch.float32)
 
 
 def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:

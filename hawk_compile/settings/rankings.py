@@ -3,11 +3,11 @@
 A ranking is a function of tensors, [B, S] float: the visual tokens with the highest values are kept, ties in favour of
 the lower position, and what stands elsewhere does not matter. It reads what its parameters name:
 
-    scores       [B, S] float32: the HAWK score of every visual token, 0 elsewhere
-    embeddings   [B, S, D]: the prompt at the decoder's input, visual features among the token embeddings
-    visual_mask  [B, S] bool: real visual tokens
-    votes        [B, S] bool: the text that votes
-    budget       [B] int64: visual tokens that each row keeps
+    scores         [B, S] float32: the HAWK score of every visual token, 0 elsewhere
+    embeddings     [B, S, D]: the prompt at the decoder's input, visual features among the token embeddings
+    visual_mask    [B, S] bool: real visual tokens
+    question_mask  [B, S] bool: the question, whose text votes; `votes` in former releases
+    budget         [B] int64: visual tokens that each row keeps
 
 Parameters with a default are options: numbers, text or flags, part of the compiled graph. A ranking runs inside that
 graph, so it is traced: tensor code without shapes that depend on data. Sources and definitions of the methods:
@@ -32,33 +32,35 @@ def idpruner(
     return torch.ops.hawk.greedy_order(embeddings, scores, visual_mask, budget, "mmr", importance)
 
 
-def cdpruner(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor) -> Tensor:
+def cdpruner(embeddings: Tensor, visual_mask: Tensor, question_mask: Tensor, budget: Tensor) -> Tensor:
     """Relevance is the likeness to the text; the paper takes it from CLIP's text encoder."""
-    return torch.ops.hawk.greedy_order(embeddings, likeness_to_text(embeddings, votes), visual_mask, budget, "dpp", 0.0)
+    relevance = likeness_to_question(embeddings, question_mask)
+    return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
 
 
-def likeness_to_text(embeddings: Tensor, votes: Tensor) -> Tensor:
-    """[B, S]: the cosine of every token to the voting text's mean embedding."""
-    text = (embeddings.float() * votes.unsqueeze(2)).sum(1, keepdim=True)
+def likeness_to_question(embeddings: Tensor, question_mask: Tensor) -> Tensor:
+    """[B, S]: the cosine of every token to the question's mean embedding."""
+    text = (embeddings.float() * question_mask.unsqueeze(2)).sum(1, keepdim=True)
     return torch.nn.functional.cosine_similarity(embeddings.float(), text, dim=2)
 
 
 def hawk_diverse(
-    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, votes: Tensor, budget: Tensor, *, likeness: float = 0.5
-) -> Tensor:
+    embeddings: Tensor, scores: Tensor, visual_mask: Tensor, question_mask: Tensor, budget: Tensor, *,
+    likeness: float = 0.5,
+) -> Tensor:  # fmt: skip
     """The weighted geometric mean of the HAWK score and the likeness to the text, both in [0, 1], as relevance against
     what is kept already."""
-    score, like = (unit_range(each, visual_mask) for each in (scores, likeness_to_text(embeddings, votes)))
+    score, like = (unit_range(each, visual_mask) for each in (scores, likeness_to_question(embeddings, question_mask)))
     relevance = score ** (1 - likeness) * like**likeness
     return torch.ops.hawk.greedy_order(embeddings, relevance, visual_mask, budget, "dpp", 0.0)
 
 
-def dart(embeddings: Tensor, visual_mask: Tensor, votes: Tensor, *, pivots: int = 4) -> Tensor:
-    """Pivots are the visual and the voting text tokens of the largest L1 norm; what resembles them least is kept."""
+def dart(embeddings: Tensor, visual_mask: Tensor, question_mask: Tensor, *, pivots: int = 4) -> Tensor:
+    """Pivots are the visual and the question's tokens of the largest L1 norm; what resembles them least is kept."""
     size = embeddings.float().abs().sum(2)
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
     found = []
-    for mask in (visual_mask, votes):
+    for mask in (visual_mask, question_mask):
         left = size.masked_fill(~mask, -1.0)
         for _ in range(pivots):  # no sort, which not every runtime has, nor for prompts of any length
             found.append(left.max(1, keepdim=True))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.passes.insert_ranking import FORMER_NAMES
 
 RankingFunction = Callable[..., Tensor]
 BOUNDS = "bounds"
@@ -51,7 +52,10 @@ class Selector:
 
     def reads(self, name: str) -> bool:
         """Whether the ranking reads what has this name."""
-        return self.ranking is not None and name in inspect.signature(self.ranking).parameters
+        if self.ranking is None:
+            return False
+        parameters = inspect.signature(self.ranking).parameters
+        return name in (FORMER_NAMES.get(parameter, parameter) for parameter in parameters)
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hawk_compile.errors import ConfigError
-from hawk_compile.passes.insert_ranking import READABLE
+from hawk_compile.passes.insert_ranking import FORMER_NAMES, READABLE
 from hawk_compile.settings.methods import METHODS, OF_THIS_PACKAGE
 from hawk_compile.settings.selector import RankingFunction, Selector, check_option_names, checked_option
 
@@ -50,6 +50,10 @@ class Ranking(Selector):
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "ranking", self.function)
         object.__setattr__(self, "options", {**defaults, **own})
+        for parameter in inspect.signature(self.function).parameters:
+            if parameter in FORMER_NAMES and parameter not in defaults:
+                now = FORMER_NAMES[parameter]
+                warn_of_old_spelling(f"ranking {name} reads {parameter}, which is deprecated: name its parameter {now}")
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -65,7 +69,8 @@ def options_of(function: RankingFunction) -> dict[str, Any]:
     if not inspect.isfunction(function) or not function.__name__.isidentifier():
         raise ConfigError(f"ranking must be a function with a name (def), got {function!r}")
     parameters = inspect.signature(function).parameters.values()
-    unknown = [each.name for each in parameters if each.default is each.empty and each.name not in READABLE]
+    readable = {*READABLE, *FORMER_NAMES}
+    unknown = [each.name for each in parameters if each.default is each.empty and each.name not in readable]
     if unknown:
         raise ConfigError(
             f"ranking {function.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}, and options "
@@ -89,22 +94,22 @@ def check_name(name: Any) -> None:
         )
 
 
-def selector_of(given: Any) -> Selector:
+def selector_of(setting: Any) -> Selector:
     """The selector that a setting means: a name, a ranking function, or a selector.
 
     Raises:
         ConfigError: something else.
     """
-    if isinstance(given, Selector):
-        return given
-    if inspect.isfunction(given):
-        return Ranking(given)
-    if not isinstance(given, str) or given not in SELECTORS:
+    if isinstance(setting, Selector):
+        return setting
+    if inspect.isfunction(setting):
+        return Ranking(setting)
+    if not isinstance(setting, str) or setting not in SELECTORS:
         raise ConfigError(
             f"selector must be one of {', '.join(SELECTORS)}, a selector of hawk_compile.selectors, such as "
-            f"selectors.DART(pivots=8), or a ranking function, got {given!r}"
+            f"selectors.DART(pivots=8), or a ranking function, got {setting!r}"
         )
-    return SELECTORS[given]
+    return SELECTORS[setting]
 
 
 def selector_named(name: str, options: Mapping[str, Any]) -> Selector:

@@ -25,7 +25,7 @@ def slots(length: int, visual: int, device: torch.device) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("hawk::plan", mutates_args=())
 def plan(
-    query_mask: Tensor,
+    question_mask: Tensor,
     budget: Tensor,
     head_weights: Tensor,
     slots: Tensor,
@@ -39,7 +39,7 @@ def plan(
     """Carry a pruning plan into a graph and its outcome out of it.
 
     Args:
-        query_mask: [B, S] bool or float: which text tokens vote, or how much; [B, G, S] where images have G questions.
+        question_mask: [B, S] bool or float: which text votes, or how much; [B, G, S] where images have G questions.
         budget: [B] int64: the number of visual tokens that each row keeps.
         head_weights: [H] float32: the weight of each query head of the scoring layer.
         slots: [S', 0]: carries S', the length of every row after pruning.
@@ -64,7 +64,7 @@ def plan(
 
 @plan.register_fake
 def _(
-    query_mask: Tensor,
+    question_mask: Tensor,
     budget: Tensor,
     head_weights: Tensor,
     slots: Tensor,
@@ -75,6 +75,6 @@ def _(
     floor: Tensor | None = None,
     question_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length = query_mask.shape[0], query_mask.shape[-1]
+    rows, length = question_mask.shape[0], question_mask.shape[-1]
     keep = budget.new_empty((rows, slots.shape[0]), dtype=torch.int64)
     return keep, torch.empty_like(keep, dtype=torch.bool), head_weights.new_empty((rows, length))

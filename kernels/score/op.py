@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hawk_compile.kernels.errors import OperandError
 from hawk_compile.kernels.register import triton_op
-from hawk_compile.kernels.score import reference, voters
+from hawk_compile.kernels.score import by_token, reference
 
 if find_spec("triton") is not None:
     from hawk_compile.kernels.score.triton_kernel import launch_folded, launch_projected
@@ -17,7 +17,7 @@ if find_spec("triton") is not None:
 def score_folded(
     hidden: Tensor,
     visual_mask: Tensor,
-    query_mask: Tensor,
+    question_mask: Tensor,
     q_weight: Tensor,
     q_bias: Tensor | None,
     k_weight: Tensor,
@@ -33,7 +33,7 @@ def score_folded(
     Args:
         hidden: [B, S, D], any float dtype: what the query and key projections read, after the layer's input norm.
         visual_mask: [B, S] bool, True at visual tokens.
-        query_mask: [B, S], bool or float >= 0: how much each token votes. A row that sums to 0 gets scores 0.
+        question_mask: [B, S], bool or float >= 0: how much each token votes. A row that sums to 0 gets scores 0.
         q_weight: [H * d, D]. q_bias: [H * d] or None.
         k_weight: [Hkv * d, D]. k_bias: [Hkv * d] or None.
         head_weights: [H] fp32, the importance of each query head; its length says how many there are.
@@ -45,7 +45,7 @@ def score_folded(
     Raises:
         OperandError: a rank, dtype or weight shape that cannot be right, or an unknown normalization.
     """
-    _check_common(visual_mask, query_mask, head_weights, normalization)
+    _check_common(visual_mask, question_mask, head_weights, normalization)
     _check_rank("hidden", hidden, "[B, S, D]")
     _check_float("hidden", hidden)
     _check_rank("q_weight", q_weight, "[H * d, D]")
@@ -78,7 +78,7 @@ def score_folded(
     arguments = (
         hidden,
         visual_mask,
-        query_mask,
+        question_mask,
         q_weight,
         q_bias,
         k_weight,
@@ -102,7 +102,7 @@ def score_projected(
     query: Tensor,
     key: Tensor,
     visual_mask: Tensor,
-    query_mask: Tensor,
+    question_mask: Tensor,
     head_weights: Tensor,
     normalization: str,
 ) -> Tensor:
@@ -112,7 +112,7 @@ def score_projected(
         query: [B, H, S, d], any float dtype, before RoPE and after the query norm if there is one. Where only part of a
             head rotates, as in latent attention (MLA), the whole head: that part before it rotates.
         key: [B, Hkv, S, d], likewise. Head h reads KV head h // (H // Hkv).
-        visual_mask, query_mask, head_weights, normalization: as in `score_folded`.
+        visual_mask, question_mask, head_weights, normalization: as in `score_folded`.
 
     Returns:
         [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
@@ -120,9 +120,9 @@ def score_projected(
     Raises:
         OperandError: a rank, dtype or head count that cannot be right, or an unknown normalization.
     """
-    _check_common(visual_mask, query_mask, head_weights, normalization)
+    _check_common(visual_mask, question_mask, head_weights, normalization)
     _check_query_and_key(query, key, head_weights, "[B, H, S, d]")
-    arguments = (query, key, visual_mask, query_mask, head_weights, normalization)
+    arguments = (query, key, visual_mask, question_mask, head_weights, normalization)
     if query.is_cuda and find_spec("triton") is not None:
         return launch_projected(*arguments)
     return reference.score_projected(*arguments)
@@ -138,19 +138,19 @@ def score_each(
     query: Tensor,
     key: Tensor,
     visual_mask: Tensor,
-    votes: Tensor,
+    question_mask: Tensor,
     head_weights: Tensor,
     normalization: str,
     specific: bool,
 ) -> Tensor:
-    """Score every visual token by each voter by itself; see `hawk_compile.kernels.score.voters`.
+    """Score every visual token by each of the question's tokens by itself; see `hawk_compile.kernels.score.by_token`.
 
     Args:
-        query: [B, H, T, d], any float dtype: of the voters alone, before RoPE and after the query norm if there is one.
+        query: [B, H, T, d], any float dtype: of the question alone, before RoPE and after a query norm.
         key: [B, Hkv, S, d], likewise. Head h reads KV head h // (H // Hkv).
         visual_mask, head_weights, normalization: as in `score_folded`.
-        votes: [B, T] bool, which of the queries count.
-        specific: weigh the voters by how specific their attention is; else they count alike.
+        question_mask: [B, T] bool, which of the queries count.
+        specific: weigh the tokens by how specific their attention is; else they count alike.
 
     Returns:
         [B, S] fp32; 0 at non-visual positions. A non-finite raw score counts as 0.
@@ -158,11 +158,11 @@ def score_each(
     Raises:
         OperandError: a rank, dtype or head count that cannot be right, or an unknown normalization.
     """
-    _check_common(visual_mask, votes, head_weights, normalization)
+    _check_common(visual_mask, question_mask, head_weights, normalization)
     _check_query_and_key(query, key, head_weights, "[B, H, T, d]")
     # An operator's own arithmetic is not autocast's business.
     with torch.autocast(query.device.type, enabled=False):
-        return voters.score_each(query, key, visual_mask, votes, head_weights, normalization, specific)
+        return by_token.score_each(query, key, visual_mask, question_mask, head_weights, normalization, specific)
 
 
 @score_each.register_fake
@@ -171,7 +171,7 @@ def _(query: Tensor, key: Tensor, visual_mask: Tensor, *rest: object) -> Tensor:
 
 
 # B and S are left unchecked: comparing them would put a guard on a symbolic size.
-def _check_common(visual_mask: Tensor, query_mask: Tensor, head_weights: Tensor, normalization: str) -> None:
+def _check_common(visual_mask: Tensor, question_mask: Tensor, head_weights: Tensor, normalization: str) -> None:
     if normalization not in reference.NORMALIZATIONS:
         known = ", ".join(reference.NORMALIZATIONS)
         raise OperandError(f"normalization must be one of {known}; got {normalization!r}.")
@@ -180,9 +180,9 @@ def _check_common(visual_mask: Tensor, query_mask: Tensor, head_weights: Tensor,
         raise OperandError(
             f"visual_mask must be bool, True at visual tokens; got {visual_mask.dtype}. Pass `mask != 0`."
         )
-    _check_rank("query_mask", query_mask, "[B, S]")
-    if query_mask.dtype != torch.bool:
-        _check_float("query_mask", query_mask)
+    _check_rank("question_mask", question_mask, "[B, S]")
+    if question_mask.dtype != torch.bool:
+        _check_float("question_mask", question_mask)
     _check_rank("head_weights", head_weights, "[H]")
     _check_float("head_weights", head_weights)
     if head_weights.shape[0] == 0:

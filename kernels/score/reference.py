@@ -30,7 +30,7 @@ FLOOR = 1e-12
 def score_folded(
     hidden: Tensor,  # [B, S, D]
     visual_mask: Tensor,  # [B, S] bool
-    query_mask: Tensor,  # [B, S] bool or float
+    question_mask: Tensor,  # [B, S] bool or float
     q_weight: Tensor,  # [H * d, D]
     q_bias: Tensor | None,  # [H * d]
     k_weight: Tensor,  # [Hkv * d, D]
@@ -46,7 +46,7 @@ def score_folded(
     hidden = hidden.float()
 
     query = torch.nn.functional.linear(
-        mean_of_voters(hidden, query_mask), q_weight.float(), None if q_bias is None else q_bias.float()
+        mean_of_question(hidden, question_mask), q_weight.float(), None if q_bias is None else q_bias.float()
     )
     query = query.view(-1, kv_heads, heads // kv_heads, head_dim)  # [B, Hkv, G, d]
     folded = query @ k_weight.float().view(kv_heads, head_dim, width)  # [B, Hkv, G, D]
@@ -54,40 +54,40 @@ def score_folded(
     if k_bias is not None:
         offset = (query * k_bias.float().view(kv_heads, 1, head_dim)).sum(-1)  # [B, Hkv, G]
         raw = raw + offset.reshape(-1, heads, 1)
-    return combine_heads(raw * head_dim**-0.5, visual_mask, query_mask, head_weights, normalization)
+    return combine_heads(raw * head_dim**-0.5, visual_mask, question_mask, head_weights, normalization)
 
 
 def score_projected(
     query: Tensor,  # [B, H, S, d]
     key: Tensor,  # [B, Hkv, S, d]
     visual_mask: Tensor,  # [B, S] bool
-    query_mask: Tensor,  # [B, S] bool or float
+    question_mask: Tensor,  # [B, S] bool or float
     head_weights: Tensor,  # [H]
     normalization: str,
 ) -> Tensor:
     """Scores [B, S] fp32 from q and k before RoPE; see `hawk_compile.kernels.score.op.score_projected`."""
     heads, head_dim = query.shape[1], query.shape[3]
     kv_heads = key.shape[1]
-    mean = mean_of_voters(query.float(), query_mask.unsqueeze(1))  # [B, H, d]
+    mean = mean_of_question(query.float(), question_mask.unsqueeze(1))  # [B, H, d]
     mean = mean.view(-1, kv_heads, heads // kv_heads, head_dim)
     raw = mean @ key.float().transpose(2, 3)  # [B, Hkv, G, S]
     raw = raw.reshape(visual_mask.shape[0], heads, -1) * head_dim**-0.5  # [B, H, S]
-    return combine_heads(raw, visual_mask, query_mask, head_weights, normalization)
+    return combine_heads(raw, visual_mask, question_mask, head_weights, normalization)
 
 
-def mean_of_voters(values: Tensor, query_mask: Tensor) -> Tensor:
-    """sum_s m[s] x[s] / sum_s m[s] over the tokens with m > 0: values [..., S, D], query_mask [..., S] -> [..., D]."""
-    votes = query_mask.float()
-    # Not a product with the votes alone: 0 * NaN is NaN, and padding may hold anything.
-    voting = torch.where((votes > 0).unsqueeze(-1), values * votes.unsqueeze(-1), 0.0)
-    total = votes.sum(-1, keepdim=True)
+def mean_of_question(values: Tensor, question_mask: Tensor) -> Tensor:
+    """sum_s m[s] x[s] / sum_s m[s] over the tokens with m > 0: x [..., S, D], question_mask m [..., S] -> [..., D]."""
+    weights = question_mask.float()
+    # Not a product with the mask alone: 0 * NaN is NaN, and padding may hold anything.
+    voting = torch.where((weights > 0).unsqueeze(-1), values * weights.unsqueeze(-1), 0.0)
+    total = weights.sum(-1, keepdim=True)
     return voting.sum(-2) / torch.where(total > 0, total, 1.0)
 
 
 def combine_heads(
     raw: Tensor,  # [B, H, S] fp32
     visual_mask: Tensor,  # [B, S] bool
-    query_mask: Tensor,  # [B, S] bool or float
+    question_mask: Tensor,  # [B, S] bool or float
     head_weights: Tensor,  # [H]
     normalization: str,
 ) -> Tensor:
@@ -108,5 +108,5 @@ def combine_heads(
     else:
         raise OperandError(f"normalization must be one of {', '.join(NORMALIZATIONS)}; got {normalization!r}")
     scores = (shares * head_weights.float().unsqueeze(-1)).sum(1)  # [B, S]
-    counted = visual_mask & (query_mask.float().sum(-1, keepdim=True) > 0)
+    counted = visual_mask & (question_mask.float().sum(-1, keepdim=True) > 0)
     return torch.where(counted, scores, 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from hawk_compile.kernels.score import reference
-from hawk_compile.kernels.score.triton_query import CHUNKS, fold_query, mean_of_voters
+from hawk_compile.kernels.score.triton_query import CHUNKS, fold_query, mean_of_question
 
 STATISTICS_BLOCK = 1024  # positions behind one partial statistic
 FLOOR = tl.constexpr(reference.FLOOR)
@@ -196,14 +196,14 @@ def _combine(
     weight = tl.load(head_weights + h * weights_row, mask=h < heads, other=0.0).to(tl.float32)
     # Rows of heads that do not exist, and rows without visual tokens, may hold anything here.
     share = tl.where((h < heads)[:, None] & visual[None, :], share * weight[:, None], 0.0)
-    voters = tl.sum(tl.load(totals + batch * CHUNKS + tl.arange(0, CHUNKS)))
-    tl.store(scores + batch * size + s, tl.where(voters > 0, tl.sum(share, 0), 0.0), mask=s < size)
+    votes = tl.sum(tl.load(totals + batch * CHUNKS + tl.arange(0, CHUNKS)))
+    tl.store(scores + batch * size + s, tl.where(votes > 0, tl.sum(share, 0), 0.0), mask=s < size)
 
 
 def launch_folded(
     hidden: Tensor,  # [B, S, D]
     visual_mask: Tensor,  # [B, S] bool
-    query_mask: Tensor,  # [B, S] bool or float
+    question_mask: Tensor,  # [B, S] bool or float
     q_weight: Tensor,  # [H * d, D]
     q_bias: Tensor | None,  # [H * d]
     k_weight: Tensor,  # [Hkv * d, D]
@@ -216,7 +216,7 @@ def launch_folded(
     head_dim = q_weight.shape[0] // heads
     values = hidden.unsqueeze(1)  # [B, 1, S, D]
 
-    mean, totals = mean_of_voters(values, query_mask, torch.float32)  # [B, 1, 1, D], [B, CHUNKS]
+    mean, totals = mean_of_question(values, question_mask, torch.float32)  # [B, 1, 1, D], [B, CHUNKS]
     folded, offset = fold_query(mean, q_weight, q_bias, k_weight, k_bias, heads, hidden.dtype)
     return _score(values, folded, offset, visual_mask, totals, head_weights, heads, head_dim, normalization)
 
@@ -225,12 +225,12 @@ def launch_projected(
     query: Tensor,  # [B, H, S, d]
     key: Tensor,  # [B, Hkv, S, d]
     visual_mask: Tensor,  # [B, S] bool
-    query_mask: Tensor,  # [B, S] bool or float
+    question_mask: Tensor,  # [B, S] bool or float
     head_weights: Tensor,  # [H]
     normalization: str,
 ) -> Tensor:
     """`reference.score_projected` by the kernels: [B, S] fp32."""
-    mean, totals = mean_of_voters(query, query_mask, key.dtype)  # [B, PIECES, H, d]
+    mean, totals = mean_of_question(query, question_mask, key.dtype)  # [B, PIECES, H, d]
     group = query.shape[1] // key.shape[1]
     return _score(key, mean, None, visual_mask, totals, head_weights, group, query.shape[3], normalization)
 

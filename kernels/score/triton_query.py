@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-CHUNKS = 64  # parts of a row whose voters are summed side by side
+CHUNKS = 64  # parts of a row whose question is summed side by side
 
 
 @triton.jit
 def _sum_voters(
     values,  # [B, H, S, D]
-    query_mask,  # [B, S] bool or float
+    question_mask,  # [B, S] bool or float
     sums,  # [B, H, CHUNKS, D] fp32
     totals,  # [B, CHUNKS] fp32
     heads,
@@ -48,7 +48,7 @@ def _sum_voters(
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(chunk * rows, end, BLOCK_S):
         s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
-        vote = tl.load(query_mask + batch * mask_batch + s * mask_column, mask=s < end, other=0).to(tl.float32)
+        vote = tl.load(question_mask + batch * mask_batch + s * mask_column, mask=s < end, other=0).to(tl.float32)
         total += vote
         if tl.max(vote) > 0:
             x = tl.load(
@@ -183,7 +183,7 @@ def _pieces(dtype: torch.dtype) -> tuple[int, torch.dtype]:
     return (3, torch.bfloat16) if dtype == torch.bfloat16 else (1, torch.float32)
 
 
-def mean_of_voters(values: Tensor, query_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def mean_of_question(values: Tensor, question_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mean over voting tokens in the pieces that `dtype` needs, [B, pieces, H, D], and the votes [B, CHUNKS]."""
     batch, heads, size, width = values.shape
     pieces, piece_dtype = _pieces(dtype)
@@ -191,7 +191,7 @@ def mean_of_voters(values: Tensor, query_mask: Tensor, dtype: torch.dtype) -> tu
     totals = values.new_empty((batch, CHUNKS), dtype=torch.float32)
     wrap_triton(_sum_voters)[(triton.cdiv(width, 128), CHUNKS, batch * heads)](
         values,
-        query_mask,
+        question_mask,
         sums,
         totals,
         heads,
@@ -201,8 +201,8 @@ def mean_of_voters(values: Tensor, query_mask: Tensor, dtype: torch.dtype) -> tu
         values.stride(1),
         values.stride(2),
         values.stride(3),
-        query_mask.stride(0),
-        query_mask.stride(1),
+        question_mask.stride(0),
+        question_mask.stride(1),
         CHUNKS=CHUNKS,
         BLOCK_S=64,
         BLOCK_D=128,

@@ -42,7 +42,7 @@ def prompt(rows: int, length: int, visual: int, votes: int) -> dict[str, Tensor]
         "scores": torch.rand(rows, length, generator=generator),
         "embeddings": torch.randn(rows, length, WIDTH, generator=generator),
         "visual_mask": (position >= 1) & (position <= visual),
-        "votes": position >= length - votes,
+        "question_mask": position >= length - votes,
         "budget": torch.full((rows,), max(1, visual // 3)),
     }
 

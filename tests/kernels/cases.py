@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def masks(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """visual_mask, query_mask (the text behind the visual tokens) and token_mask, each [B, S] bool."""
+    """visual_mask, question_mask (the text behind the visual tokens) and token_mask, each [B, S] bool."""
     size = max(sum(row) for row in sizes.rows)
     visual, query, token = (torch.zeros(len(sizes.rows), size, dtype=torch.bool) for _ in range(3))
     for b, (padding, before, inside, after) in enumerate(sizes.rows):

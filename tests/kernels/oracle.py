@@ -31,7 +31,7 @@ class Expected:
 def score_folded(
     hidden: Tensor,
     visual_mask: Tensor,
-    query_mask: Tensor,
+    question_mask: Tensor,
     q_weight: Tensor,
     q_bias: Tensor | None,
     k_weight: Tensor,
@@ -54,15 +54,15 @@ def score_folded(
     query, query_size = project(q_weight, q_bias)
     key, key_size = project(k_weight, k_bias)
     return _score(
-        query, key, query_size, key_size, hidden.shape[2], visual_mask, query_mask, head_weights, normalization
+        query, key, query_size, key_size, hidden.shape[2], visual_mask, question_mask, head_weights, normalization
     )
 
 
 def score_projected(
-    query: Tensor, key: Tensor, visual_mask: Tensor, query_mask: Tensor, head_weights: Tensor, normalization: str
+    query: Tensor, key: Tensor, visual_mask: Tensor, question_mask: Tensor, head_weights: Tensor, normalization: str
 ) -> Expected:
     q, k = query.double(), key.double()
-    return _score(q, k, q.abs(), k.abs(), 1, visual_mask, query_mask, head_weights, normalization)
+    return _score(q, k, q.abs(), k.abs(), 1, visual_mask, question_mask, head_weights, normalization)
 
 
 def _score(
@@ -72,7 +72,7 @@ def _score(
     key_size: Tensor,
     width: int,  # how many those are
     visual_mask: Tensor,
-    query_mask: Tensor,
+    question_mask: Tensor,
     head_weights: Tensor,
     normalization: str,
 ) -> Expected:
@@ -82,7 +82,7 @@ def _score(
     variance = torch.zeros_like(scores)
     for b in range(batch):
         visual = visual_mask[b].nonzero().flatten()
-        voters = [(t, float(query_mask[b, t])) for t in range(size) if query_mask[b, t] > 0]
+        voters = [(t, float(question_mask[b, t])) for t in range(size) if question_mask[b, t] > 0]
         total = sum(vote for _, vote in voters)
         if not voters or not len(visual):
             continue

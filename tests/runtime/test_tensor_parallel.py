@@ -33,7 +33,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for rank in range(2):
         *together, refusal = [line for line in lines if line["rank"] == rank]
-        assert 'query="content" weighs voters by all heads' in refusal["error"]
+        assert 'query="content" weighs the question\'s tokens by all heads' in refusal["error"]
         assert len(together) == len(alone)
         for one, other in zip(alone, together, strict=True):
             assert other["rows"] == rows // 2

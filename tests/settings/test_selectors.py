@@ -62,7 +62,8 @@ def given_by_hand(
     weights, scores = torch.full((heads,), 1 / heads), torch.zeros(visual.shape)
     scores[visual] = score(q[0], k[0], visual[0], votes, weights).float()
     budget = torch.tensor([hawk_compile.HawkConfig(ratio=RATIO).kept(int(visual.sum()))])
-    return {"scores": scores, "embeddings": embeddings, "visual_mask": visual, "votes": votes[None], "budget": budget}
+    text = votes[None]
+    return {"scores": scores, "embeddings": embeddings, "visual_mask": visual, "question_mask": text, "budget": budget}
 
 
 def positions(ranks: Tensor, given: dict[str, Tensor]) -> list[int]:
@@ -162,7 +163,7 @@ def test_an_object_is_the_method_of_its_name_with_its_options() -> None:
     inputs = encoded(NAME, model, zoo.sizes(NAME)[2])
     given = given_by_hand(inputs)
     found = kept_by(model, inputs).keep_indices[0].tolist()
-    wanted = {name: given[name] for name in ("embeddings", "visual_mask", "votes")}
+    wanted = {name: given[name] for name in ("embeddings", "visual_mask", "question_mask")}
     assert found == positions(rankings.dart(**wanted, pivots=1), given) != positions(rankings.dart(**wanted), given)
     with pytest.warns(DeprecationWarning, match=r"give selector=selectors.DART\(pivots=1\)") as warned:
         config = hawk_compile.HawkConfig(selector="dart", selector_options={"pivots": 1})
@@ -190,6 +191,25 @@ def test_a_name_and_options_in_json_give_the_selector_back(selector: selectors.S
         assert selector_named(made.name, json.loads(json.dumps(made.options))) == made
     assert (str(made) == selector.name) != bool(changed)
     assert getattr(selectors, type(selector).__name__)() == selector
+
+
+def like_the_question(embeddings: Tensor, question_mask: Tensor) -> Tensor:
+    text = (embeddings * question_mask.unsqueeze(2)).sum(1, keepdim=True)
+    return torch.nn.functional.cosine_similarity(embeddings, text, dim=2)
+
+
+def like_the_votes(embeddings: Tensor, votes: Tensor) -> Tensor:
+    return like_the_question(embeddings, votes)
+
+
+def test_the_question_has_its_former_name_for_one_release() -> None:
+    model = build(selector=like_the_question)
+    expected = kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2])).keep_indices[0]
+    with pytest.warns(DeprecationWarning, match="like_the_votes reads votes.*name its parameter question_mask"):
+        model = build(selector=like_the_votes)
+    assert kept_by(model, encoded(NAME, model, zoo.sizes(NAME)[2])).keep_indices[0].equal(expected)
+    with pytest.warns(DeprecationWarning), pytest.raises(ConfigError, match='question="own"'):
+        hawk_compile.HawkConfig(selector=like_the_votes, question="own")
 
 
 def one_number(scores: Tensor) -> Tensor:

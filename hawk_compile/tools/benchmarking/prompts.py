@@ -26,14 +26,14 @@ class Prompt:
     Attributes:
         image: what gives the visual tokens.
         ids: [B, S] int64 on the model's device.
-        visual: where each row's visual tokens stand. voters: where the text that votes stands.
+        visual: where each row's visual tokens stand. question: where the text that votes stands.
         whole: the arguments of a forward with pixels.
     """
 
     image: Picture
     ids: Tensor
     visual: slice
-    voters: slice
+    question: slice
     whole: dict[str, Any]
 
     @property
@@ -59,13 +59,13 @@ def make(model: Any, image: Picture, text: int, rows: int, device: torch.device)
     asked = visual.stop + len(stop)
     row = [*lead, *[config.image_token_id] * image.tokens, *stop, *behind, *ends, *tail]
     ids = torch.tensor([row] * rows, device=device)
-    voters = slice(asked, asked + len(behind) if ends else ids.shape[1])
+    question = slice(asked, asked + len(behind) if ends else ids.shape[1])
     given = {name: value.to(device) for name, value in pixels(config, image, rows).items()}
     given = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in given.items()}
     if hasattr(model.base_model, "rope_deltas"):
         given["mm_token_type_ids"] = (ids == config.image_token_id).long()
     whole = {"input_ids": ids, "logits_to_keep": 1, **given}
-    return Prompt(image, ids, visual, voters, whole)
+    return Prompt(image, ids, visual, question, whole)
 
 
 def check_text(text: int) -> None:

@@ -28,7 +28,7 @@ class Selection:
 
     Attributes:
         weights: [H] float32, of the heads.
-        visual, votes: [B, S] bool.
+        visual, question_mask: [B, S] bool.
         kept: visual tokens that each row keeps.
         budget: [B] int64, the same for each row.
     """
@@ -36,7 +36,7 @@ class Selection:
     prompt: Prompt
     weights: Tensor
     visual: Tensor
-    votes: Tensor
+    question_mask: Tensor
     kept: int
     budget: Tensor
 
@@ -47,10 +47,10 @@ class Selection:
 
 
 def selection(model: Any, prompt: Prompt, kept: int) -> Selection:
-    """Equal head weights, and where a prompt's visual tokens and voters stand."""
+    """Equal head weights, and where a prompt's visual tokens and question stand."""
     heads = model.config.get_text_config().num_attention_heads
     masks = []
-    for where in (prompt.visual, prompt.voters):
+    for where in (prompt.visual, prompt.question):
         mask = torch.zeros_like(prompt.ids, dtype=torch.bool)
         mask[:, where] = True
         masks.append(mask)
@@ -88,7 +88,7 @@ def authors_keep(layer: Any, chosen: Selection, hidden: Tensor) -> Tensor:
     normed = layer.input_layernorm(hidden)
     query, key = (heads_of(layer.self_attn, name, normed) for name in ("q", "k"))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    every = query[:, :, prompt.voters] @ key[:, :, prompt.visual].mT / math.sqrt(query.shape[-1])  # [B, H, T, V]
+    every = query[:, :, prompt.question] @ key[:, :, prompt.visual].mT / math.sqrt(query.shape[-1])  # [B, H, T, V]
     raw = every.float().mean(2)
     scores = torch.einsum("h,bhv->bv", chosen.weights, nn.functional.normalize(raw, dim=2))
     best = scores.topk(chosen.kept, dim=1).indices + prompt.visual.start
@@ -103,23 +103,23 @@ def take(hidden: Tensor, keep: Tensor) -> Tensor:
 
 
 def hawk(
-    layer: Any, hidden: Tensor, visual: Tensor, votes: Tensor, weights: Tensor, budget: Tensor, length: int
+    layer: Any, hidden: Tensor, visual: Tensor, question_mask: Tensor, weights: Tensor, budget: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
     """(keep [B, S'], kept rows [B, S', D]) by the operators that the pass inserts; to be compiled.
 
     Args:
         layer: the decoder's first.
-        hidden: [B, S, D]. visual, votes: [B, S] bool. weights: [H] float32. budget: [B] int64. length: S'.
+        hidden: [B, S, D]. visual, question_mask: [B, S] bool. weights: [H] float32. budget: [B] int64. length: S'.
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     if getattr(attention, "q_norm", None) is None:
         linears = (attention.q_proj, attention.k_proj)
         parameters = [each for linear in linears for each in (linear.weight, linear.bias)]
-        scores = torch.ops.hawk.score_folded(normed, visual, votes, *parameters, weights, "l2")
+        scores = torch.ops.hawk.score_folded(normed, visual, question_mask, *parameters, weights, "l2")
     else:
         query, key = (heads_of(attention, name, normed) for name in ("q", "k"))
-        scores = torch.ops.hawk.score_projected(query, key, visual, votes, weights, "l2")
+        scores = torch.ops.hawk.score_projected(query, key, visual, question_mask, weights, "l2")
     keep, _ = torch.ops.hawk.select(scores, visual, torch.ones_like(visual), budget, length)
     return keep, torch.ops.hawk.gather(hidden, keep)
 

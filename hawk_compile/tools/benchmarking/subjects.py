@@ -79,7 +79,7 @@ class Subjects:
     def compiled_hawk(self, hidden: Tensor, chosen: scoring.Selection) -> Any:
         with capture_settings():
             return self.hawk_graph(
-                self.layer, hidden, chosen.visual, chosen.votes, chosen.weights, chosen.budget, chosen.length
+                self.layer, hidden, chosen.visual, chosen.question_mask, chosen.weights, chosen.budget, chosen.length
             )
 
     def check(self, prompt: Prompt, given: dict[str, Any], ratios: Sequence[float]) -> None:

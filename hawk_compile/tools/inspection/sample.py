@@ -80,12 +80,12 @@ def prompt(model: PreTrainedModel, length: int) -> dict[str, Any]:
 
 
 def plan_arguments(model: PreTrainedModel, config: HawkConfig, length: int, visual: int) -> tuple[Tensor | None, ...]:
-    """The arguments of `hawk::plan` for one row: [1, S] votes, [1] budget, [H] head weights, S' and V', and more."""
+    """The arguments of `hawk::plan` for one row: the mask [1, S], a budget [1], weights [H], S', V', and more."""
     kept = config.bounds(visual, config.floor(visual))[1]
     weights = torch.empty(model.config.get_text_config().num_attention_heads, device=META)
-    votes = torch.zeros((1, length), dtype=torch.bool, device=META)
+    question_mask = torch.zeros((1, length), dtype=torch.bool, device=META)
     budget = torch.zeros(1, dtype=torch.long, device=META)
     places = torch.zeros((1, length), dtype=torch.long, device=META)
     least = budget.clone() if config.budget is not None else None
     image, floor = (places, places.clone()) if config.per_image else (None, None)
-    return votes, budget, weights, *slots(length - visual + kept, kept, META), None, least, image, floor
+    return question_mask, budget, weights, *slots(length - visual + kept, kept, META), None, least, image, floor

@@ -138,7 +138,7 @@ def test_scoring_by_itself_makes_no_more_than_the_first_layer():
     with torch.no_grad():
         expected = scoring.authors_keep(layer, chosen, hidden)
         keep, rows = scoring.hawk(
-            layer, hidden, chosen.visual, chosen.votes, chosen.weights, chosen.budget, chosen.length
+            layer, hidden, chosen.visual, chosen.question_mask, chosen.weights, chosen.budget, chosen.length
         )  # fmt: skip
     assert keep.tolist() == expected.tolist()
     torch.testing.assert_close(rows, scoring.take(hidden, expected))
