@@ -12,17 +12,16 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.patches import record_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.question import special_ids
+from hawk_compile.runtime.blocks import block_of
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.conversation import conversation_of, physical_length
-from hawk_compile.runtime.overrides import overrides_of
 from hawk_compile.runtime.records import PrefillRecord, Report
 from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
-from hawk_compile.runtime.state import RUNTIME, Runtime, ranks_of
+from hawk_compile.runtime.state import RUNTIME, Runtime, put_aside, ranks_of
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.settings.head_weights import resolve
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-MISSING = object()
 
 
 def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) -> Model:
@@ -57,8 +56,9 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
             stacklevel=2,
         )
     runtime = Runtime(made, weights, ids, originals, ranks_of(model))
-    if earlier is not None:
-        runtime.take_compiled(earlier)
+    for compiled in (put_aside.pop(model, None), earlier):
+        if compiled is not None:
+            runtime.take_compiled(compiled)
     model.__dict__[RUNTIME] = runtime
     return model
 
@@ -68,6 +68,7 @@ def restore(model: Model) -> Model:
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
         uninstall(model, runtime.originals)
+        runtime.put_aside(model)
     return model
 
 
@@ -77,19 +78,14 @@ def pruned(model: Model, config: HawkConfig | None = None, **settings: Any) -> I
 
     Args:
         model, config, **settings: as for `optimize`, which also says what is raised.
+
+    Raises:
+        UnsupportedCallError: another thread or task is inside such a block with this model, and each would prune by the
+            other's settings.
     """
     check_model(model, MODALITIES)
-    places = [(owner.__dict__, name) for name, (owner, _) in overrides_of(model).items()]
-    places += [(model.__dict__, RUNTIME), (model.base_model.__dict__, "rope_deltas")]
-    before = [(held, name, held.get(name, MISSING)) for held, name in places]
-    try:
+    with block_of(model):
         yield optimize(model, config, **settings)
-    finally:
-        for held, name, value in before:
-            if value is MISSING:
-                held.pop(name, None)
-            else:
-                held[name] = value
 
 
 def report(source: Any) -> Report:

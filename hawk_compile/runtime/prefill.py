@@ -39,8 +39,9 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         UnsupportedCallError, InputError, GraphError: as `hawk_compile.runtime.forward.run`.
     """
     refuse_unsupported(model, kwargs)
-    asked = tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
-    grad = torch.is_grad_enabled() and asked
+    grad = torch.is_grad_enabled() and (
+        tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
+    )
     with torch.no_grad():
         if kwargs.get("output_hidden_states"):
             install_recorders(model.base_model.get_decoder())  # type: ignore[operator]

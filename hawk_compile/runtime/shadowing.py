@@ -18,6 +18,9 @@ from hawk_compile.runtime.state import RUNTIME
 WRAPPED_OFTEN = ("generate", "save_pretrained")
 """Public methods that others replace by their own on purpose; pruning does not need ours."""
 
+MOST_WRAPPERS = 1000
+"""Callables that are looked at for ours, at most."""
+
 
 def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Put the overrides on a model; what others wrapped around them stays.
@@ -68,19 +71,26 @@ def replaced_overrides(model: PreTrainedModel) -> list[str]:
 
 def reaches(callable_: Any, function: Any) -> bool:
     """Whether something is a function or wraps it: as a method, a partial, a closure or an object."""
-    waiting, seen = [callable_], set()
-    while waiting:
+    waiting: list[Any] = [callable_]
+    seen: set[int] = set()
+    while waiting and len(seen) < MOST_WRAPPERS:
         current = waiting.pop()
         if current is function:
             return True
-        if id(current) in seen or not callable(current) or isinstance(current, (type, nn.Module)):
-            continue
-        seen.add(id(current))
-        cells = getattr(current, "__closure__", None) or ()
-        for cell in cells:
-            with contextlib.suppress(ValueError):  # of a cell that is empty
-                waiting.append(cell.cell_contents)
-        waiting += [getattr(current, name, None) for name in ("__func__", "__wrapped__", "func")]
-        waiting += [*getattr(current, "args", ())] if isinstance(current, functools.partial) else []
-        waiting += [*getattr(current, "__dict__", {}).values()]
+        if id(current) not in seen and callable(current) and not isinstance(current, (type, nn.Module)):
+            seen.add(id(current))
+            waiting += wrapped_by(current)
     return False
+
+
+def wrapped_by(wrapper: Any) -> list[Any]:
+    """What a callable may call. Only what it holds is looked at: some objects make up any attribute one asks for."""
+    if isinstance(wrapper, types.MethodType):
+        return [wrapper.__func__]
+    held = list(getattr(wrapper, "__dict__", {}).values())
+    if isinstance(wrapper, functools.partial):
+        held += [wrapper.func, *wrapper.args, *wrapper.keywords.values()]
+    for cell in getattr(wrapper, "__closure__", None) or () if isinstance(wrapper, types.FunctionType) else ():
+        with contextlib.suppress(ValueError):  # of a cell that is empty
+            held.append(cell.cell_contents)
+    return held

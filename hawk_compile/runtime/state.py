@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -26,6 +27,9 @@ from hawk_compile.settings.head_weights import HeadWeights
 
 RUNTIME = "_hawk_runtime"
 """The attribute of an optimised model that holds its `Runtime`."""
+
+put_aside: "weakref.WeakKeyDictionary[PreTrainedModel, Runtime]" = weakref.WeakKeyDictionary()
+"""The runtimes of models that are not optimised any more."""
 
 
 class Runtime:
@@ -85,6 +89,14 @@ class Runtime:
             if earlier.prefill.options == self.prefill.options:
                 self.prefill = earlier.prefill
 
+    def put_aside(self, model: PreTrainedModel) -> None:
+        """Keep what was compiled, as long as the model lives, for the next time that it is optimised.
+
+        What refers to the model goes: it would keep the model alive.
+        """
+        self.originals, self.compiled_steps, self.last = {}, {}, None
+        put_aside[model] = self
+
     def note(self, record: PrefillRecord, result: Any, cache: Cache | None = None) -> Cache | None:
         """Leave a record where a report of it may be asked for: the model, the call's output and its cache.
 
@@ -123,8 +135,10 @@ class Runtime:
 
     def step(self, forward: Callable[..., Any], options: dict[str, Any]) -> CompiledStep:
         """The decode step compiled by these options of torch.compile."""
+        key = str(options)
+        known = self.compiled_steps.get(key)
         # setdefault: of two threads that come first, one has made what both use.
-        return self.compiled_steps.setdefault(str(options), CompiledStep(forward, options))
+        return known or self.compiled_steps.setdefault(key, CompiledStep(forward, options))
 
     def weights(self, device: torch.device) -> Tensor:
         """The head weights [H] float32 on a device: an input of the graph."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import unittest.mock
 from typing import Any
 
 import pytest
@@ -176,3 +177,11 @@ def test_optimize_twice_and_copies_warn_of_nothing(recwarn: pytest.WarningsRecor
     assert not [each for each in recwarn if "replaced" in str(each.message)]
     hawk_compile.restore(model)
     assert state(model) == before
+
+
+def test_a_forward_that_makes_up_attributes_is_told_from_ours() -> None:
+    """A mock has any attribute that is asked for, and each is another mock."""
+    model = fresh("llava")
+    model.forward = unittest.mock.MagicMock()
+    with pytest.raises(HawkError, match="forward was replaced"):
+        hawk_compile.report(model)
