@@ -24,6 +24,12 @@ RAW_INPUTS = {
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
 
+AT_ONCE = 2**22
+"""Elements of embeddings that are hashed at once: 32 MB as int64."""
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a floating-point number -> integers of as many."""
+
 
 def tokens_of(kwargs: dict[str, Any]) -> Tensor:
     """input_ids [B, S] or inputs_embeds [B, S, D], whichever was given."""
@@ -109,10 +115,38 @@ def placeholder_ids(model: Any, modalities: Iterable[str] = MODALITIES) -> list[
 
 
 def known_ids(model: Any, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:
-    """[B, S] int64: those of the wanted ids whose embeddings stand in a prompt of embeddings, -1 elsewhere."""
+    """[B, S] int64: those of the wanted ids whose embeddings stand in a prompt of embeddings [B, S, D], -1 elsewhere.
+
+    A chat template may have thousands of ids: rows are found by 64-bit hashes and then compared, some at a time.
+
+    Args:
+        wanted: of ids with equal embeddings the first one counts; ids beyond the vocabulary are passed over.
+    """
     embed = model.get_input_embeddings()
-    ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
-    for number in wanted:
-        row = embed(torch.tensor([number], device=inputs_embeds.device)).to(inputs_embeds.dtype)
-        ids = ids.masked_fill((inputs_embeds == row).all(-1), number)
-    return ids
+    device, channels = inputs_embeds.device, inputs_embeds.shape[-1]
+    numbers = torch.tensor(in_vocabulary(embed, wanted), dtype=torch.int64, device=device)
+    if not len(numbers):
+        return torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=device)
+    rows = max(1, AT_ONCE // max(1, channels))
+    factors = torch.randint(2**62, (channels,), generator=torch.Generator().manual_seed(0)).to(device) * 2 + 1
+    hashes, order = torch.cat([
+        hashes_of(embed(some).to(inputs_embeds.dtype), factors) for some in numbers.split(rows)
+    ]).sort(stable=True)  # fmt: skip
+    numbers = numbers[order]
+    ids = []
+    for prompt in inputs_embeds.detach().flatten(0, 1).split(rows):
+        place = torch.searchsorted(hashes, hashes_of(prompt, factors)).clamp(max=len(numbers) - 1)
+        equal = (embed(numbers[place]).to(prompt.dtype) == prompt).all(-1)
+        ids.append(numbers[place].masked_fill(~equal, -1))
+    return torch.cat(ids).view(inputs_embeds.shape[:2])
+
+
+def hashes_of(rows: Tensor, factors: Tensor) -> Tensor:
+    """[N] int64 of the bits of rows [N, D]; `factors` [D] int64 are odd. -0 counts as 0, which it equals."""
+    bits = (rows.detach() + 0).view(BITS[rows.element_size()]).to(torch.int64)
+    return (bits * factors).sum(-1)
+
+
+def in_vocabulary(embed: Any, wanted: Iterable[int]) -> list[int]:
+    """The ids that have a row in an embedding: defaults of a config may lie beyond a small vocabulary."""
+    return [number for number in dict.fromkeys(wanted) if 0 <= number < embed.weight.shape[0]]

@@ -80,8 +80,8 @@ class ChatFormat:
 
     @property
     def ids(self) -> set[int]:
-        """Every id of its patterns."""
-        patterns = (*self.opens, *self.closes, *self.tools, self.tail)
+        """Every id that it reads."""
+        patterns = (*self.opens, *self.closes, *self.tools, self.tail, self.blank, self.special)
         return {each for pattern in patterns for each in pattern}
 
 

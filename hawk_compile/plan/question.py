@@ -100,6 +100,11 @@ def special_ids(model: PreTrainedModel, config: HawkConfig) -> SpecialIds:
     return SpecialIds(vision_end, end_of_turn, tuple(sorted(special)))
 
 
+def read_ids(ids: SpecialIds, chat: ChatFormat | None) -> list[int]:
+    """Every id by which a question is found; of the others it only counts that they are text."""
+    return [*dict.fromkeys([*ids.vision_end, *ids.end_of_turn, *ids.special, *(sorted(chat.ids) if chat else ())])]
+
+
 def find_question(
     input_ids: Tensor, visual: Tensor, real: Tensor, ids: SpecialIds, chat: ChatFormat | None = None, own: bool = False
 ) -> Question:

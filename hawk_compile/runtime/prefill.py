@@ -19,7 +19,7 @@ from hawk_compile.capture.modalities import (
 )
 from hawk_compile.capture.patches import install_recorders
 from hawk_compile.plan.plan import Plan, make_plan, on_host
-from hawk_compile.plan.question import is_any
+from hawk_compile.plan.question import is_any, read_ids
 from hawk_compile.plan.quotas import quotas
 from hawk_compile.runtime.conversation import track
 from hawk_compile.runtime.generation import running
@@ -66,8 +66,9 @@ def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> t
     chat = runtime.learn_chat(model).form
     ids = inputs.arguments.get("input_ids")
     if ids is None:
-        telling = {*runtime.ids.special, *placeholders, *(chat.ids if chat else ()), *(asked.numbers if asked else ())}
-        ids = known_ids(model, tokens, sorted(telling))
+        # Placeholders first: a token that was added and never trained may have their embedding.
+        ids = known_ids(
+            model, tokens, [*placeholders, *read_ids(runtime.ids, chat), *sorted(asked.numbers if asked else ())])
     ids, real = on_host(ids, inputs.mask)
     present = modalities_of({**inputs.arguments, "mm_encoder_outputs": inputs.features})
     left = sorted(present - set(config.modalities))

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from hawk_compile.plan.chat import ChatFormat
-from hawk_compile.plan.question import Question, QuestionRule, find_question
+from hawk_compile.plan.question import Question, QuestionRule, find_question, read_ids
 from hawk_compile.plan.template import chat_of, learn
 from tests.plan import formats
 from tests.plan.formats import FORMATS, Talk, question
@@ -201,6 +201,19 @@ def test_unknown_ids_are_no_header() -> None:
     ids = torch.tensor([[-1, -1, image, -1, -1, end, -1, -1, -1, -1, -1]])
     found = find_question(ids, ids == image, torch.ones_like(ids).bool(), special)
     assert found.mask[0].nonzero()[:, 0].tolist() == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_prompt_of_embeddings_has_the_question_of_its_ids(name: str) -> None:
+    """Of embeddings only those ids are known that the rule reads and the placeholder."""
+    special = formats.special_of(name)
+    for situation in TAKEN[name]:
+        line = formats.ids_of(name, SITUATIONS[situation])
+        ids, visual, real = formats.batch(name, [line, [*line, *line[-3:]]])
+        known = torch.isin(ids, torch.tensor(read_ids(special, chat(name)))) | visual
+        whole = find_question(ids, visual, real, special, chat(name))
+        found = find_question(ids.masked_fill(~known, -1), visual, real, special, chat(name))
+        assert found.rule == whole.rule and found.source == whole.source and found.mask.equal(whole.mask), situation
 
 
 def joining_tokenizer(template: str) -> PreTrainedTokenizerFast:

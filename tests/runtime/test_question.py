@@ -154,3 +154,22 @@ def test_the_processors_template_says_who_votes() -> None:
     assert scored(model, inputs, question_ids=[[60, 61]])[0].equal(scores)
     _, report = scored(models.pruned("llava"), inputs)
     assert report.question_rule == ["ids"] and "was not loaded from a checkpoint" in report.chat_template
+
+
+@torch.no_grad()
+def test_a_prompt_of_embeddings_has_the_question_of_its_ids() -> None:
+    """With a special id behind the image, which stands in no header."""
+    words = formats.tokenizer("mistral")
+    model = fresh("llava", processor=words)
+    before, after = (
+        words.convert_tokens_to_ids(text.split()) for text in ("<s> [INST]", "[IMG_END] q1a q1b q1c [/INST]")
+    )
+    line = torch.tensor([[*before, *[c.IMAGE] * 16, *after]])
+    inputs = {**prompt("llava", zoo.sizes("llava")[0]), "input_ids": line, "attention_mask": torch.ones_like(line)}
+    scores, report = scored(model, inputs)
+    assert scored(model, inputs, question_ids=[after[1:-1]])[0].equal(scores)
+    embedded = {name: value for name, value in inputs.items() if name != "input_ids"}
+    model(**embedded, inputs_embeds=model.get_input_embeddings()(line))
+    other = hawk_compile.report(model)
+    assert other.question_rule == report.question_rule == ["template"]
+    torch.testing.assert_close(other.scores[0][line[0] == c.IMAGE], scores, **models.ROUNDING)
