@@ -22,12 +22,12 @@ from hawk_compile.settings.config import HawkConfig, make_config
 log = logging.getLogger("hawk_compile")
 
 BEYOND_A_GRAPH = {
-    ("modalities",): "needs to know the ids of placeholders",
-    ("question", "processor", "vision_end_token_id", "end_of_turn_token_id"): "needs to know the prompt's ids",
-    ("budget", "min_per_image", "quota"): "needs to know the prompt",
-    ("compile_decode", "compile_vision"): "needs to know the model's other graphs",
+    ("modalities",): "the ids of placeholders",
+    ("question", "processor", "vision_end_token_id", "end_of_turn_token_id"): "the prompt's ids",
+    ("budget", "min_per_image", "quota"): "the prompt",
+    ("compile_decode", "compile_vision"): "the model's other graphs",
 }
-"""Settings that only `optimize` can follow, and why."""
+"""Settings that only `optimize` can follow, and what they need."""
 
 
 def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
@@ -44,10 +44,10 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
     from hawk_compile.settings.head_weights import explicit_weights
 
     config = make_config(None, dict(options or {}))
-    for names, why in BEYOND_A_GRAPH.items():
+    for names, needed in BEYOND_A_GRAPH.items():
         if unusable := [name for name in names if name in (options or {})]:
             raise ConfigError(
-                f"options[{unusable[0]!r}] {why}, which a graph alone does not: leave it out, or use "
+                f'options["{unusable[0]}"] needs {needed}, which a graph does not know: leave it out, or use '
                 "hawk_compile.optimize"
             )
     weights = explicit_weights(config.head_weights)

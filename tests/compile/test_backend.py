@@ -126,11 +126,11 @@ def test_a_planned_graph_that_merges_in_another_way_is_refused():
         ({"ratio": 1.5}, "ratio is the fraction"),
         ({"rate": 0.5}, "unknown setting rate"),
         ({"backend": "gcc"}, "backend must be one of"),
-        ({"modalities": ("image",)}, "modalities.* needs to know the ids of placeholders"),
-        ({"question": "own"}, "question.* needs to know the prompt's ids"),
-        ({"end_of_turn_token_id": 3}, "end_of_turn_token_id.* needs to know the prompt's ids"),
-        ({"min_per_image": 4}, "min_per_image.* needs to know the prompt"),
-        ({"compile_decode": True}, "compile_decode.* other graphs"),
+        ({"modalities": ("image",)}, "modalities.* needs the ids of placeholders"),
+        ({"question": "own"}, "question.* needs the prompt's ids"),
+        ({"end_of_turn_token_id": 3}, "end_of_turn_token_id.* needs the prompt's ids"),
+        ({"min_per_image": 4}, "min_per_image.* needs the prompt"),
+        ({"compile_decode": True}, "compile_decode.* needs the model's other graphs"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
