@@ -22,8 +22,9 @@ from hawk_compile.exporting.manifest import Manifest, Part, file_digest
 from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
+from hawk_compile.plan.chat import Chat
 from hawk_compile.plan.question import special_ids
-from hawk_compile.plan.template import chat_of
+from hawk_compile.plan.template import chat_of, chat_of_settings
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import HawkConfig
@@ -77,12 +78,13 @@ def export(
     check_modality(model, inputs)
     check_model(model)
     check_dtype(model, target, format)
+    chat = chat_of_export(model, made, processor)
     with capture_lock, written_whole(Path(path), overwrite) as folder:
         weights = resolve(made.used_head_weights, model)
         graphs = components(model, inputs, made, weights.values, getattr(target, "PORTABLE", True), options)
         parts = write_parts(target, graphs, folder, options, progress)
         save_beside(model, processor, folder)
-        manifest = manifest_of(model, made, weights, target, format, parts, folder, processor)
+        manifest = manifest_of(model, made, weights, target, format, parts, folder, chat)
         manifest.write(folder)
     return manifest
 
@@ -129,16 +131,26 @@ def components(
             module.training = True
 
 
+def chat_of_export(model: PreTrainedModel, config: HawkConfig, processor: Any) -> Chat:
+    """What the manifest says of chats. A processor that is only saved need not have a chat template.
+
+    Raises:
+        ConfigError: nothing can be learned from the processor that the settings name.
+    """
+    path = getattr(model.config, "name_or_path", "")
+    ends = special_ids(model, config).end_of_turn
+    if processor is None:
+        return chat_of_settings(config, path, ends)
+    return chat_of(processor, path, ends)
+
+
 def manifest_of(
     model: PreTrainedModel, config: HawkConfig, weights: HeadWeights, target: Any, format: str, parts: dict[str, Part],
-    folder: Path, processor: Any = None,
+    folder: Path, chat: Chat,
 ) -> Manifest:  # fmt: skip
     """What a folder holds, of which everything but the manifest is written."""
     written = {file for part in parts.values() for file in part.sha256}
     ids = special_ids(model, config)
-    path = getattr(model.config, "name_or_path", "")
-    templated = processor if processor is not None else config.processor
-    chat = chat_of(templated, path, ids.end_of_turn, config.end_of_turn_token_id is not None)
     return Manifest(
         format=format,
         ratio=config.ratio,

@@ -108,7 +108,12 @@ def is_in(ids: Row, wanted: Sequence[int] | Row) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Chat:
-    """The format of a model's chats, if it is known, and where that is from, or why it is not."""
+    """The format of a model's chats, if it is known, and where that is from, or why it is not.
+
+    Attributes:
+        lasting: whether another attempt would find the same.
+    """
 
     form: ChatFormat | None = None
     origin: str = "no chat template was looked for"
+    lasting: bool = True

@@ -75,7 +75,18 @@ class Template:
                 yield text
 
     def render(self, messages: list[dict[str, Any]], generation: bool = True) -> Ids:
-        text = self.source.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        """The ids of a conversation.
+
+        Raises:
+            UnknownTemplate: the template does not take such a conversation. What a tokenizer raises, which another
+                thread may be using, says nothing of the template.
+        """
+        try:
+            text = self.source.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except (RuntimeError, MemoryError, OSError):  # by no template
+            raise
+        except Exception as error:  # templates raise errors of any kind at roles that they do not know
+            raise UnknownTemplate(f"it does not render a conversation ({error})") from error
         return self.encode(text)
 
     def around(self, make: Make) -> tuple[Ids, Ids]:
@@ -175,5 +186,5 @@ def attempt(template: Template, *makes: Make) -> list[tuple[Ids, Ids]]:
     """What surrounds the text in each conversation; nothing where the template does not take such a conversation."""
     try:
         return [template.around(make) for make in makes]
-    except Exception:  # templates raise errors of any kind at roles that they do not know
+    except UnknownTemplate:
         return []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hawk_compile.compat.models import file_of
+from hawk_compile.errors import ConfigError
 from hawk_compile.plan.chat import Chat, ChatFormat, Ids, Row, Span, places
 from hawk_compile.plan.rendering import (
     LONGEST,
@@ -24,6 +25,7 @@ from hawk_compile.plan.rendering import (
     shared_end,
     shared_start,
 )
+from hawk_compile.settings.config import HawkConfig
 
 
 def learn(source: Any, ends: Sequence[int]) -> ChatFormat:
@@ -194,5 +196,24 @@ def chat_of(processor: Any, path: str, ends: Sequence[int], chosen_ends: bool = 
         return Chat(form, f"chat template of {where}{beside}")
     except UnknownTemplate as error:
         return Chat(None, f"chat template of {where}: {error}")
-    except Exception as error:  # what a foreign template raises must not stop a prefill
-        return Chat(None, f"chat template of {where}: {type(error).__name__} while it was rendered")
+    except Exception as error:  # what a foreign tokenizer raises must not stop a prefill
+        return Chat(None, f"chat template of {where}: {type(error).__name__} while it was read: {error}", lasting=False)
+
+
+def chat_of_settings(config: HawkConfig, path: str, ends: Sequence[int]) -> Chat:
+    """What can be learned for a model by its settings; `path`, `ends` as for `chat_of`.
+
+    Raises:
+        ConfigError: nothing can be learned from the processor that they name.
+    """
+    chat = chat_of(config.processor, path, ends, config.end_of_turn_token_id is not None)
+    if config.processor is not None and chat.form is None:
+        remedy = (
+            "give one with the model's chat template, or leave it out (the report says what tells where users' texts "
+            "stand instead)" if chat.lasting else "call again, if another thread was using it, or leave it out"
+        )  # fmt: skip
+        raise ConfigError(
+            f"processor={type(config.processor).__name__} must have a chat template that says where users' texts "
+            f"stand; {chat.origin}: {remedy}"
+        )
+    return chat

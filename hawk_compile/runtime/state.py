@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.chat import Chat
 from hawk_compile.plan.question import SpecialIds
-from hawk_compile.plan.template import chat_of
+from hawk_compile.plan.template import chat_of_settings
 from hawk_compile.runtime.compiled import CompiledPrefill, CompiledStep
 from hawk_compile.runtime.conversation import note
 from hawk_compile.runtime.generation import running
@@ -52,6 +53,7 @@ class Runtime:
         self.originals = originals
         self.chat = Chat()
         self.chat_known = False
+        self.learning = threading.Lock()
         self.last: PrefillRecord | None = None
         self.ranks = ranks
         self.prefill = CompiledPrefill(config, ranks)
@@ -120,13 +122,19 @@ class Runtime:
         return filled
 
     def learn_chat(self, model: PreTrainedModel) -> Chat:
-        """What the chat template puts around a user's text: learned once, when there is a prompt to prune."""
-        if not self.chat_known:
-            path = getattr(model.config, "name_or_path", "")
-            chosen = self.settings.end_of_turn_token_id is not None
-            self.chat = chat_of(self.settings.processor, path, self.ids.end_of_turn, chosen)
-            self.chat_known = True
-        return self.chat
+        """What the chat template puts around a user's text: learned once, when there is a prompt to prune.
+
+        Raises:
+            ConfigError: nothing can be learned from the processor that the settings name.
+        """
+        if self.chat_known:
+            return self.chat
+        with self.learning:
+            if not self.chat_known:
+                path = getattr(model.config, "name_or_path", "")
+                self.chat = chat_of_settings(self.settings, path, self.ids.end_of_turn)
+                self.chat_known = self.chat.lasting
+            return self.chat
 
     @property
     def compilations(self) -> int:

@@ -20,6 +20,7 @@ from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.folder import written_whole
 from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.write import manifest_of, save_beside
+from hawk_compile.plan.chat import Chat
 from hawk_compile.settings.head_weights import resolve
 from tests import zoo
 
@@ -55,7 +56,7 @@ def write_export(path: Path, *, overwrite: bool = False, write: Any = write, tol
         parts = write_parts(target(write), components(), folder, "some", told)
         save_beside(model, None, folder)
         weights = resolve("auto", model)
-        manifest_of(model, CONFIG, weights, target(), "onnx", parts, folder).write(folder)
+        manifest_of(model, CONFIG, weights, target(), "onnx", parts, folder, Chat()).write(folder)
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hawk_compile.errors import ConfigError
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.question import Question, QuestionRule, find_question, read_ids
-from hawk_compile.plan.template import chat_of, learn
+from hawk_compile.plan.template import chat_of, chat_of_settings, learn
+from hawk_compile.settings.config import HawkConfig
 from tests.plan import formats
 from tests.plan.formats import FORMATS, Talk, question
 
@@ -181,7 +183,33 @@ def test_a_template_that_says_nothing_is_not_used(template: str | None, why: str
     source = formats.tokenizer.__wrapped__("qwen")
     source.chat_template = template
     found = chat_of(source, "", formats.special_of("qwen").end_of_turn)
-    assert found.form is None and why in found.origin
+    assert found.form is None and found.lasting and why in found.origin
+    with pytest.raises(ConfigError, match=f"processor=.*{why}.*: give one with the model's chat template"):
+        chat_of_settings(HawkConfig(processor=source), "", formats.special_of("qwen").end_of_turn)
+
+
+@pytest.mark.parametrize("which", [1, 8, 40, 80])
+def test_what_a_tokenizer_raises_does_not_last(which: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of learning too, where a template that refuses a role is passed over."""
+    source = formats.tokenizer.__wrapped__("qwen")
+    source.save_pretrained(tmp_path)
+    ends = formats.special_of("qwen").end_of_turn
+    encode, calls = PreTrainedTokenizerFast._encode_plus, 0
+
+    def borrowed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == which:
+            raise RuntimeError("Already borrowed")
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", borrowed)
+    with pytest.raises(ConfigError, match=r"processor=.*RuntimeError while it was read: Already borrowed: call again"):
+        chat_of_settings(HawkConfig(processor=source), "", ends)
+    assert chat_of_settings(HawkConfig(processor=source), "", ends).form == chat("qwen")
+    calls = 0
+    read = chat_of_settings(HawkConfig(), str(tmp_path), ends)
+    assert read.form is None and not read.lasting and "Already borrowed" in read.origin
 
 
 def test_a_checkpoint_is_looked_for_on_this_machine_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hawk_compile
+from hawk_compile.plan import template as template_module
 from tests import zoo
 from tests.plan import formats
 from tests.runtime import models
@@ -173,3 +174,20 @@ def test_a_prompt_of_embeddings_has_the_question_of_its_ids() -> None:
     other = hawk_compile.report(model)
     assert other.question_rule == report.question_rule == ["template"]
     torch.testing.assert_close(other.scores[0][line[0] == c.IMAGE], scores, **models.ROUNDING)
+
+
+def test_a_processor_is_learned_from_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every call until it can be learned from; a checkpoint's is tried again."""
+    words = formats.tokenizer.__wrapped__("mistral")
+    template, words.chat_template = words.chat_template, None
+    model, inputs = fresh("llava", processor=words), prompt("llava", zoo.sizes("llava")[0])
+    for call in (model, model.generate):
+        with pytest.raises(hawk_compile.HawkError, match=r"processor=.*has no chat template"):
+            call(**inputs)
+    words.chat_template = template
+    assert scored(model, inputs)[1].chat_template == "chat template of processor"
+    model = fresh("llava")
+    monkeypatch.setattr(template_module, "source_at", lambda path: 1 / 0)
+    assert "ZeroDivisionError" in scored(model, inputs)[1].chat_template
+    monkeypatch.setattr(template_module, "source_at", lambda path: words)
+    assert scored(model, inputs)[1].chat_template == "chat template of the checkpoint"
