@@ -30,8 +30,8 @@ TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "scikit-learn")
 OF_TORCH = ("torch", "torchao", "triton", "executorch")
 """Pinned beside one release of torch, and of no use beside another."""
 
-OF_TRANSFORMERS = ("test_architectures.py", "test_zoo.py", "test_golden_path.py", "test_versions.py", "capture",
-                   "compile", "passes", "plan", "runtime")  # fmt: skip
+OF_TRANSFORMERS = ("test_architectures.py", "test_zoo.py", "test_golden_path.py", "test_versions.py", "test_compat.py",
+                   "capture", "compile", "passes", "plan", "runtime")  # fmt: skip
 """Tests that see transformers."""
 OF_BOTH = (*OF_TRANSFORMERS, "kernels", "settings")
 
@@ -65,7 +65,7 @@ def high() -> Environment:
         others = folder / "constraints.txt"
         others.write_text("\n".join(pin for pin in pins if pin.partition("==")[0] not in OF_TORCH) + "\n")
         wanted = (f"torch=={HIGH_TORCH}", f"transformers=={HIGH_TRANSFORMERS}", *TOOLS)
-        pip(python, "--constraint", str(others), *wanted, "--editable", str(ROOT))
+        pip(python, "--constraint", str(others), *wanted, "--editable", f"{ROOT}[onnx]")
         ready.touch()
     return Environment(python, OF_BOTH, {"PYTHONPATH": str(ROOT)})
 
