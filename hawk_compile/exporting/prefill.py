@@ -26,6 +26,7 @@ from hawk_compile.kernels.plan.op import slots
 from hawk_compile.plan.plan import make_plan, on_host
 from hawk_compile.plan.question import SpecialIds, is_any, special_ids
 from hawk_compile.runtime.overrides import original
+from hawk_compile.runtime.positions import deltas_kept
 from hawk_compile.settings.config import HawkConfig
 
 FEATURES_INPUT = "{}_features"
@@ -122,13 +123,8 @@ def prefill_component(
 
 def encoded_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with their images encoded; the model is left as it was."""
-    base: Any = model.base_model
-    remembered = getattr(base, "rope_deltas", None)
-    with torch.no_grad():
-        encoded = run_encoders(model, dict(inputs))
-    if hasattr(base, "rope_deltas"):
-        base.rope_deltas = remembered
-    return encoded
+    with torch.no_grad(), deltas_kept(model):
+        return run_encoders(model, dict(inputs))
 
 
 def prompt_sample(model: PreTrainedModel, encoded: dict[str, Any]) -> dict[str, Tensor]:

@@ -50,6 +50,19 @@ def deltas_of(model: PreTrainedModel, cache: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def deltas_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the model with the offsets that it remembers, whatever runs inside; one thread at a time, as above."""
+    base: Any = model.base_model
+    with LOCKS.setdefault(base, threading.RLock()):
+        remembered = getattr(base, "rope_deltas", None)
+        try:
+            yield
+        finally:
+            if hasattr(base, "rope_deltas"):
+                base.rope_deltas = remembered
+
+
 def deltas_after(
     model: PreTrainedModel, cache: Cache | None, positions: Tensor | None, mask: Tensor | None, rows: int, length: int
 ) -> Tensor | None:

@@ -15,6 +15,7 @@ import hawk_compile
 from hawk_compile import Adaptive, HawkConfig
 from hawk_compile.errors import ConfigError, ExportError, HeadWeightsError, InputError, UnsupportedModelError
 from hawk_compile.exporting import aoti, onnx
+from hawk_compile.exporting.prefill import encoded_prompt
 from hawk_compile.exporting.settings import settings_of
 from tests import zoo
 
@@ -93,3 +94,21 @@ def test_types_that_a_runtime_does_not_have(tmp_path: Path, format: str) -> None
     with pytest.raises(ExportError, match=r"runs models in float32 or float16, got one in bfloat16: give model.float"):
         hawk_compile.export(model, prompt(), tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_fails_leaves_the_offsets_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("qwen2_5_vl", layers=1)
+    inputs = zoo.inputs("qwen2_5_vl", model, rows=[zoo.sizes("qwen2_5_vl")[0]])
+    remembered = torch.tensor([[-7]])
+    model.base_model.rope_deltas = remembered
+    seen = []
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        seen.append(model.base_model.rope_deltas)
+        raise MemoryError
+
+    monkeypatch.setattr(model.base_model.visual, "forward", fails)
+    with pytest.raises(MemoryError):
+        encoded_prompt(model, inputs)
+    assert seen[0] is not remembered  # or this would show nothing
+    assert model.base_model.rope_deltas is remembered
