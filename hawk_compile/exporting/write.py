@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,10 @@ def export(
     chat = chat_of_export(model, made, processor)
     with capture_lock, written_whole(Path(path), overwrite) as folder:
         weights = resolve(made.used_head_weights, model)
-        graphs = components(model, inputs, made, weights.values, getattr(target, "PORTABLE", True), options)
-        parts = write_parts(target, graphs, folder, options, progress)
+        portable = getattr(target, "PORTABLE", True)
+        # Closed where a writer fails: only then are the model's modules in training again.
+        with closing(components(model, inputs, made, weights.values, portable, options)) as graphs:
+            parts = write_parts(target, graphs, folder, options, progress)
         save_beside(model, processor, folder)
         manifest = manifest_of(model, made, weights, target, format, parts, folder, chat)
         manifest.write(folder)
@@ -103,7 +106,7 @@ def check_modality(model: Any, inputs: dict[str, Any]) -> None:
 def components(
     model: PreTrainedModel, inputs: dict[str, Any], config: HawkConfig, head_weights: Tensor, portable: bool,
     options: Any = None,
-) -> Iterator[Component]:  # fmt: skip
+) -> Generator[Component]:  # fmt: skip
     """Encoders, prefill and decode, in this order, ready to be written.
 
     Args:

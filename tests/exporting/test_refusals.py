@@ -112,3 +112,21 @@ def test_an_encoder_that_fails_leaves_the_offsets_of_positions(monkeypatch: pyte
         encoded_prompt(model, inputs)
     assert seen[0] is not remembered  # or this would show nothing
     assert model.base_model.rope_deltas is remembered
+
+
+def test_a_writer_that_fails_leaves_the_model_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build(NAME, layers=1).train()
+    model.base_model.vision_tower.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    seen = []
+
+    def fails(*args: Any) -> None:
+        seen.append(model.training)
+        raise MemoryError
+
+    monkeypatch.setattr(onnx, "write", fails)
+    with pytest.raises(ExportError) as caught:
+        hawk_compile.export(model, prompt(), tmp_path / "out", ratio=0.5)
+    assert isinstance(caught.value.__cause__, MemoryError) and seen == [False]
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert not list(tmp_path.iterdir())
