@@ -7,7 +7,7 @@ import importlib.metadata
 import warnings
 from typing import Any
 
-from hawk_compile.errors import UnsupportedModelError, VersionError
+from hawk_compile.errors import ExportError, UnsupportedModelError, VersionError
 
 RANGES = {"torch": ("2.13", "2.15"), "transformers": ("5.19", "5.23")}
 """The first and the last supported release of each package."""
@@ -16,6 +16,9 @@ SINCE = {
     "smolvlm": ("5.21", "before, the model puts its image features in place by an index, which no pass can locate"),
 }
 """Model types that need a later transformers than the first supported one, and why."""
+
+EXPORTS = ("5.23", "before, its exporters write whole models, and no single graph of ours")
+"""The transformers that exporting needs, and why."""
 
 
 def release(version: str) -> tuple[int, int]:
@@ -66,10 +69,26 @@ def check_model_release(model: Any) -> None:
     Raises:
         UnsupportedModelError: names the release that is needed.
     """
-    needed, reason = SINCE.get(model.config.model_type, ("0.0", ""))
+    if text := lacking(type(model).__name__, *SINCE.get(model.config.model_type, ("0.0", ""))):
+        raise UnsupportedModelError(text)
+
+
+def check_exporters() -> None:
+    """Refuse to export where the installed transformers cannot.
+
+    Raises:
+        ExportError: names the release that is needed.
+    """
+    if text := lacking("export", *EXPORTS):
+        raise ExportError(text)
+
+
+def lacking(what: str, needed: str, reason: str) -> str:
+    """What says that something needs a later transformers; empty if it does not."""
     version = installed("transformers")
-    if release(version) < release(needed):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} needs transformers {needed} or newer, and {version} is here ({reason}): "
-            f"pip install 'transformers>={needed}'"
-        )
+    if release(version) >= release(needed):
+        return ""
+    return (
+        f"{what} needs transformers {needed} or newer, and {version} is here ({reason}): "
+        f"pip install 'transformers>={needed}'"
+    )

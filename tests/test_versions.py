@@ -11,7 +11,7 @@ import pytest
 
 import hawk_compile
 from hawk_compile import versions
-from hawk_compile.errors import UnsupportedModelError, VersionError
+from hawk_compile.errors import ExportError, UnsupportedModelError, VersionError
 from hawk_compile.tools import environment
 from tests import zoo
 
@@ -78,3 +78,11 @@ def test_a_model_that_needs_a_later_release_is_refused(here: dict[str, str], ver
     assert "_hawk_runtime" not in model.__dict__
     here["transformers"] = "5.21.0"
     hawk_compile.optimize(model, ratio=0.5)
+
+
+def test_an_export_that_needs_a_later_release_is_refused(here: dict[str, str], tmp_path: Path) -> None:
+    here["transformers"] = "5.22.2"
+    refusal = pytest.raises(ExportError, match=r"export needs transformers 5.23 or newer, and 5.22.2 is here \(.* pip")
+    with refusal:
+        hawk_compile.export(zoo.build("llava", layers=1), {}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

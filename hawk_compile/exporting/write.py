@@ -30,6 +30,7 @@ from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights, resolve
+from hawk_compile.versions import check_exporters
 
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 HOST_WEIGHTS = "host.safetensors"
@@ -76,6 +77,7 @@ def export(
     """
     target = target_of(format, to_write=True)
     made, options = settings_of(target, format, config, settings)
+    check_exporters()
     check_modality(model, inputs)
     check_model(model)
     check_dtype(model, target, format)
