@@ -33,7 +33,7 @@ def test_nothing_removed_is_the_plain_model():
     assert difference(found[real], expected[real]) == 0
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_equal_calls_keep_the_same(backend):
     model = zoo.build(NAME, layers=2)
     inputs = encoded(NAME, model, zoo.sizes(NAME)[4])

@@ -29,10 +29,12 @@ def call_of(model: Any, inputs: dict[str, Any], **settings: Any) -> Call:
         raise Recorded
 
     hawk_compile.optimize(model, **{"backend": "eager", **settings})
-    model.__dict__["_hawk_runtime"].prefill.function = record
+    prefill = model.__dict__["_hawk_runtime"].prefill
+    function, prefill.function = prefill.function, record
     try:
         with pytest.raises(Recorded):
             model(**inputs)
     finally:
+        prefill.function = function  # what was compiled is kept for the next time
         hawk_compile.restore(model)
     return calls[0]

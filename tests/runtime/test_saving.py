@@ -90,6 +90,8 @@ def test_the_hub_gets_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model, sent = optimised(head_weights=MEASURED), []
     hub = SimpleNamespace(create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: None)  # else it is asked of the Hub, for as long as that does not answer
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: card)
     monkeypatch.setattr(type(model), "_upload_modified_files", lambda self, folder, *_, **__: sent.extend(
         path.name for path in Path(folder).iterdir()))
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="nobody/nothing")
