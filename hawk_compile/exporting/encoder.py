@@ -30,7 +30,7 @@ from hawk_compile.compat.exporters import own_vision_attention
 from hawk_compile.compat.models import PREPARE_ENCODERS
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
-from hawk_compile.plan.question import is_any
+from hawk_compile.plan.ids import is_any
 from hawk_compile.runtime.overrides import original
 
 IMAGE_SIZES = "image_sizes"

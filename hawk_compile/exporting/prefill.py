@@ -23,8 +23,8 @@ from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_pa
 from hawk_compile.exporting.components import PREFILL, Component, Shape, cache_tensors
 from hawk_compile.kernels.compat import check
 from hawk_compile.kernels.plan.op import slots
+from hawk_compile.plan.ids import SpecialIds, is_any, special_ids
 from hawk_compile.plan.plan import make_plan, on_host
-from hawk_compile.plan.question import SpecialIds, is_any, special_ids
 from hawk_compile.runtime.overrides import original
 from hawk_compile.runtime.positions import deltas_kept
 from hawk_compile.settings.config import HawkConfig

@@ -29,7 +29,7 @@ from hawk_compile.exporting.components import DECODE, PREFILL
 from hawk_compile.exporting.formats import target_of
 from hawk_compile.exporting.manifest import Manifest, Part, chat_of_manifest, config_of
 from hawk_compile.exporting.write import HOST_WEIGHTS
-from hawk_compile.plan.question import SpecialIds
+from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.overrides import overrides_of
 from hawk_compile.runtime.records import Report

@@ -24,7 +24,7 @@ from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
 from hawk_compile.plan.chat import Chat
-from hawk_compile.plan.question import special_ids
+from hawk_compile.plan.ids import special_ids
 from hawk_compile.plan.template import chat_of, chat_of_settings
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model

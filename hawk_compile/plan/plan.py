@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hawk_compile.errors import InputError
 from hawk_compile.plan.chat import ChatFormat
-from hawk_compile.plan.question import Question, SpecialIds, counted, find_question, given_question
+from hawk_compile.plan.given import given_question
+from hawk_compile.plan.ids import SpecialIds
+from hawk_compile.plan.question import Question, counted, find_question
 from hawk_compile.plan.quotas import Quotas
 from hawk_compile.settings.config import HawkConfig
 

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.patches import record_by_thread
 from hawk_compile.errors import HawkError
-from hawk_compile.plan.question import special_ids
+from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.conversation import conversation_of, physical_length

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hawk_compile.errors import InputError
-from hawk_compile.plan.question import SpecialIds, id_lists, mask_of_ids
+from hawk_compile.plan.given import id_lists, mask_of_ids
+from hawk_compile.plan.ids import SpecialIds
 
 QUESTION_ARGUMENTS = ("question_ids", "question_mask")
 

@@ -18,8 +18,9 @@ from hawk_compile.capture.modalities import (
     tokens_of,
 )
 from hawk_compile.capture.patches import install_recorders
+from hawk_compile.plan.chat import ChatFormat
+from hawk_compile.plan.ids import is_any, read_ids
 from hawk_compile.plan.plan import Plan, make_plan, on_host
-from hawk_compile.plan.question import is_any, read_ids
 from hawk_compile.plan.quotas import quotas
 from hawk_compile.runtime.conversation import track
 from hawk_compile.runtime.generation import running
@@ -46,15 +47,19 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         if kwargs.get("output_hidden_states"):
             install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
         inputs = prompt_inputs(model, kwargs, runtime.config.per_image)
-        plan, whole = plan_of(model, runtime, inputs)
-        result, record = run_graph(model, runtime, forward, inputs, plan, rule_of(runtime.config, whole))
+        chat = runtime.learn_chat(model)
+        plan, whole = plan_of(model, runtime, inputs, chat.form)
+        rule = rule_of(runtime.config, whole)
+        result, record = run_graph(model, runtime, forward, inputs, plan, rule, chat.origin)
     runtime.note(record, result)
     if grad:
         refuse_gradients(result)
     return result if inputs.return_dict in (None, True) else result.to_tuple()
 
 
-def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> tuple[Plan, list[str]]:
+def plan_of(
+    model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs, chat: ChatFormat | None
+) -> tuple[Plan, list[str]]:
     """The plan of a call, and the modalities in it that stay whole."""
     config, tokens, generation = runtime.config, inputs.tokens, running.get()
     placeholders = placeholder_ids(model)
@@ -63,7 +68,6 @@ def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> t
     if asked is None and generation is not None and generation.question is not None:
         asked = generation.question.repeated(inputs.rows)
     earlier = 0 if inputs.cache is None else int(inputs.cache.get_seq_length())
-    chat = runtime.learn_chat(model).form
     ids = inputs.arguments.get("input_ids")
     if ids is None:
         # Placeholders first: a token that was added and never trained may have their embedding.
@@ -87,7 +91,8 @@ def plan_of(model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs) -> t
 
 
 def run_graph(
-    model: PreTrainedModel, runtime: Runtime, forward: Callable[..., Any], inputs: PromptInputs, plan: Plan, rule: str
+    model: PreTrainedModel, runtime: Runtime, forward: Callable[..., Any], inputs: PromptInputs, plan: Plan, rule: str,
+    origin: str,
 ) -> tuple[ModelOutput, PrefillRecord]:
     """(the model's output, what the prefill did); keys and values are in the caller's cache."""
     scratch = scratch_cache(inputs.cache)
@@ -102,7 +107,7 @@ def run_graph(
             forward, taken, inputs.past_mask, plan, weights, inputs.along)
     record = PrefillRecord(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
-        runtime.chat.origin)
+        origin)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
     cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
     if cache is not None:

@@ -17,7 +17,7 @@ from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.plan.chat import Chat
-from hawk_compile.plan.question import SpecialIds
+from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.plan.template import chat_of_settings
 from hawk_compile.runtime.compiled import CompiledPrefill, CompiledStep
 from hawk_compile.runtime.conversation import note

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from hawk_compile.plan.question import SpecialIds
+from hawk_compile.plan.ids import SpecialIds
 
 VISUAL = 6
 """Visual tokens of an image."""

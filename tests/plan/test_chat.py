@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.plan.chat import ChatFormat
-from hawk_compile.plan.question import Question, QuestionRule, find_question, read_ids
+from hawk_compile.plan.ids import read_ids
+from hawk_compile.plan.question import Question, find_question
+from hawk_compile.plan.row import QuestionRule
 from hawk_compile.plan.template import chat_of, chat_of_settings, learn
 from hawk_compile.settings.config import HawkConfig
 from tests.plan import formats

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from hawk_compile.errors import InputError
+from hawk_compile.plan.given import mask_of_ids
+from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.plan.plan import make_plan
-from hawk_compile.plan.question import QuerySource, QuestionRule, SpecialIds, find_question, mask_of_ids
+from hawk_compile.plan.question import find_question
+from hawk_compile.plan.row import QuerySource, QuestionRule
 from hawk_compile.settings.config import HawkConfig
 
 VISUAL, VISION_END, TURN, OTHER_TURN, PAD = 4, 7, 3, 1, 0

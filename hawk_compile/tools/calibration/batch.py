@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
 from hawk_compile.capture.modalities import placeholder_ids
-from hawk_compile.plan.question import is_any
+from hawk_compile.plan.ids import is_any
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.calibration.ablation import SCORE, ablated
 from hawk_compile.tools.calibration.likelihood import likelihoods

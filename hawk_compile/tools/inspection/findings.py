@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Gathered as Gathering
 from hawk_compile.passes.site import Located, Selected, read
-from hawk_compile.plan.question import SpecialIds
+from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.settings.config import MODALITIES
 
 

@@ -11,7 +11,7 @@ from hawk_compile.capture.modalities import AUDIO, encodes_audio_itself, takes
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import PRUNING, run_passes
 from hawk_compile.errors import InputError, UnsupportedModelError
-from hawk_compile.plan.question import special_ids
+from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.tools.inspection.findings import Gathered, described, identifiers
