@@ -25,7 +25,7 @@ class VersionError(HawkError, ImportError):
 
 
 class UnsupportedCallError(HawkError, ValueError):
-    """A call of an optimised model that pruning does not support."""
+    """A call that pruning does not support, or that would go on with a pruned conversation without knowing of it."""
 
 
 class InputError(HawkError, ValueError):

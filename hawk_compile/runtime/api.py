@@ -64,7 +64,10 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
 
 
 def restore(model: Model) -> Model:
-    """Undo `optimize`: the model is exactly what it was. A model that was never optimised is returned as it is."""
+    """Undo `optimize`: the model is exactly what it was. A model that was never optimised is returned as it is.
+
+    It refuses to go on with the cache of a conversation that was pruned (`UnsupportedCallError`).
+    """
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
         uninstall(model, runtime.originals)

@@ -10,19 +10,13 @@ from transformers import PreTrainedModel
 from hawk_compile.capture.encode import positions_of
 from hawk_compile.capture.modalities import modalities_of, tokens_of
 from hawk_compile.runtime.asked import take_question
-from hawk_compile.runtime.conversation import (
-    TrackedCache,
-    conversation_of,
-    of_slots,
-    physical_length,
-    physical_mask,
-    track,
-)
+from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.state import Runtime
+from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, track
 
 Forward = Callable[..., Any]
 
@@ -94,9 +88,11 @@ def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     options = None if generation is None else generation.step_options
     if options is None and runtime.config.compile_decode:
         options = {"backend": runtime.config.backend}
-    if options is None or physical_length(kwargs.get("past_key_values")) == 0 or tokens_of(kwargs).shape[1] != 1:
-        return forward(**kwargs)
-    return runtime.step(forward, options).run(kwargs)
+    cache = kwargs.get("past_key_values")
+    with opened(cache):
+        if options is None or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
+            return forward(**kwargs)
+        return runtime.step(forward, options).run(kwargs)
 
 
 def unpruned(runtime: Runtime, kwargs: dict[str, Any]) -> PrefillRecord:

@@ -13,9 +13,10 @@ from hawk_compile.capture.features import image_sizes, join_features
 from hawk_compile.capture.modalities import along_prompt, raw_modalities, read_for_positions, tokens_of
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.asked import AskedQuestion, take_question
-from hawk_compile.runtime.conversation import TrackedCache, physical_length, physical_mask
+from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.positions import deltas_after, deltas_of
 from hawk_compile.runtime.refusals import refuse_two_kinds_of_layer_features
+from hawk_compile.runtime.tracked import TrackedCache, physical_mask
 
 SORTED_OUT = ("mm_encoder_outputs", "past_key_values", "use_cache", "return_dict", "attention_mask")
 """Arguments that are not handed to the model as they were given."""

@@ -28,12 +28,13 @@ from hawk_compile.compat.models import (
 )
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
-from hawk_compile.runtime.conversation import TrackedCache, note, physical_length, physical_mask
+from hawk_compile.runtime.conversation import note, physical_length
 from hawk_compile.runtime.forward import run
 from hawk_compile.runtime.generation import Generation, generating, running
 from hawk_compile.runtime.positions import deltas_of
 from hawk_compile.runtime.saving import write_head_weights
 from hawk_compile.runtime.state import RUNTIME
+from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask
 
 Overrides = dict[str, tuple[nn.Module, types.MethodType]]
 """Name of an attribute -> (the module it is put on, what is put there)."""
@@ -158,7 +159,8 @@ def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = Fals
     if isinstance(cache, TrackedCache):
         kwargs["attention_mask"] = physical_mask(cache, mask, kwargs["inputs_embeds"].shape[1])
     build = getattr(type(self), "create_masks_for_generate", create_masks_for_generate)
-    return build(is_first_iteration=is_first_iteration, **kwargs)
+    with opened(cache):
+        return build(is_first_iteration=is_first_iteration, **kwargs)
 
 
 def compiled_call(self: PreTrainedModel, compile_config: CompileConfig | None) -> Any:

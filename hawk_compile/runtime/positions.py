@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from hawk_compile.runtime.conversation import TrackedCache, conversation_of, physical_length
+from hawk_compile.runtime.conversation import conversation_of, physical_length
+from hawk_compile.runtime.tracked import TrackedCache
 
 LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """Of each model's body: guards its `rope_deltas`."""

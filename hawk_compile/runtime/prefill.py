@@ -22,7 +22,6 @@ from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.ids import is_any, read_ids
 from hawk_compile.plan.plan import Plan, make_plan, on_host
 from hawk_compile.plan.quotas import quotas
-from hawk_compile.runtime.conversation import track
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
 from hawk_compile.runtime.handover import fill_cache, scratch_cache, shrink
@@ -30,6 +29,7 @@ from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import refuse_quotas_of_audio, refuse_unsupported
 from hawk_compile.runtime.state import Runtime
+from hawk_compile.runtime.tracked import opened, track
 from hawk_compile.settings.config import HawkConfig
 
 
@@ -109,7 +109,8 @@ def run_graph(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
         origin)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
-    cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
+    with opened(inputs.cache):
+        cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
     if cache is not None:
         track(cache, keep, valid if plan.filled else None, inputs.past, inputs.length, inputs.deltas)
     if "past_key_values" in result:
