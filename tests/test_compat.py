@@ -109,6 +109,30 @@ def test_backends_errors_and_trees_of_torch_compile() -> None:
     dynamo.mark_static(weights)
 
 
+traced: list[str] = []
+
+
+def note_trace(context: Any) -> None:
+    traced.append(type(context).__name__)
+    if len(traced) == 1:
+        raise KeyboardInterrupt  # no Exception
+
+
+def test_what_is_called_while_dynamo_traces() -> None:
+    """At each trace and at no call; what it raises comes out as it is, and the next call is traced anew."""
+
+    def double(values: torch.Tensor) -> torch.Tensor:
+        dynamo.while_traced(note_trace)
+        return values * 2
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(torch.ones(2))
+    assert [compiled(torch.ones(2)).tolist() for _ in range(2)] == [[2, 2], [2, 2]]
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert traced == ["ComptimeContext"] * 2
+
+
 def test_packages_of_aotinductor() -> None:
     """That they hold what they should is tested by exports; compiling one takes its time."""
     assert parameters(torch._inductor.aoti_compile_and_package)[0] == "exported_program"

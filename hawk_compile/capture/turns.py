@@ -2,77 +2,92 @@
 
 Dynamo's settings are each thread's own (`torch._dynamo.config.patch`), and Dynamo compiles one function at a time. What
 the lock guards is the code of the models, which an export changes for the whole process while it traces: a call that
-has to be captured waits for it. It also lets threads that meet a new structure at once share one compilation. It is let
-go where the graph begins to run, in the very call that captured it.
+has to be captured waits for it. It is let go where the graph begins to run, in the very call that captured it.
+
+Whether a call has to be captured only Dynamo's guards know: of its inputs, but also of autocast, of the weights'
+dtypes, of adapters, of `torch._dynamo.reset`, of code that an export has changed. So every call is begun without the
+lock. Where Dynamo begins to trace, which is before anything has run, the trace is ended at once; the call then takes
+the lock and is begun again. The lock may not be taken in the middle of a trace: Dynamo holds its own there, which an
+export waits for while it holds this one.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from transformers import Cache
+from torch import fx
 
-from hawk_compile.capture.dynamo import capture_lock, capture_settings
+from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
+from hawk_compile.compat.dynamo import while_traced
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
+turn = threading.local()
+"""`taken`: whether this thread's call has the lock, to capture."""
 
-class Turns:
-    """Captures of one function, one structure of its calls after another."""
 
-    def __init__(self) -> None:
-        self.seen: set[Any] = set()
-        self.thread = threading.local()
+class TurnNeeded(BaseException):
+    """Ends a trace in a thread that has not taken its turn. Of an Exception, Dynamo would make an error of its own."""
 
-    @contextlib.contextmanager
-    def taking(self, *arguments: Any) -> Iterator[None]:
-        """Around a call with these arguments; Dynamo's settings are those of a capture inside."""
-        structure = (structure_of(arguments), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if structure not in self.seen:
-            capture_lock.acquire()
-            self.thread.captures = True
+
+def ask_for_turn(context: Any) -> None:
+    if not getattr(turn, "taken", False):
+        raise TurnNeeded
+
+
+def end_turn() -> None:
+    """Let other threads capture, if it is this one's turn."""
+    if getattr(turn, "taken", False):
+        turn.taken = False
+        capture_lock.release()
+
+
+class CompiledInTurns:
+    """A function that Dynamo compiles, one structure of its calls after another.
+
+    Where the graph of a call breaks (only a decode step's may), what lies behind the break is captured without a turn.
+    """
+
+    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
+        """
+        Args:
+            settings: of `torch.compile`. A backend that is wrapped by `ending_turn` lets other threads capture as soon
+                as the graph runs, another one when the call is over.
+        """
+
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            while_traced(ask_for_turn)
+            return function(*args, **kwargs)
+
+        # Dynamo counts, and remembers sizes, by a function's code and its name.
+        code = begun.__code__.replace(co_name=getattr(function, "__name__", type(function).__name__))
+        asking = types.FunctionType(code, begun.__globals__, code.co_name, None, begun.__closure__)
+        self.function = compile_alone(asking, **settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(TurnNeeded):
+            return self.function(*args, **kwargs)
+        capture_lock.acquire()
+        turn.taken = True
         try:
             with capture_settings():
-                yield
-            self.seen.add(structure)
+                return self.function(*args, **kwargs)
         finally:
-            self.end_capture()
-
-    def end_capture(self) -> None:
-        """Let other threads capture, if it is this one's turn."""
-        if getattr(self.thread, "captures", False):
-            self.thread.captures = False
-            capture_lock.release()
-
-    def backend(self, compiler: Compiler) -> Compiler:
-        """A compiler of Dynamo's graphs that end the capture they came from when they begin to run."""
-
-        def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            compiled = compiler(gm, example_inputs)
-
-            def run(*args: Any) -> Any:
-                self.end_capture()
-                return compiled(*args)
-
-            return run
-
-        return compile_graph
+            end_turn()
 
 
-def structure_of(value: Any) -> Any:
-    """What two calls share that one compiled graph serves, as far as it can be seen cheaply.
+def ending_turn(compiler: Compiler) -> Compiler:
+    """A compiler of Dynamo's graphs that end the turn they were captured in when they begin to run."""
 
-    It need not be exact: where it is too coarse, two threads may compile the same; too fine, one waits for another.
-    """
-    if isinstance(value, Tensor):
-        return value.dtype, value.device, tuple(size == 1 for size in value.shape)
-    if isinstance(value, Mapping):
-        return tuple((name, structure_of(part)) for name, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(structure_of(part) for part in value)
-    if isinstance(value, Cache):
-        return type(value), len(value.layers), value.is_initialized
-    return value if isinstance(value, (bool, str)) else type(value)
+    def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        compiled = compiler(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            end_turn()
+            return compiled(*args)
+
+        return run
+
+    return compile_graph

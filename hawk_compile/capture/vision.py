@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture import segments
 from hawk_compile.capture.diagnosis import diagnosed
-from hawk_compile.capture.dynamo import compile_alone
 from hawk_compile.capture.patches import install_recorders
-from hawk_compile.capture.turns import Turns
+from hawk_compile.capture.turns import CompiledInTurns
 from hawk_compile.capture.twin import sharing_copy, snapshot, unchanged, with_children
 from hawk_compile.errors import UnsupportedModelError
 
@@ -85,8 +84,7 @@ class CompiledModule:
         self.module = sharing_copy(original)
         self.eager: Callable[..., Any] = self.module.forward
         self.module.__dict__["forward"] = functools.partial(self.run, inspect.signature(self.eager))
-        self.graph = compile_alone(segments.run, backend=backend, fullgraph=True)
-        self.turns = Turns()
+        self.graph = CompiledInTurns(segments.run, backend=backend, fullgraph=True)
         self.checked = False
 
     def is_of(self, module: nn.Module) -> bool:
@@ -114,7 +112,7 @@ class CompiledModule:
 
     def compiled(self, fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         what = f"compile_vision: the encoder's {self.name}"
-        with self.turns.taking(fixed, tensors), diagnosed(self.module, what, REMEDY):
+        with diagnosed(self.module, what, REMEDY):
             return self.graph(self.eager, fixed, tensors)
 
     def check(self, output: Any, given: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend as lookup_backend  # the compiler of a backend's name
+from torch._dynamo.comptime import comptime
 from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
 from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
@@ -17,6 +18,10 @@ from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the le
 
 mark_static = torch._dynamo.mark_static
 """mark_static(tensor): its sizes are part of every graph that reads it."""
+
+while_traced = comptime
+"""while_traced(function): where Dynamo traces this line, it calls function(context) and puts nothing in the graph;
+elsewhere the line does nothing. The function has no closure."""
 
 
 def dynamo_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.dynamo import compile_alone
 from hawk_compile.capture.prefill import planned_forward
-from hawk_compile.capture.turns import Turns
+from hawk_compile.capture.turns import CompiledInTurns, ending_turn
 from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.insert_scoring import Ranks
@@ -24,8 +23,7 @@ class CompiledPrefill:
         self.config = config
         self.options = options_of(config, ranks=ranks)
         self.compilations = 0
-        self.turns = Turns()
-        self.function = compile_alone(planned_forward, backend=self.turns.backend(self.compile), fullgraph=True)
+        self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compile), fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
@@ -51,8 +49,7 @@ class CompiledPrefill:
             plan.question_mask, plan.budget, head_weights, *slots(plan.length, sum(plan.kept), device), plan.candidates,
             plan.least, image, floor, plan.question_images,
         )  # fmt: skip
-        with self.turns.taking(inputs, past_mask, planned):
-            return self.function(forward, inputs, past_mask, planned, along)
+        return self.function(forward, inputs, past_mask, planned, along)
 
 
 class CompiledStep:
@@ -63,12 +60,10 @@ class CompiledStep:
     """
 
     def __init__(self, forward: Callable[..., Any], options: dict[str, Any]):
-        self.turns = Turns()
         if options.keys() == {"backend"}:
-            options = {"backend": self.turns.backend(inner_compiler(options["backend"]))}
-        self.function = compile_alone(forward, **options)
+            options = {"backend": ending_turn(inner_compiler(options["backend"]))}
+        self.function = CompiledInTurns(forward, **options)
 
     def run(self, inputs: dict[str, Any]) -> Any:
         """The model's output for one token of each row, [B, 1]; fills the cache among the inputs."""
-        with self.turns.taking(inputs):
-            return self.function(**inputs)
+        return self.function(**inputs)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends import registry
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 
 import hawk_compile
+from hawk_compile.capture import turns
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime import compiled
 from tests.runtime.models import fresh, generate, picture, pruned
@@ -71,6 +72,20 @@ def together(*work: Callable[[], Any]) -> list[Any]:
         if isinstance(result, BaseException):
             raise result
     return [results[index] for index in range(len(work))]
+
+
+class AnnouncedLock:
+    """The lock of captures, which tells that a thread has asked for it."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self.lock, self.asked = threading.RLock(), asked
+
+    def acquire(self) -> None:
+        self.asked.set()
+        self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
 
 
 @torch.no_grad()
@@ -159,6 +174,82 @@ def test_a_prefill_runs_while_another_model_is_captured(graphs: Graphs, monkeypa
             done.set()
 
     check(together(meanwhile, lambda: prefill(new, 4)), expected)
+
+
+@contextlib.contextmanager
+def changed_code() -> Iterator[None]:
+    """As an export changes transformers: the same work by another function."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = masking_utils.sdpa_mask
+        patch.setitem(
+            masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa",
+            lambda *args, **kwargs: original(*args, **kwargs),
+        )  # fmt: skip
+        yield
+
+
+def reset(model: Any) -> None:
+    torch._dynamo.reset()
+
+
+def adapted(model: Any) -> None:
+    """A layer replaced by another of the same shape, as adapters do."""
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(torch.nn.Sequential(head))
+
+
+@pytest.mark.parametrize(
+    ("change", "compilations"),
+    [(reset, 1), (adapted, 1), (lambda model: None, 0)],
+    ids=["reset", "adapter", "code"],
+)
+def test_a_known_call_that_is_compiled_anew_waits_for_an_export(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], compilations: int
+) -> None:
+    """A call of a structure that ran before, which Dynamo's guards send to be compiled while an export has changed
+    transformers' code: it waits until the code is as it was, and is then compiled if that is still needed."""
+    model = fresh("llava")
+    prefill(model, 2)
+    asked, exporting = threading.Event(), threading.Event()
+    monkeypatch.setattr(turns, "capture_lock", AnnouncedLock(asked))
+    real, during = compiled.compile_graph, []
+
+    def compile_graph(*args: Any, **options: Any) -> Any:
+        during.append(exporting.is_set())
+        asked.set()  # too late to wait
+        return real(*args, **options)
+
+    monkeypatch.setattr(compiled, "compile_graph", compile_graph)
+    change(model)
+
+    def export() -> None:
+        turns.capture_lock.lock.acquire()
+        with changed_code():
+            exporting.set()
+            assert asked.wait(SECONDS)
+        exporting.clear()
+        turns.capture_lock.release()
+
+    def call() -> Any:
+        assert exporting.wait(SECONDS)
+        return prefill(model, 2)
+
+    _, result = together(export, call)
+    assert during == [False] * compilations
+    check([result], [prefill(model, 2)])
+
+
+def test_what_is_compiled_already_takes_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llava", compile_decode=True)
+    expected = prefill(model, 2)
+    tokens = generate(model, picture("llava", 2), 3).sequences
+
+    def refuse() -> Any:
+        raise AssertionError("a turn was taken")
+
+    monkeypatch.setattr(turns, "capture_settings", refuse)
+    check([prefill(model, 2)], [expected])
+    assert torch.equal(generate(model, picture("llava", 2), 3).sequences, tokens)
 
 
 def test_a_race_for_the_first_call() -> None:
