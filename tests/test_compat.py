@@ -181,7 +181,8 @@ def test_what_recorders_of_hidden_states_ask(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(output_capturing, "is_torchdynamo_compiling", output_capturing.is_torchdynamo_compiling)
     collector = output_capturing.CompileableContextVar("tried")
     for captured in (True, False):
-        models.let_recorders_ask(lambda answer=captured: answer)
+        asked_now = output_capturing.is_torchdynamo_compiling
+        assert models.let_recorders_ask(lambda answer=captured: answer) is asked_now
         token = collector.set({"hidden_states": []})
         assert (collector.global_var is not None) == captured
         collector.reset(token)

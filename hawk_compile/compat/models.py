@@ -67,10 +67,12 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
-def let_recorders_ask(is_captured: Callable[[], bool]) -> None:
+def let_recorders_ask(is_captured: Callable[[], bool]) -> Callable[[], bool]:
     """What the recorders of hidden states ask whether the code that runs is captured; then they record in one place of
-    the process, else in one of each thread."""
+    the process, else in one of each thread. Returns what they asked before."""
+    before: Callable[[], bool] = output_capturing.is_torchdynamo_compiling
     output_capturing.is_torchdynamo_compiling = is_captured
+    return before
 
 
 def compile_settings_of(model: PreTrainedModel) -> Any:

@@ -5,6 +5,7 @@ its encoder are then the exported components. What models do between them in Pyt
 their own code, and what surrounds a pruned prefill (lengths, masks, caches) is that of an optimised model.
 """
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -122,8 +123,16 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
     if HOST_WEIGHTS in manifest.files:
         for name, value in load_file(folder / HOST_WEIGHTS).items():
             setattr(model.base_model, name, nn.Parameter(value.to(device), requires_grad=False))
-    model.__class__ = type(type(model).__name__, (type(model),), {"device": device})
+    kind: Any = type(model)
+    model.__class__ = without_weights(kind, device)
     return model
+
+
+@functools.cache
+def without_weights(kind: type[PreTrainedModel], device: torch.device) -> type[PreTrainedModel]:
+    """A class whose models are on a device by what they say: they have no weight there. One for all folders, since
+    what an optimised model shadows is made for a class and kept."""
+    return type(kind.__name__, (kind,), {"device": device})
 
 
 def checked(part: Part, session: Session, device: torch.device) -> Session:

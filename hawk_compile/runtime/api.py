@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.patches import record_by_thread
+from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
@@ -47,7 +47,6 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
-    record_by_thread()
     originals, replaced = install(model, {} if earlier is None else earlier.originals)
     if replaced:
         warnings.warn(
@@ -59,7 +58,10 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     for compiled in (put_aside.pop(model, None), earlier):
         if compiled is not None:
             runtime.take_compiled(compiled)
+    recorded_by_thread.begin(runtime)
     model.__dict__[RUNTIME] = runtime
+    if earlier is not None:
+        recorded_by_thread.end(earlier)
     return model
 
 
@@ -72,6 +74,7 @@ def restore(model: Model) -> Model:
     if runtime is not None:
         uninstall(model, runtime.originals)
         runtime.put_aside(model)
+        recorded_by_thread.end(runtime)
     return model
 
 

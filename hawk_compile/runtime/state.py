@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
@@ -63,7 +64,9 @@ class Runtime:
         self.weights_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
-        return Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
+        copied = Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
+        recorded_by_thread.begin(copied)
+        return copied
 
     @property
     def config(self) -> HawkConfig:

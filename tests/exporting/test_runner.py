@@ -17,6 +17,7 @@ import hawk_compile
 from hawk_compile import selectors
 from hawk_compile.errors import ConfigError, InputError, UnsupportedCallError
 from hawk_compile.exporting.check import compare
+from hawk_compile.runtime import overrides
 from tests import zoo
 
 NAME = "llava"
@@ -63,6 +64,14 @@ def test_settings_are_those_of_the_export(folder: Path) -> None:
     assert {(each.method, each.used_normalization, each.used_query) for each in seen} == {
         (selectors.QAPruner(bits=3), "minmax", "last")
     }
+
+
+def test_a_folder_that_is_loaded_again_leaves_no_class_behind(folder: Path) -> None:
+    """What an optimised model shadows is made for a class and kept for ever."""
+    kinds = [type(hawk_compile.load(folder).model) for _ in range(2)]
+    kept = overrides.forward_of.cache_info().currsize
+    kinds.append(type(hawk_compile.load(folder).model))
+    assert len({*kinds}) == 1 and overrides.forward_of.cache_info().currsize == kept
 
 
 def test_a_selector_of_ones_own_is_not_needed_to_run(folder: Path, tmp_path: Path) -> None:

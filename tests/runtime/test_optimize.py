@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import types
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import output_capturing
 
 import hawk_compile
+from hawk_compile.capture import patches
 from hawk_compile.errors import ConfigError, HawkError
+from hawk_compile.runtime import api
+from hawk_compile.runtime import state as state_of_models
 from tests import zoo
 from tests.runtime.models import fresh, generate, picture, plain, pruned
 
@@ -106,6 +111,51 @@ def test_deep_copy_is_independent(name: str) -> None:
     assert {*state(twin)} == {*state(model)}
     assert "forward" not in twin.__dict__
     assert twin(**picture(name)).logits.shape[1] == picture(name)["input_ids"].shape[1]
+
+
+def test_transformers_is_as_it_was_once_nothing_is_optimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What optimize changes of transformers for the process lies there while a model needs it: one that got other
+    settings, a copy, until it is restored or collected."""
+
+    def unchanged() -> bool:
+        return False
+
+    monkeypatch.setattr(output_capturing, "is_torchdynamo_compiling", unchanged)
+    users = patches.RecordedByThread()  # of none of the models that other tests hold
+    for module in (api, state_of_models):
+        monkeypatch.setattr(module, "recorded_by_thread", users)
+
+    def changed() -> bool:
+        return output_capturing.is_torchdynamo_compiling is not unchanged
+
+    first, second = fresh("llava"), fresh("llava")
+    hawk_compile.optimize(first, ratio=0.25, backend="eager")
+    hawk_compile.restore(second)
+    assert changed()
+    twin = copy.deepcopy(first)
+    hawk_compile.restore(first)
+    assert changed()
+    hawk_compile.restore(twin)
+    assert not changed()
+    hawk_compile.optimize(first, ratio=0.5, backend="eager")
+    assert changed()
+    del first
+    gc.collect()
+    assert not changed()
+
+
+def test_what_others_changed_of_transformers_since_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_capturing, "is_torchdynamo_compiling", lambda: False)
+    users = patches.RecordedByThread()
+    monkeypatch.setattr(api, "recorded_by_thread", users)
+    model = fresh("llava")
+
+    def theirs() -> bool:
+        return True
+
+    output_capturing.is_torchdynamo_compiling = theirs
+    hawk_compile.restore(model)
+    assert output_capturing.is_torchdynamo_compiling is theirs
 
 
 def test_save_pretrained(tmp_path: Path) -> None:
