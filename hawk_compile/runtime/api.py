@@ -120,7 +120,10 @@ def report(source: Any) -> Report:
 def last_of(model: nn.Module) -> PrefillRecord:
     runtime = model.__dict__.get(RUNTIME)
     if runtime is None or not isinstance(model, PreTrainedModel):
-        raise HawkError("report needs an optimised model: call hawk_compile.optimize first")
+        raise HawkError(
+            "report needs an optimised model: call hawk_compile.optimize first; of a prefill in a `pruned` block, ask "
+            "inside the block, or ask the output"
+        )
     replaced = replaced_overrides(model)
     if "forward" in replaced:
         there = model.__dict__.get("forward", type(model).forward)
@@ -134,7 +137,10 @@ def last_of(model: nn.Module) -> PrefillRecord:
             "needs: call optimize again"
         )
     if runtime.last is None:
-        raise HawkError("the model has run no prefill yet: call generate or forward first")
+        raise HawkError(
+            "the model has run no prefill by these settings yet: call generate or forward first; of a prefill in a "
+            "`pruned` block, ask inside the block, or ask the output"
+        )
     return runtime.last
 
 

@@ -174,7 +174,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
 def test_report_before_any_prefill() -> None:
     with pytest.raises(HawkError, match=r"call hawk_compile\.optimize first"):
         hawk_compile.report(zoo.build("llava", layers=2))
-    with pytest.raises(HawkError, match="the model has run no prefill yet"):
+    with pytest.raises(HawkError, match="the model has run no prefill by these settings yet"):
         hawk_compile.report(fresh("llava"))
 
 
