@@ -10,7 +10,6 @@ import importlib.metadata
 import shlex
 import shutil
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ import onnx
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hawk_compile
 from hawk_compile.capture.segments import SortedByScatter
@@ -30,32 +28,17 @@ from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.manifest import Manifest
 from hawk_compile.exporting.parts import write_part
 from hawk_compile.exporting.settings import settings_of
-from hawk_compile.tools.demo.scenes import make_scene
+from tests.exporting import demo
 
-DEMO = Path(str(resources.files("hawk_compile"))) / "tools" / "demo" / "model"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 LONG = {"batch": (1, 1, 2), "prompt": (64, 256, 4096), "visual": (64, 160, 4096), "images": (1, 1, 2)}
 SHORT = {"prompt": (64, 256, 1024)}
 PARTS = ("visual", "prefill", "decode")
 
 
-def demo(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The demo model, cut to an encoder layer of each kind and one decoder layer, and a picture of 12 x 13 tokens."""
-    model = AutoModelForImageTextToText.from_pretrained(DEMO, local_files_only=True, dtype=dtype).eval()
-    text, visual = model.config.get_text_config(), model.base_model.visual
-    text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
-    del model.base_model.language_model.layers[1:], visual.blocks[0]
-    visual.fullatt_block_indexes = [1]
-    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
-    scene = make_scene("test", 3, (336, 364))
-    content = [{"type": "image"}, {"type": "text", "text": scene.questions[0].text}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return model, dict(processor(text=[text], images=[[scene.pil()]], return_tensors="pt"))
-
-
 def export(folder: Path, dtype: torch.dtype, **settings: Any) -> tuple[Manifest, list[str]]:
     """The manifest, and every warning or error of TensorRT on the way, harmless or not."""
-    model, inputs = demo(dtype)
+    model, inputs = demo.cut(dtype), demo.batch([(336, 364)])
     seen: list[str] = []
     build = tensorrt.build
 
@@ -149,7 +132,7 @@ def test_every_component_in_half_precision(half: SimpleNamespace) -> None:
 @pytest.mark.slow
 def test_the_prefill_in_bfloat16(tmp_path: Path) -> None:
     """And prompts that TensorRT can sort: one TopK over the row, and none elsewhere."""
-    model, inputs = demo(torch.bfloat16)
+    model, inputs = demo.cut(torch.bfloat16), demo.batch([(336, 364)])
     options = tensorrt.options({"sizes": SHORT, "compute_capabilities": ["8.9"]})
     weights = torch.full((model.config.get_text_config().num_attention_heads,), 0.125)
     config = hawk_compile.HawkConfig(ratio=0.8)
@@ -191,7 +174,7 @@ def test_the_graphs_answer_as_pytorch(half: SimpleNamespace, tmp_path: Path) -> 
         for name, part in half.manifest.parts.items()
     }
     dataclasses.replace(half.manifest, format="onnx", parts=parts).write(folder)
-    model, inputs = demo(torch.float16)
+    model, inputs = demo.cut(torch.float16), demo.batch([(336, 364)])
     runner = hawk_compile.load(folder)
     settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     found = runner.generate(**inputs, **settings)

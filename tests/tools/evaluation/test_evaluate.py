@@ -29,10 +29,10 @@ def found():
     model = hawk_compile.optimize(demo.model(), ratio=0.3, backend="eager")
     seen = []
     result = evaluate(
-        model, demo.processor(), "demo:tune", ratios=RATIOS, selectors=("hawk", "random", "divprune"), limit=24,
+        model, demo.processor(), "demo:tune", ratios=RATIOS, selectors=("hawk", "random", "divprune"), limit=14,
         batch=7, backend="eager", max_new_tokens=2, progress=seen.append,
     )  # fmt: skip
-    assert seen[-1] == hawk_compile.Progress(7 * 24, 7 * 24)
+    assert seen[-1] == hawk_compile.Progress(7 * 14, 7 * 14)
     assert model.__dict__["_hawk_runtime"].config.ratio == 0.3  # as it was
     hawk_compile.restore(model)
     return result
@@ -77,7 +77,7 @@ def test_controls_of_the_demo(found):
 
 def test_the_table(found):
     text = markdown(found)
-    assert "24 questions of demo:tune, exact_match" in text and "| removed | method |" in text
+    assert "14 questions of demo:tune, exact_match" in text and "| removed | method |" in text
     assert len(text.strip().splitlines()) == 2 + 2 + 1 + 6
     first, *others = lines(found)
     assert first.row is found.unpruned and first.gap is None
