@@ -9,62 +9,15 @@ from torch import SymInt
 
 from hawk_compile.compile.pipeline import PassOptions, run_passes
 from hawk_compile.errors import GraphError, ShapeError
-from hawk_compile.passes.functionalize_writes import functionalize_writes
 from hawk_compile.passes.gather_by_shape import gather_by_shape
-from hawk_compile.passes.graph import ancestors, expr, is_call, same, value
-from hawk_compile.passes.insert_budget import insert_budget
-from hawk_compile.passes.insert_quotas import insert_quotas
-from hawk_compile.passes.insert_ranking import insert_ranking
-from hawk_compile.passes.insert_scoring import insert_scoring
+from hawk_compile.passes.graph import expr, is_call, same, value
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
-from hawk_compile.passes.replace_masked_add import replace_masked_add
-from hawk_compile.passes.site import (
-    Budgeted,
-    Gathered,
-    Located,
-    Ordered,
-    Ranked,
-    Scored,
-    Selected,
-    Split,
-    read,
-)
+from hawk_compile.passes.site import Budgeted, Gathered, Located, Split, read
 from hawk_compile.passes.split_at_merge import split_at_merge
 from tests.passes import graphs
-
-PASSES = (
-    functionalize_writes,
-    locate_prefill,
-    replace_masked_add,
-    split_at_merge,
-    insert_scoring,
-    insert_budget,
-    insert_ranking,
-    insert_quotas,
-    insert_selection,
-    gather_by_shape,
-    refresh_values,
-)
-
-
-def after(last, model=None, inputs=None, kept=2):
-    """The planned graph after the passes up to `last`."""
-    if model is None and inputs is None:
-        gm = graphs.of_a_decoder(kept)
-    else:
-        inputs = inputs or graphs.prompt()
-        gm = graphs.captured(graphs.planned(model or graphs.Decoder()), inputs, graphs.plan_of(inputs, kept))
-    for each in PASSES[: PASSES.index(last) + 1]:
-        gm = each(gm, [])
-        gm.graph.lint()
-    gm.recompile()
-    return gm
-
-
-def names(gm):
-    return [getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes]
+from tests.passes.sequence import PASSES, after
 
 
 def test_a_pass_that_runs_too_early_names_what_is_missing():
@@ -129,116 +82,6 @@ def plain(name):
 
 def name_of(node, named):
     return next((name for name in named if node.name == f"l_{name}_" or node.name.endswith(f"_{name}_")), None)
-
-
-def test_scoring_inserts_the_folded_operator_and_leaves_the_decoder_alone():
-    before, gm = after(split_at_merge), after(insert_scoring)
-    assert names(gm).count("score_folded.default") == 1 and "score_projected.default" not in names(gm)
-    assert names(gm).count("layer_norm") == names(before).count("layer_norm") + 1
-    assert read(gm, Scored).scores not in ancestors(read(gm, Located).attention)
-
-
-def test_scoring_is_projected_behind_a_norm():
-    gm = after(insert_scoring, graphs.Decoder(qk_norm=True))
-    assert names(gm).count("score_projected.default") == 1 and "score_folded.default" not in names(gm)
-
-
-def test_scoring_refuses_head_weights_of_another_length():
-    inputs = graphs.prompt()
-    plan = list(graphs.plan_of(inputs, 2))
-    plan[2] = torch.ones(3) / 3
-    torch._dynamo.mark_static(plan[2])
-    gm = graphs.captured(graphs.planned(graphs.Decoder()), inputs, tuple(plan))
-    split_at_merge(locate_prefill(gm, []), [])
-    with pytest.raises(GraphError, match="query heads"):
-        insert_scoring(gm, [])
-
-
-def with_more_in_the_plan(last, least=None, image=None, floor=None, mass=None):
-    """The graph after the passes up to `last`, its plan with bounds or with floors for images."""
-    inputs = graphs.prompt()
-    plan = (*graphs.plan_of(inputs, 4), None, least, image, floor)  # None: all that is merged may be removed
-    gm = graphs.captured(graphs.planned(graphs.Decoder()), inputs, plan)
-    for each in PASSES[: PASSES.index(last) + 1]:
-        gm = each(gm, [], mass=mass) if each is insert_budget else each(gm, [])
-        gm.graph.lint()
-    return gm
-
-
-def test_quotas_order_what_is_selected_and_leave_the_scores_to_the_caller():
-    ids = graphs.prompt()[0]
-    image = torch.where(ids >= graphs.IMAGE - 1, 0, -1)
-    gm = with_more_in_the_plan(insert_selection, image=image, floor=(image == 0) * 2)
-    assert names(gm).count("guaranteed_first") == 1
-    select = next(node for node in gm.graph.nodes if node.target is torch.ops.hawk.select.default)
-    assert select.args[0] is read(gm, Ordered).ranks
-    assert read(gm, Ranked).scores in list(gm.graph.nodes)[-1].args[0]
-    before = list(gm.graph.nodes)
-    assert list(insert_quotas(gm, []).graph.nodes) == before
-
-
-def test_without_floors_nothing_is_ordered():
-    gm = after(insert_quotas)
-    assert "guaranteed_first" not in names(gm) and read(gm, Ordered).ranks is read(gm, Ranked).scores
-
-
-def test_a_budget_by_mass_makes_sizes_of_its_own():
-    gm = with_more_in_the_plan(refresh_values, least=torch.ones(1, dtype=torch.int64), mass=0.5)
-    assert names(gm).count("tokens_for_mass") == 1
-    length = value(read(gm, Budgeted).kept_length)
-    assert isinstance(length, SymInt) and not same(length, read(gm, Located).length)
-    assert same(value(read(gm, Selected).keep).shape[1], length)
-
-
-def test_selection_answers_the_plan():
-    gm = after(insert_selection)
-    assert not any(is_call(node, "plan") for node in gm.graph.nodes) and names(gm).count("select.default") == 1
-    outputs = list(gm.graph.nodes)[-1].args[0]
-    assert {read(gm, Selected).keep, read(gm, Selected).valid, read(gm, Ranked).scores} <= set(outputs)
-
-
-def test_a_budget_without_plan_is_an_expression_of_the_graphs_own_sizes():
-    from fractions import Fraction
-
-    gm = graphs.captured(graphs.Decoder(), *graphs.prompt())
-    for each in PASSES[: PASSES.index(insert_budget)]:
-        gm = each(gm, [])
-    insert_budget(gm, [], removed=Fraction(3, 5))
-    kept = expr(value(read(gm, Budgeted).kept_length))
-    symbols = {str(symbol) for symbol in kept.free_symbols}
-    assert {str(expr(read(gm, Located).length)), str(expr(read(gm, Located).visual[0]))} <= symbols
-
-
-def widths(embeddings, visual_mask):
-    return embeddings.norm(dim=2).masked_fill(~visual_mask, 0)
-
-
-def test_a_ranking_takes_the_place_of_the_scores():
-    gm = after(insert_budget)
-    scored = read(gm, Scored).scores
-    gm = insert_ranking(gm, [], ranking=widths)
-    gm.graph.lint()
-    assert read(gm, Ranked).scores is not scored and "score_folded.default" not in names(gm) and "widths" in names(gm)
-    assert value(read(gm, Ranked).scores).dtype == torch.float32
-    assert read(gm, Scored).visual_mask in gm.graph.nodes and read(gm, Scored).token_mask in gm.graph.nodes
-    before = gm.graph.python_code("self").src
-    assert insert_ranking(gm, [], ranking=widths).graph.python_code("self").src == before
-
-
-def test_a_ranking_that_reads_the_scores_keeps_them():
-    gm = insert_ranking(after(insert_budget), [], ranking=lambda scores, factor: scores * factor,
-                        ranking_options=(("factor", 2.0),))  # fmt: skip
-    assert "score_folded.default" in names(gm)
-
-
-@pytest.mark.parametrize(("ranking", "message"), [
-    (lambda pixels: pixels, "reads pixels; there are scores, embeddings"),
-    (lambda scores: scores.nonzero(), "must return a float tensor"),
-    (lambda scores: scores[:, :1000].view(3, 7), "cannot be traced with symbolic sizes"),
-])  # fmt: skip
-def test_rankings_that_cannot_be_inserted(ranking, message):
-    with pytest.raises(GraphError, match=message):
-        insert_ranking(after(insert_budget), [], ranking=ranking)
 
 
 def test_gather_lets_attention_run_at_the_pruned_length():
