@@ -8,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +97,45 @@ def test_two_processes_give_the_bytes_of_one(tmp_path):
     wanted = (tmp_path / "one.json").read_bytes()
     for name in ("0", "1", "cut0", "cut1", "killed"):
         assert (tmp_path / f"{name}.json").read_bytes() == wanted, name
+
+
+def test_two_members_tell_one_another(monkeypatch):
+    """As processes do, but two threads that meet where accelerate would gather: texts of unequal length, failures."""
+    met, parts, here = threading.Barrier(2, timeout=60), [None, None], threading.local()
+
+    def gather(part):
+        parts[here.number] = part
+        met.wait()
+        whole = torch.cat(parts)
+        met.wait()
+        return whole
+
+    def state(cpu):
+        assert cpu
+        return SimpleNamespace(num_processes=2, process_index=here.number, device=torch.device("cpu"))
+
+    def fail():
+        raise RuntimeError("out of luck")
+
+    def member(number):
+        here.number = number
+        own = Processes(torch.device("cpu"))
+        assert (own.count, own.number, own.main) == (2, number, number == 0)
+        assert own.share({"a": [0.1] * (1 + 5 * number), "b": "\u00e9"}) == [
+            {"a": [0.1], "b": "\u00e9"}, {"a": [0.1] * 6, "b": "\u00e9"}
+        ]  # fmt: skip
+        assert own.each(lambda: 10 + number) == [10, 11]
+        kind, match = [(InputError, r"^process 1 .*RuntimeError: out of luck"), (RuntimeError, "^out of luck")][number]
+        with pytest.raises(kind, match=match):
+            own.each(fail if number == 1 else lambda: 1)
+        return True
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    monkeypatch.setattr("accelerate.utils.gather", gather)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(member, range(2)))
 
 
 def test_without_accelerate(monkeypatch):
