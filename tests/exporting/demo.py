@@ -59,11 +59,11 @@ def batch(*rows: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
 
 
 def answer(model: Any, scene: Scene, question: str) -> str:
-    """What a model says of a scene, as greedy generation ends by itself."""
+    """What a model says of a scene, 8 tokens at most."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor().apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor()(text=[text], images=[[scene.pil()]], return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return processor().decode(ids, skip_special_tokens=True).strip()
 
 

@@ -36,6 +36,10 @@ class Exported(NamedTuple):
     runner: hawk_compile.Runner
     model: Any
 
+    @property
+    def whole(self) -> bool:
+        return self.checkpoint == Path(demo.FOLDER)
+
 
 @pytest.fixture(scope="module", params=["cut", pytest.param("whole", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
@@ -131,7 +135,7 @@ def test_prefill_and_decode_share_their_weights(exported: Exported) -> None:
     folder, decode = exported.folder, exported.runner.manifest.parts["decode"]
     assert "prefill.onnx.data" in decode.sha256
     own = (folder / "decode.onnx.data").stat().st_size
-    assert own < 0.1 * (folder / "prefill.onnx.data").stat().st_size
+    assert own < (0.1 if exported.whole else 0.15) * (folder / "prefill.onnx.data").stat().st_size
 
 
 def test_what_the_command_line_prints(exported: Exported, tmp_path: Path) -> None:
@@ -142,11 +146,12 @@ def test_what_the_command_line_prints(exported: Exported, tmp_path: Path) -> Non
     scene = make_scene("test", 5, (336, 364))
     scene.pil().save(tmp_path / "scene.png")
     asked = scene.questions[0]
-    called = command("run", exported.folder, asked.text, "--image", tmp_path / "scene.png", "--ratio", 0.5)
+    called = command("run", exported.folder, asked.text, "--image", tmp_path / "scene.png", "--ratio", 0.5,
+                     "--tokens", 8)  # fmt: skip
     assert called.exit_code == 0, called.output
     answer, facts = called.stdout.strip().splitlines()
     assert answer == demo.answer(hawk_compile.optimize(exported.model, ratio=0.5, backend="eager"), scene, asked.text)
-    assert exported.checkpoint != Path(demo.FOLDER) or answer == asked.answer
+    assert not exported.whole or answer == asked.answer
     assert "ratio=0.5 removes 78 of 156 visual tokens" in facts
     unread = command("run", exported.folder, asked.text, "--image", tmp_path / "none.png")
     assert unread.exit_code == 2 and unread.stderr.startswith("error: image must be a picture")
@@ -167,7 +172,7 @@ def test_the_manifest_says_what_was_exported(exported: Exported) -> None:
 
 
 def test_int8_weights(exported: Exported, tmp_path: Path) -> None:
-    """A third of the decoder's bytes; the answers of most prompts stay."""
+    """A third of the decoder's bytes, or a little more of one layer's; the answers of most prompts stay."""
     folder = tmp_path / "int8"
     shutil.copytree(exported.folder, folder)
     parts = dict(exported.runner.manifest.parts)
@@ -186,4 +191,4 @@ def test_int8_weights(exported: Exported, tmp_path: Path) -> None:
     assert found.same_ids >= 0.9 * found.rows, found
     held = sum((folder / name).stat().st_size for name in manifest.parts["decode"].sha256 if name.endswith(".data"))
     parameters = sum(each.numel() for name, each in exported.model.named_parameters() if "visual" not in name)
-    assert held < 4 * parameters / 3
+    assert held < 4 * parameters * (1 / 3 if exported.whole else 0.4)
