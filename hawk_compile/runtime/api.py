@@ -60,8 +60,6 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
             runtime.take_compiled(compiled)
     recorded_by_thread.begin(runtime)
     model.__dict__[RUNTIME] = runtime
-    if earlier is not None:
-        recorded_by_thread.end(earlier)
     return model
 
 
