@@ -13,13 +13,7 @@ from hawk_compile.exporting.manifest import FILE_NAME
 @contextlib.contextmanager
 def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder that takes the place of `path` at the end, and leaves nothing behind if that is not reached."""
-    if path.exists() and not (overwrite and (path / FILE_NAME).is_file()):
-        remedy = (
-            "it holds no earlier export that could be overwritten, so give another folder"
-            if overwrite
-            else "give another folder, or overwrite=True for an earlier export"
-        )
-        raise InputError(f"path must be a folder that does not exist yet, got {path}: {remedy}")
+    check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -35,6 +29,17 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
         raise ExportError(f"{path} could not be written ({error}): nothing of this export is left") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(path: Path, overwrite: bool, argument: str = "path", switch: str = "overwrite=True") -> None:
+    """Raises InputError where something is in the way, in the words of Python or, if given, of the command line."""
+    if path.exists() and not (overwrite and (path / FILE_NAME).is_file()):
+        remedy = (
+            "it holds no earlier export that could be overwritten, so give another folder"
+            if overwrite
+            else f"give another folder, or {switch} for an earlier export"
+        )
+        raise InputError(f"{argument} must be a folder that does not exist yet, got {path}: {remedy}")
 
 
 def put_in_place(folder: Path, path: Path) -> None:

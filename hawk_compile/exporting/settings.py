@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.settings.closest import meant
 from hawk_compile.settings.config import HawkConfig, make_config
 
 TAKEN = (
@@ -26,7 +27,8 @@ def settings_of(
     others = {name: given for name, given in settings.items() if name not in known}
     if unknown := sorted(others.keys() - {field.name for field in fields(HawkConfig)}):
         raise ConfigError(
-            f"unknown setting {', '.join(unknown)} of format={format!r}; its settings are {', '.join((*TAKEN, *known))}"
+            f"unknown setting {', '.join(unknown)} of format={format!r}; its settings are "
+            f"{', '.join((*TAKEN, *known))}{meant(unknown[0], (*TAKEN, *known))}"
         )
     made = make_config(config, others)
     check_taken(made)

@@ -57,5 +57,11 @@ def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
         )
     parts = [part for part, module in model.named_children() if isinstance(module, PreTrainedModel)
              and any(takes(module, each) for each in MODALITIES)]
-    remedy = f"; its part model.{parts[0]} has: give that" if parts else ""
-    raise UnsupportedModelError(f"{name} takes no images, videos or audio, so it has no visual tokens to prune{remedy}")
+    remedy = (
+        f"its part model.{parts[0]} has: give that"
+        if parts
+        else "give a model that takes images, such as AutoModelForImageTextToText.from_pretrained returns"
+    )
+    raise UnsupportedModelError(
+        f"{name} takes no images, videos or audio, so it has no visual tokens to prune; {remedy}"
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.encode import positions_of
-from hawk_compile.capture.modalities import modalities_of, tokens_of
+from hawk_compile.capture.modalities import modalities_of, placeholders_by_modality, takes, tokens_of
 from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.generation import running
@@ -17,6 +17,7 @@ from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.state import Runtime
 from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, track
+from hawk_compile.settings.config import MODALITIES
 
 Forward = Callable[..., Any]
 
@@ -58,7 +59,7 @@ def by_slots(cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """The first prompt of a conversation, without features to prune: it runs whole, and the report says so."""
-    record = unpruned(runtime, kwargs)
+    record = unpruned(model, runtime, kwargs)
     if not hasattr(model.base_model, "rope_deltas"):
         result = step(runtime, forward, kwargs)
         runtime.note(record, result, kwargs.get("past_key_values"))
@@ -95,7 +96,7 @@ def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
         return runtime.step(forward, options).run(kwargs)
 
 
-def unpruned(runtime: Runtime, kwargs: dict[str, Any]) -> PrefillRecord:
+def unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -> PrefillRecord:
     """A record that says why a prefill was not pruned."""
     tokens = tokens_of(kwargs)
     rows, length = tokens.shape[:2]
@@ -104,7 +105,17 @@ def unpruned(runtime: Runtime, kwargs: dict[str, Any]) -> PrefillRecord:
         reason = f"the prompt has {' and '.join(present)} only, which is not among modalities={asked}"
     elif kwargs.get("input_ids") is None:
         reason = "inputs_embeds without visual features: if images are merged into them, they cannot be told from text"
+    elif awaited := awaited_features(model, kwargs["input_ids"]):
+        kinds = " and ".join(awaited)
+        reason = f"the prompt holds placeholders of {kinds} tokens, but no {kinds} was given with it"
     else:
         reason = "the prompt has no visual features"
     nothing = [0] * rows
     return PrefillRecord(nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length)
+
+
+def awaited_features(model: PreTrainedModel, input_ids: Tensor) -> list[str]:
+    """The modalities whose placeholders stand in a prompt [B, S]."""
+    present = set(input_ids.unique().tolist())
+    ids = placeholders_by_modality(model, [modality for modality in MODALITIES if takes(model, modality)])
+    return [modality for modality, number in ids.items() if number in present]

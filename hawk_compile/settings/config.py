@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from hawk_compile.errors import ConfigError
-from hawk_compile.settings.budgets import Adaptive
+from hawk_compile.settings.budgets import Adaptive, is_number
+from hawk_compile.settings.closest import meant
 from hawk_compile.settings.selector import RankingFunction, Selector
 from hawk_compile.settings.selectors import selector_of, warn_of_old_spelling, with_options
 
@@ -149,13 +150,13 @@ class HawkConfig:
         return max(1, math.ceil(count * (1 - self.removed))) if count else 0
 
 
-def check_ratio(ratio: Any) -> None:
-    rule = "ratio is the fraction of visual tokens removed and must be a number in [0, 1)"
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise ConfigError(f"{rule}, got {ratio!r}")
-    if not 0 <= ratio < 1:
-        hint = f"; to remove {ratio:g} %, give {ratio / 100:g}" if 1 < ratio < 100 else ""
-        raise ConfigError(f"{rule}, got {ratio!r}{hint}")
+def check_ratio(ratio: Any, argument: str = "ratio is the fraction") -> None:
+    rule = f"{argument} of visual tokens removed and must be a number in [0, 1)"
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not number or not 0 <= ratio < 1:
+        percent = number and 1 < ratio < 100
+        remedy = f"to remove {ratio:g} %, give {ratio / 100:g}" if percent else "give a number such as 0.8"
+        raise ConfigError(f"{rule}, got {ratio!r}; {remedy}")
 
 
 def check_budget(config: HawkConfig) -> None:
@@ -224,7 +225,7 @@ def check_ids(name: str, value: Any, several: bool) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{meant(value, choices)}")
 
 
 def check_at_least_1(name: str, value: Any) -> None:
@@ -235,7 +236,10 @@ def check_at_least_1(name: str, value: Any) -> None:
 def make_config(config: HawkConfig | None, options: dict[str, Any]) -> HawkConfig:
     """A config from a ready one or from single settings, refusing both at once and names that do not exist."""
     if config is not None and not isinstance(config, HawkConfig):
-        raise ConfigError(f"config must be a HawkConfig, got {type(config).__name__}; give single settings by name")
+        example = f"ratio={config!r}" if is_number(config) else "ratio=0.8"
+        raise ConfigError(
+            f"config must be a HawkConfig, got {type(config).__name__}; give single settings by name, as {example}"
+        )
     if config is not None and options:
         raise ConfigError(f"give either a config or single settings, got a config and {', '.join(sorted(options))}")
     check_names(options)
@@ -257,11 +261,13 @@ def make_config_of_ratios(config: HawkConfig | None, settings: dict[str, Any], r
     if not ratios:
         raise ConfigError("ratios must hold at least one fraction in [0, 1), got none")
     for ratio in ratios:
-        check_ratio(ratio)
+        check_ratio(ratio, "each of ratios is the fraction")
     return make_config(config, settings)
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
     names = [setting.name for setting in fields(HawkConfig)]
     if unknown := sorted(set(settings) - set(names)):
-        raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}")
+        raise ConfigError(
+            f"unknown setting {', '.join(unknown)}; the settings are {', '.join(names)}{meant(unknown[0], names)}"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.passes.insert_ranking import FORMER_NAMES
+from hawk_compile.settings.closest import meant
 
 RankingFunction = Callable[..., Tensor]
 BOUNDS = "bounds"
@@ -86,4 +87,4 @@ def check_option_names(argument: str, options: Any, known: Mapping[str, Any], se
     for name in options:
         if name not in known:
             there_are = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise ConfigError(f'{argument} names {name!r} for selector "{selector}"; {there_are}')
+            raise ConfigError(f'{argument} names {name!r} for selector "{selector}"; {there_are}{meant(name, known)}')

@@ -14,6 +14,7 @@ from typing import Any
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.passes.insert_ranking import FORMER_NAMES, READABLE
+from hawk_compile.settings.closest import meant
 from hawk_compile.settings.methods import METHODS, OF_THIS_PACKAGE
 from hawk_compile.settings.selector import RankingFunction, Selector, check_option_names, checked_option
 
@@ -107,7 +108,7 @@ def selector_of(setting: Any) -> Selector:
     if not isinstance(setting, str) or setting not in SELECTORS:
         raise ConfigError(
             f"selector must be one of {', '.join(SELECTORS)}, a selector of hawk_compile.selectors, such as "
-            f"selectors.DART(pivots=8), or a ranking function, got {setting!r}"
+            f"selectors.DART(pivots=8), or a ranking function, got {setting!r}{meant(setting, SELECTORS)}"
         )
     return SELECTORS[setting]
 

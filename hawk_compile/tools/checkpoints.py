@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hawk_compile.errors import InputError, UnsupportedModelError
+from hawk_compile.exporting.quiet import quiet
+from hawk_compile.tools.absent import remedy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -54,7 +56,7 @@ def read_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def read_model(folder: Path, dtype: torch.dtype) -> Any:
     """A checkpoint's model in eval mode, without its processor."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"checkpoint must be a folder with a config.json, got {folder}")
+        raise InputError(f"checkpoint must be a folder with a config.json, got {folder}: {remedy(folder)}")
     try:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (ValueError, ImportError) as error:
@@ -68,7 +70,8 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
 
 def read_processor(folder: Path) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        with quiet():  # transformers warns of how classes of its own are written, of which a user can change nothing
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(

@@ -4,8 +4,11 @@
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
 
+from typing import Annotated
+
 import typer
 
+import hawk_compile
 from hawk_compile.tools.commands import leave, look, measure
 from hawk_compile.tools.commands.common import clear_errors
 
@@ -22,6 +25,23 @@ COMMANDS = (
     measure.demo, look.inspect, measure.calibrate, measure.evaluate, measure.bench, look.show, leave.export, leave.run,
     look.env, look.passes,
 )  # fmt: skip
+
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hawk-compile {hawk_compile.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
 
 for command in COMMANDS:
     app.command()(clear_errors(command))

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import typer
+from PIL import Image
 from rich.console import Console
 
 from hawk_compile.errors import ExportError, InputError
 from hawk_compile.exporting.check import compare
+from hawk_compile.exporting.folder import check_free
 from hawk_compile.exporting.runner import load
 from hawk_compile.exporting.write import export
 from hawk_compile.tools.checkpoints import prompt, read_for_tasks, read_processor
+from hawk_compile.tools.evaluation.sample import picture
 
 QUESTION = "What is in this picture?"
 EXPORTED, CHECKED = (320, 448), ((448, 320), (384, 384), (448, 512))
@@ -20,18 +23,22 @@ EXPORTED, CHECKED = (320, 448), ((448, 320), (384, 384), (448, 512))
 
 
 def export_checkpoint(
-    console: Console, checkpoint: Path, out: Path, *, dtype: str, check: bool, **settings: Any
+    console: Console, checkpoint: Path, out: Path, *, dtype: str, check: bool, overwrite: bool, **settings: Any
 ) -> None:
     """Export a checkpoint folder; with `check`, compare the result with PyTorch on prompts of other sizes.
 
     Raises:
-        InputError: a folder that is no checkpoint, or an unknown dtype.
+        InputError: a folder that is no checkpoint or is in the way, or an unknown dtype.
         ExportError: the check failed.
     """
+    check_free(out, overwrite, "OUT", "--overwrite")
     model, processor = read_for_tasks(checkpoint, dtype, None)
     started = time.perf_counter()
     sample = prompt(processor, [Image.fromarray(noise(*EXPORTED))], QUESTION)
-    manifest = export(model, sample, out, processor=processor, progress=lambda now: console.print(now.text), **settings)
+    manifest = export(
+        model, sample, out, processor=processor, overwrite=overwrite, progress=lambda now: console.print(now.text),
+        **settings,
+    )  # fmt: skip
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(f"{out}: {manifest.format}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s")
     if check:
@@ -53,14 +60,11 @@ def run_export(
     Raises:
         InputError: a picture that cannot be read, or an export without its processor.
     """
+    pictures = [picture(path, "--image") for path in image]
     runner = load(folder)
     processor = read_processor(folder)
-    pictures = []
-    for path in image:
-        try:
-            pictures.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"image must be a picture, got {path}: {error}") from None
+    if not pictures:
+        typer.echo("warning: no --image was given: the question is asked without a picture", err=True)
     inputs = prompt(processor, pictures, question)
     started = time.perf_counter()
     out = runner.generate(**inputs, ratio=ratio, max_new_tokens=tokens, do_sample=False)

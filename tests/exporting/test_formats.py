@@ -153,8 +153,11 @@ def test_what_the_command_line_prints(exported: Exported, tmp_path: Path) -> Non
     assert answer == demo.answer(hawk_compile.optimize(exported.model, ratio=0.5, backend="eager"), scene, asked.text)
     assert not exported.whole or answer == asked.answer
     assert "ratio=0.5 removes 78 of 156 visual tokens" in facts
+    blind = command("run", exported.folder, "What is this?", "--tokens", 8)
+    assert blind.exit_code == 0 and "no --image was given" in blind.stderr
+    assert "the prompt has no visual features" in blind.stdout
     unread = command("run", exported.folder, asked.text, "--image", tmp_path / "none.png")
-    assert unread.exit_code == 2 and unread.stderr.startswith("error: image must be a picture")
+    assert unread.exit_code == 2 and unread.stderr.startswith("error: --image: there is no image")
 
 
 def test_the_manifest_says_what_was_exported(exported: Exported) -> None:

@@ -48,6 +48,13 @@ def test_each_output_and_cache_has_its_own(name: str) -> None:
     assert hawk_compile.report(text.past_key_values).prompt_tokens == hawk_compile.report(text).prompt_tokens
 
 
+def test_placeholders_without_pictures_are_said() -> None:
+    inputs = picture("llava")
+    alone = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    reason = hawk_compile.report(generate(pruned("llava"), alone, 2)).reason
+    assert reason == "the prompt holds placeholders of image tokens, but no image was given with it"
+
+
 def test_a_cache_keeps_its_report_through_beams_copies_and_crops() -> None:
     cache = DynamicCache()
     out = generate(pruned("llava"), picture("llava"), 4, num_beams=2, past_key_values=cache)

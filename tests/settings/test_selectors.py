@@ -270,8 +270,9 @@ def test_scores_of_each_voter_are_fp32_under_autocast() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("settings", "message"), [
     ({"selector": "best"}, "selector must be one of hawk, uniform, hawk_each"),
+    ({"selector": "hawk-diverse"}, "or a ranking function, got 'hawk-diverse': did you mean 'hawk_diverse'.$"),
     ({"query": "first"}, "query must be one of"),
-    ({"selector": "dart", "selector_options": {"pivot": 2}}, "names 'pivot' for selector .*; its options are pivots"),
+    ({"selector": "dart", "selector_options": {"pivot": 2}}, "names 'pivot' for .* pivots: did you mean 'pivots'.$"),
     ({"selector_options": {"pivots": 2}}, "it has no options"),
     ({"selector_options": ["pivots"]}, "selector_options must map names to values"),
     ({"selector": "qapruner", "selector_options": {"bits": 1}}, r"must be in \[2, 16\], got 1"),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from transformers import Qwen3Config, T5Config
 from typer.testing import CliRunner, Result
 
+import hawk_compile
 from hawk_compile import Adaptive, selectors
 from hawk_compile.compile.pipeline import PASSES
+from hawk_compile.errors import InputError
+from hawk_compile.progress import Progress
 from hawk_compile.tools import environment
+from hawk_compile.tools.benchmarking.commands import print_table
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.commands.common import settings_of
+from hawk_compile.tools.terminal import bar
 from tests import zoo
 
 SMALL = ("--image-tokens", "64", "--tokens", "20", "--layers", "1")
@@ -150,3 +159,49 @@ def test_settings_on_the_command_line() -> None:
         for command in (("evaluate", "x", "--data", "y"), ("bench",), ("show", "x", *picture), ("export", "x", "y")):
             assert message in refused(*command, "--set", pair)
     assert "query must be one of" in refused("bench", "--set", "query=first", "--backend", "eager")
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"hawk-compile {hawk_compile.__version__}\n"
+
+
+def test_arguments_are_checked_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is matplotlib asked for before them."""
+    monkeypatch.setattr("hawk_compile.tools.writing.importlib.util.find_spec", lambda name: None)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (28, 28)).save(image)
+    show = ("show", "x", image, "What is this?")
+    assert "there is no image no.png: correct the path" in refused("show", "x", "no.png", "What is this?")
+    assert "ratio is the fraction" in refused(*show, "--ratio", "80")
+    assert "did you mean 'hawk'?" in refused(*show, "--selector", "hawks")
+    assert 'pip install "hawk-compile[plot]"' in refused(*show)
+    for command in (("evaluate", "x", "--data", "y"), ("calibrate", "x", "--data", "y"), ("bench",)):
+        told = refused(*command, "--ratios", "50,80")
+        assert "each of --ratios is the fraction" in told and "to remove 50 %, give 0.5" in told
+    assert f"OUT must be a folder that does not exist yet, got {tmp_path}" in refused("export", "x", tmp_path)
+    assert "or --overwrite for an earlier export" in refused("export", "x", tmp_path)
+    assert "there is no image no.png: correct the path" in refused("run", "x", "What is this?", "--image", "no.png")
+
+
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder() -> None:
+    for command in (("inspect",), ("bench",), ("export",)):
+        told = refused(*command, "Org/Model-7B", *(["out"] if command == ("export",) else []))
+        assert "first run `hf download Org/Model-7B --local-dir DIR`, then give DIR" in told
+
+
+def test_tables_are_whole_where_no_terminal_bounds_them() -> None:
+    table = Table("left", "right")
+    table.add_row("l" * 60, "r" * 60)
+    printed = StringIO()
+    print_table(Console(file=printed, width=80), table)
+    assert any("l" * 60 in line and "r" * 60 in line for line in printed.getvalue().splitlines())
+
+
+def test_a_bar_begins_when_something_is_counted() -> None:
+    printed = StringIO()
+    with pytest.raises(InputError), bar(Console(file=printed), "answers"):
+        raise InputError("refused")
+    assert not printed.getvalue()
+    with bar(Console(file=printed), "answers") as told:
+        told(Progress(1, 1))
+    assert "answers" in printed.getvalue() and "100%" in printed.getvalue()

@@ -8,11 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from hawk_compile.errors import InputError
+from hawk_compile.tools.absent import remedy
 from hawk_compile.tools.benchmarking.bench import bench
 from hawk_compile.tools.benchmarking.result import Benchmark
 from hawk_compile.tools.benchmarking.table import head, tables
-from hawk_compile.tools.terminal import counts, names, numbers
+from hawk_compile.tools.terminal import counts, fractions_of, names
 from hawk_compile.tools.writing import check_writable
+
+UNBOUNDED = 10_000
+"""Columns, of which a table takes what it needs."""
 
 
 def bench_checkpoint(
@@ -28,14 +32,18 @@ def bench_checkpoint(
     if checkpoint is not None and config is not None:
         raise InputError(f"give a checkpoint or a config, got both: {checkpoint} and {config}")
     if checkpoint is not None and not (checkpoint / "config.json").is_file():
-        raise InputError(f"checkpoint must be a folder with a config.json, got {checkpoint}; a profile: --config NAME")
+        raise InputError(
+            f"checkpoint must be a folder with a config.json, got {checkpoint}: {remedy(checkpoint)}; a profile: "
+            "--config NAME"
+        )
+    fractions = fractions_of(ratios)
     if out is not None:
         check_writable(out)
     if stages is not None:
         settings["stages"] = names(stages)
     with console.status("") as status:
         found = bench(
-            checkpoint or config or "small", ratios=numbers(ratios), tokens=counts(tokens),
+            checkpoint or config or "small", ratios=fractions, tokens=counts(tokens),
             command=" ".join(["hawk-compile", *sys.argv[1:]]), progress=lambda now: status.update(now.text),
             **settings,
         )  # fmt: skip
@@ -58,4 +66,13 @@ def show(console: Console, found: Benchmark) -> None:
             shown.add_row(*each)
         console.print()
         console.print(about)
-        console.print(shown)
+        print_table(console, shown)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """A table, as wide as its cells where no terminal's width bounds it."""
+    width = console.width
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+    console.print(table)
+    console.width = width

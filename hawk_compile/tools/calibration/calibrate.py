@@ -175,6 +175,7 @@ def measure(
     }
     tables = {name: np.empty((1 + heads, len(samples))) for name, samples in sets.items()}
     done, total = 0, sum(map(len, sets.values()))
+    tell(Progress(done, total))
 
     def measured(part: str) -> list[list[float]]:
         name, places = parts[part]

@@ -10,7 +10,7 @@ from hawk_compile.tools.calibration.calibrate import calibrate
 from hawk_compile.tools.calibration.processes import Processes, own_device
 from hawk_compile.tools.calibration.result import Calibration
 from hawk_compile.tools.checkpoints import read_for_tasks
-from hawk_compile.tools.terminal import bar, numbers
+from hawk_compile.tools.terminal import bar, fractions_of
 
 
 def calibrate_checkpoint(
@@ -25,6 +25,7 @@ def calibrate_checkpoint(
         InputError: a folder that is no checkpoint, an unknown dtype, or samples that cannot be used.
         ConfigError: ratios that are no numbers, or settings out of range.
     """
+    fractions = fractions_of(ratios)
     model, processor = read_for_tasks(checkpoint, dtype, own_device(device))
     processes = Processes(model.device)
     if not processes.main:
@@ -32,7 +33,7 @@ def calibrate_checkpoint(
     progress_file = out.with_name(f"{out.name}.progress")
     with bar(console, "questions") as told:
         found = calibrate(
-            model, processor, {name: name for name in data}, ratios=numbers(ratios), progress=told,
+            model, processor, {name: name for name in data}, ratios=fractions, progress=told,
             progress_file=progress_file, **settings,
         )  # fmt: skip
     if processes.main:

@@ -36,9 +36,9 @@ def export(
     from hawk_compile.tools.export_commands import export_checkpoint, sizes_of
 
     own = {"quantization": quantization, "sizes": sizes_of(size), "compute_capabilities": capability}
-    settings: dict[str, Any] = {"format": format, "ratio": ratio, "overwrite": overwrite}
+    settings: dict[str, Any] = {"format": format, "ratio": ratio}
     settings |= {name: value for name, value in own.items() if value} | settings_of(more)
-    export_checkpoint(console(), checkpoint, out, dtype=dtype, check=check, **settings)
+    export_checkpoint(console(), checkpoint, out, dtype=dtype, check=check, overwrite=overwrite, **settings)
 
 
 def run(

@@ -8,7 +8,7 @@ from rich.console import Console
 from hawk_compile.tools.checkpoints import read_for_tasks
 from hawk_compile.tools.evaluation.demo import DEMO, MODEL, control_rows
 from hawk_compile.tools.evaluation.evaluate import evaluate
-from hawk_compile.tools.terminal import bar, names, numbers
+from hawk_compile.tools.terminal import bar, fractions_of, names
 from hawk_compile.tools.writing import check_writable
 
 
@@ -22,11 +22,12 @@ def evaluate_checkpoint(
         InputError: a folder that is no checkpoint, an unknown dtype, or samples that cannot be used.
         ConfigError: ratios that are no numbers, or an unknown selector.
     """
+    fractions = fractions_of(ratios)
     check_writable(out)
     model, processor = read_for_tasks(checkpoint, dtype, device)
     with bar(console, "answers") as told:
         found = evaluate(
-            model, processor, data, ratios=numbers(ratios), selectors=names(selectors), progress=told,
+            model, processor, data, ratios=fractions, selectors=names(selectors), progress=told,
             **settings,
         )  # fmt: skip
     if data.split(":")[0] == DEMO:

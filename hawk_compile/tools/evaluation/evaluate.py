@@ -124,6 +124,7 @@ class Scores:
         """Let every cell answer all questions, a batch of them at a time."""
         parts = list(batches(self.samples, batch))
         done = 0
+        progress(Progress(done, self.values.size))
         for number, places in enumerate(parts):
             inputs = encoded(self.model, self.processor, [self.samples[place] for place in places])
             for row in range(len(self.cells)):

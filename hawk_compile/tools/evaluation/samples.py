@@ -25,6 +25,11 @@ from hawk_compile.tools.evaluation.sample import Sample
 
 FIELDS = ("image", "images", "question", "answer", "answers", "kind")
 
+FORMAT = (
+    'each line is an object such as {"image": "cat.png", "question": "What is this?", "answer": "a cat"}, its path '
+    "relative to the file (docs/selectors.md)"
+)
+
 
 def read_samples(
     data: "str | PathLike[str] | Iterable[Any]",
@@ -73,7 +78,7 @@ def records(data: "str | PathLike[str] | Iterable[Any]") -> Iterator[Callable[[]
         return
     path = Path(data)
     if not path.is_file():
-        raise InputError(f'data must be a JSON Lines file or "{DEMO}", got {path}, which is no file')
+        raise InputError(f'data must be a JSON Lines file or "{DEMO}", got {path}, which is no file: {FORMAT}')
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig,
 
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.runtime.api import restore
+from hawk_compile.tools.absent import remedy
 
 META = torch.device("meta")
 
@@ -51,7 +52,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     """The config of a folder or file on this machine; nothing is downloaded."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"there is no file {file}: give a checkpoint folder or a config.json on this machine")
+        raise InputError(f"there is no file {file}: {remedy(path)}, or a config.json")
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -1,6 +1,7 @@
 """What `show` gives: what pruning kept of a picture, and a drawing of it: kept tokens, scores, each head's own."""
 
 import math
+import textwrap
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,8 @@ DIMMED = 0.25
 """The brightness of a removed token."""
 COLUMNS = 8
 """Maps of heads side by side."""
+LINE = 48
+"""Characters of a title's line, of which a third of the figure's width has room for so many."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,15 @@ def draw(seen: Seen, path: Path) -> None:
     above, below = (figure.add_subfigure(halves[row]) for row in range(2))
     kept, total = int(seen.kept.sum()), seen.kept.size
     titles = (
-        f'"{seen.question}"\nunpruned: {seen.unpruned}',
-        f"{kept} of {total} visual tokens kept\npruned: {seen.answer}",
-        f"scores, {seen.selector}\nratio {seen.ratio:g}",
+        (f'"{seen.question}"', f"unpruned: {seen.unpruned}"),
+        (f"{kept} of {total} visual tokens kept", f"pruned: {seen.answer}"),
+        (f"scores, {seen.selector}", f"ratio {seen.ratio:g}"),
     )
     pixels = np.asarray(seen.image.convert("RGB"))
     panels = above.subplots(1, 3)
     for axes, title, shown in zip(panels, titles, (pixels, dimmed(pixels, seen.kept, DIMMED), pixels), strict=True):
-        axes.set_title(title, fontsize=11)
+        axes.set_title("\n".join(textwrap.fill(part, LINE) for part in title), fontsize=11, parse_math=False)
+        axes.set_anchor("N")  # the layout leaves room for a title above the place of the axes, not above the picture
         axes.axis("off")
         axes.imshow(shown)
     extent = (0, pixels.shape[1], pixels.shape[0], 0)

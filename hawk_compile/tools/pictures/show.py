@@ -61,6 +61,7 @@ def show(
     visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(placeholder_ids(model)))
     shape = grid(inputs, int(visual.sum()))
     weights = resolve(made.used_head_weights, model).values
+    progress(Progress(0, len(weights)))
     with left_as_it_was(model) as switch:
         switch(None)
         unpruned = said(model, processor, inputs, max_new_tokens)

@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
     progress.write_text(lines[0] + json.dumps(held) + "\n" + lines[2][:40])
     seen = []
     again = calibrated(progress_file=progress, progress=lambda now: seen.append((now.done, now.total)))
-    assert seen == [(3, 8), (6, 8), (8, 8)] and again.date == "2026-01-01"
+    assert seen == [(0, 8), (3, 8), (6, 8), (8, 8)] and again.date == "2026-01-01"
     name = "demo:calibration"
     assert again.datasets[name]["score"] == pytest.approx(whole.datasets[name]["score"] + 1 / 8)
     progress.write_text("".join(lines[:2]) + lines[2][:40])

@@ -108,7 +108,7 @@ def test_bad_settings():
     before = model.__dict__.get("_hawk_runtime")
     for settings, message in (
         ({"selectors": ["best"]}, "selector must be one of"),
-        ({"ratios": [1.0]}, "ratio is the fraction of visual tokens removed"),
+        ({"ratios": [1.0]}, "each of ratios is the fraction of visual tokens removed"),
         ({"baseline": "dart", "selectors": ["hawk"]}, "baseline must be one of the methods hawk, got 'dart'"),
         ({"metric": "bleu"}, "metric must be one of exact_match, anls, relaxed_accuracy or a function, got 'bleu'"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),

@@ -14,6 +14,7 @@ from hawk_compile.tools.cli import app
 from hawk_compile.tools.demo.scenes import make_scene
 from hawk_compile.tools.dimming import dimmed
 from hawk_compile.tools.pictures import commands
+from hawk_compile.tools.pictures.seen import Seen
 from hawk_compile.tools.pictures.show import grid, show
 from tests.exporting import demo
 
@@ -50,7 +51,7 @@ def test_heads_are_those_that_the_selector_used():
     seen = hawk_compile.show(
         model, demo.processor(), SCENE.pil(), SCENE.questions[0].text, config, max_new_tokens=1, progress=told.append
     )
-    assert told == [hawk_compile.Progress(done, 8) for done in range(1, 9)]
+    assert told == [hawk_compile.Progress(done, 8) for done in range(9)]
     assert model.__dict__.get("_hawk_runtime") is before
     assert seen.weights == pytest.approx([1 / len(seen.weights)] * len(seen.weights))
     np.testing.assert_allclose(np.tensordot(seen.weights, seen.heads, 1), seen.scores, atol=1e-5)
@@ -88,3 +89,15 @@ def test_the_command_line(shown):
         assert (half < 250).any(-1).mean() > 0.1
     refused = CliRunner().invoke(app, [*shown.arguments, "--out", str(shown.folder / "no" / "folder.png")])
     assert refused.exit_code == 2 and "out must lie in a folder that exists" in refused.stderr
+    assert not refused.stdout and "deprecated" not in refused.stderr
+
+
+def test_titles_of_several_lines_are_whole(tmp_path):
+    """Of a square picture, whose panels leave no room of their own above them."""
+    square, question = Image.new("RGB", (336, 336)), "How many shapes of the colour of the digit stand beside it? " * 2
+    grid = np.ones((12, 12))
+    Seen(square, question, 0.8, "hawk", grid > 0, grid, grid[None], [1.0], "$7", "$7").write(tmp_path / "square.png")
+    drawn = np.asarray(Image.open(tmp_path / "square.png").convert("L"))
+    first = (drawn < 200).any(1).argmax()
+    assert first > 2  # rows of pixels
+    assert (drawn[first : first + 60] > 200).mean() > 0.8  # text, no picture
