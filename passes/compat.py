@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher  # traces a node's values anew
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph  # calls a graph shared by layers
 from torch._ops import OpOverload as OpOverload  # aten.add.Tensor, as graphs of torch.export have them
@@ -34,5 +35,7 @@ def schema_of(operator: OpOverload) -> Any:
 
 
 def storage_of(value: Tensor) -> int:
-    """What tells the memory of a tensor from that of others, fake ones included."""
+    """What tells the memory of a tensor from that of others, fake ones and those inside a vmap included."""
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
     return value.untyped_storage()._cdata

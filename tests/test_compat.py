@@ -47,6 +47,9 @@ def test_what_passes_use() -> None:
     assert passes.schema_of(operator).is_mutable and not passes.schema_of(torch.ops.aten.add.Tensor).is_mutable
     whole = torch.zeros(4)
     assert passes.storage_of(whole) == passes.storage_of(whole[1:]) != passes.storage_of(torch.zeros(4))
+    inside: list[int] = []
+    torch.vmap(lambda row: (inside.append(passes.storage_of(row)), row)[1])(whole.view(2, 2))
+    assert inside == [passes.storage_of(whole)]
     passes.assert_async(torch.tensor(True), "never")
     with passes.enable_python_dispatcher():
         assert torch.ones(2).sum() == 2

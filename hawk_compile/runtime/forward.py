@@ -105,17 +105,19 @@ def unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -
         reason = f"the prompt has {' and '.join(present)} only, which is not among modalities={asked}"
     elif kwargs.get("input_ids") is None:
         reason = "inputs_embeds without visual features: if images are merged into them, they cannot be told from text"
-    elif awaited := awaited_features(model, kwargs["input_ids"]):
-        kinds = " and ".join(awaited)
-        reason = f"the prompt holds placeholders of {kinds} tokens, but no {kinds} was given with it"
     else:
         reason = "the prompt has no visual features"
+    awaited = {} if present else awaited_features(model, kwargs.get("input_ids"))
     nothing = [0] * rows
-    return PrefillRecord(nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length)
+    return PrefillRecord(
+        nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length, awaited=awaited
+    )
 
 
-def awaited_features(model: PreTrainedModel, input_ids: Tensor) -> list[str]:
-    """The modalities whose placeholders stand in a prompt [B, S]."""
-    present = set(input_ids.unique().tolist())
+def awaited_features(model: PreTrainedModel, input_ids: Tensor | None) -> dict[str, Tensor]:
+    """modality -> whether its placeholders stand in a prompt [B, S]: a bool on the prompt's device, which is not waited
+    for."""
+    if input_ids is None:
+        return {}
     ids = placeholders_by_modality(model, [modality for modality in MODALITIES if takes(model, modality)])
-    return [modality for modality, number in ids.items() if number in present]
+    return {modality: (input_ids == number).any() for modality, number in ids.items() if number is not None}

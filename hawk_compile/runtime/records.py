@@ -1,6 +1,7 @@
 """What a prefill did."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class PrefillRecord:
     """What a prefill leaves behind; tensors stay on their device until a report is asked for.
 
     `rule` is what says how much is removed; where nothing was selected (`keep` is None), why. `text_tokens` are those
-    of each row that are neither visual nor padding.
+    of each row that are neither visual nor padding. `awaited` says, of a prompt without features, which modalities'
+    placeholders stand in it.
     """
 
     visual_tokens: list[int]
@@ -61,6 +63,7 @@ class PrefillRecord:
     head_weights: str
     prompt_tokens: int
     chat_template: str = ""
+    awaited: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
         return self  # nothing in it changes: copies of a cache share it
@@ -73,6 +76,8 @@ class PrefillRecord:
             indices = [keep[valid] for keep, valid in pairs]
         total, kept = sum(self.visual_tokens), self.visual_tokens
         reason = self.rule
+        if awaited := " and ".join(modality for modality, found in self.awaited.items() if found):
+            reason = f"the prompt holds placeholders of {awaited} tokens, but no {awaited} was given with it"
         if self.keep is not None:
             kept = [len(each) - text for each, text in zip(indices, self.text_tokens, strict=True)]
             removed = total - sum(kept)
