@@ -192,7 +192,7 @@ def test_what_cannot_be_calibrated(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             calibrated(**settings)
-    with pytest.raises(ConfigError, match="ratio is the fraction"):
+    with pytest.raises(ConfigError, match="ratios is the fraction"):
         calibrated(ratios=(2.0,))
     with pytest.raises(InputError, match="leaving out a head lowers the score on no dataset"):
         calibrated(metric=lambda said, answers: 1.0, limit=2)
