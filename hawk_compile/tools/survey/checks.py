@@ -1,0 +1,232 @@
+"""Is a model pruned rightly? Each check holds an optimised model to the plain one."""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hawk_compile.capture.modalities import placeholder_ids
+from hawk_compile.errors import HawkError
+from hawk_compile.runtime.api import optimize, report, restore
+from hawk_compile.tools.survey import oracle
+from hawk_compile.tools.survey.tiny import Tiny, build, prompt
+
+STEPS = 5
+LONGER = 3
+"""Text that one row has more than others where rows are padded."""
+ROUNDING = 1e-5
+"""Rows of a batch are multiplied together, in another order than alone."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check gave.
+
+    Attributes:
+        status: "right", "wrong", "refused" (by an error of ours that says what cannot be done), or "failed".
+        detail: the largest difference, or the error.
+        seconds: it took.
+    """
+
+    status: str
+    detail: str
+    seconds: float
+
+
+@dataclass
+class Survey:
+    """The outcomes of one model's checks by name, in the order they ran."""
+
+    name: str
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        return all(outcome.status == "right" for outcome in self.outcomes.values())
+
+
+class Wrong(Exception):
+    """Two results differ that must not."""
+
+
+Check = Callable[[Tiny, PreTrainedModel], str]
+
+
+def settings(tiny: Tiny, ratio: float) -> dict[str, Any]:
+    return {
+        "ratio": ratio, "backend": "eager", "head_weights": "uniform",
+        **({} if tiny.modalities is None else {"modalities": tiny.modalities}),
+    }  # fmt: skip
+
+
+def equal(what: str, left: Tensor, right: Tensor, tolerance: float = 0.0) -> float:
+    if left.shape != right.shape:
+        raise Wrong(f"{what}: shape {tuple(left.shape)} instead of {tuple(right.shape)}")
+    if left.isnan().any() or right.isnan().any():
+        raise Wrong(f"{what}: NaN")
+    difference = float((left.double() - right.double()).abs().max()) if left.numel() else 0.0
+    if difference > tolerance * max(1.0, float(right.abs().max())):
+        raise Wrong(f"{what}: off by {difference:.2g} where the largest is {float(right.abs().max()):.2g}")
+    return difference
+
+
+def at_ratio_zero(tiny: Tiny, model: PreTrainedModel) -> str:
+    """Nothing is removed: logits bit for bit as without us."""
+    inputs = prompt(tiny, rows=2 if rows_in(tiny) > 1 else 1)
+    with torch.no_grad():
+        plain = model(**inputs)
+        optimize(model, **settings(tiny, 0.0))
+        pruned = model(**inputs)
+    return f"{equal('logits', pruned.logits, plain.logits):.2g}"
+
+
+def prefill(tiny: Tiny, model: PreTrainedModel) -> str:
+    """Half of the visual tokens removed: logits as of the gathered plain model; the same call twice keeps the same."""
+    inputs = prompt(tiny, rows=1)
+    pruned, keep, layer = pruned_call(tiny, model, inputs)
+    with torch.no_grad():
+        again = model(**inputs)
+    equal("the same call twice", again.logits, pruned.logits)
+    restore(model)
+    expected, _ = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer)
+    return f"{equal('logits', pruned.logits, expected.logits):.2g}"
+
+
+def steps(tiny: Tiny, model: PreTrainedModel) -> str:
+    """Five decode steps of generate behind it."""
+    inputs = prompt(tiny, rows=1)
+    optimize(model, **settings(tiny, 0.5))
+    result = generated(model, inputs)
+    record = pruned_record(model)
+    restore(model)
+    keep = record.keep_indices[0]
+    tokens = result.sequences[0, -STEPS - 1 :].tolist()[:STEPS]
+    output, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer_of(record))
+    expected = [output.logits[0, -1], *oracle.decode(model, inputs, cache, tokens, len(keep))]
+    return f"{equal('logits of steps', torch.stack(result.logits)[:, 0], torch.stack(expected), ROUNDING):.2g}"
+
+
+def batches(tiny: Tiny, model: PreTrainedModel) -> str:
+    """Rows of unequal lengths, padded on the left: each as it is alone."""
+    if rows_in(tiny) < 2:
+        return "one row only"
+    inputs, alone = padded(tiny, model)
+    optimize(model, **settings(tiny, 0.5))
+    result = generated(model, inputs)
+    pruned_record(model)
+    worst = 0.0
+    for row, single in enumerate(alone):
+        expected = generated(model, single, result.sequences[row, -STEPS - 1 :].tolist())
+        logits = torch.stack(result.logits)[:, row]
+        worst = max(worst, equal(f"row {row}", logits, torch.stack(expected.logits)[:, 0], ROUNDING))
+    return f"{worst:.2g}"
+
+
+def restored(tiny: Tiny, model: PreTrainedModel) -> str:
+    """After `restore` the model is as it was."""
+    inputs = prompt(tiny, rows=1)
+    with torch.no_grad():
+        plain = model(**inputs)
+        optimize(model, **settings(tiny, 0.5))
+        model(**inputs)
+        restore(model)
+        after = model(**inputs)
+    return f"{equal('logits', after.logits, plain.logits):.2g}"
+
+
+CHECKS: dict[str, Check] = {
+    "ratio 0": at_ratio_zero, "prefill": prefill, "decode": steps, "batch": batches, "restore": restored,
+}  # fmt: skip
+
+
+def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
+    """Run the checks of one tiny model, each on a model of its own."""
+    result = Survey(tiny.name)
+    for name, check in checks.items():
+        began = time.perf_counter()
+        try:
+            model = build(tiny)
+            status, detail = "right", check(tiny, model)
+        except Wrong as error:
+            status, detail = "wrong", str(error)
+        except HawkError as error:
+            status, detail = "refused", f"{type(error).__name__}: {error}"
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            status, detail = "failed", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+        result.outcomes[name] = Outcome(status, detail, time.perf_counter() - began)
+    return result
+
+
+def pruned_call(tiny: Tiny, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor, int]:
+    """(output, kept positions [S'], layer that scores) of one row at ratio 0.5."""
+    optimize(model, **settings(tiny, 0.5))
+    with torch.no_grad():
+        output = model(**inputs)
+    record = pruned_record(model)
+    keep, visual = record.keep_indices[0], int(visual_of(model, inputs).sum())
+    if (removed := inputs["input_ids"].shape[1] - len(keep)) != visual // 2:
+        raise Wrong(f"{removed} of {visual} visual tokens removed at ratio 0.5")
+    return output, keep, layer_of(record)
+
+
+def pruned_record(model: PreTrainedModel) -> Any:
+    """The report of a call that has to have been pruned."""
+    try:
+        record = report(model)
+    except HawkError as error:
+        raise Wrong(f"not pruned, without a word: {error}") from None
+    if record.keep_indices is None:
+        raise Wrong(f"not pruned: {record.reason}")
+    return record
+
+
+def layer_of(record: Any) -> int:
+    return int(getattr(record, "scoring_layer", 0) or 0)
+
+
+def visual_of(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """[S] bool: the visual tokens of a one-row prompt."""
+    return torch.isin(inputs["input_ids"][0], torch.tensor(placeholder_ids(model)))
+
+
+def rows_in(tiny: Tiny) -> int:
+    return len(prompt(tiny, rows=[0])["input_ids"]) and len(tiny.inputs["input_ids"]["values"])
+
+
+def generated(model: PreTrainedModel, inputs: dict[str, Any], tokens: list[int] | None = None) -> Any:
+    """Greedy generation with logits; `tokens` are what is chosen instead."""
+    forced = iter(tokens or [])
+
+    def force(_: Tensor, scores: Tensor) -> Tensor:
+        token = next(forced, None)
+        return scores if token is None else torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0)
+
+    with torch.no_grad():
+        return model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=STEPS + 1, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            logits_processor=[force], use_cache=True,
+        )  # fmt: skip
+
+
+def padded(tiny: Tiny, model: PreTrainedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(two rows of which the second is shorter and padded on the left, each of them alone)."""
+    inputs = prompt(tiny, rows=2)
+    length = inputs["input_ids"].shape[1]
+    visual = set(placeholder_ids(model))
+    words = [each for each in inputs["input_ids"][0].tolist() if each not in visual][-1]
+    batch, first = dict(inputs), dict(prompt(tiny, rows=[0]))
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.ndim != 2 or value.shape != (2, length):
+            continue
+        text = {"input_ids": words, "attention_mask": 1}.get(name, 0)
+        longer = torch.cat([value[:1], value.new_full((1, LONGER), text)], 1)
+        filler = {"input_ids": words}.get(name, 0)
+        batch[name] = torch.cat([longer, torch.cat([value.new_full((1, LONGER), filler), value[1:]], 1)])
+        first[name] = longer
+    return batch, [first, prompt(tiny, rows=[1])]

@@ -1,0 +1,196 @@
+"""What a pruned model must equal: the plain model, run on its own merged embeddings gathered at the kept positions.
+
+Nothing here knows a model: hooks see what its decoder is given, and put gathered tensors in their place.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the decoder of a plain model was given for one call.
+
+    Attributes:
+        decoder: the module that takes merged embeddings.
+        arguments: its arguments by name, embeddings [B, S, D] among them.
+    """
+
+    decoder: nn.Module
+    arguments: dict[str, Any]
+
+
+@contextlib.contextmanager
+def changed(module: nn.Module, change: Change) -> Iterator[None]:
+    """Let `change` see, and alter, what a module's forward is given, by name."""
+    names = list(module.forward.__code__.co_varnames[1:]) if hasattr(module.forward, "__code__") else []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), change({**dict(zip(names, args, strict=False)), **kwargs})
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def seen_by_decoder(model: PreTrainedModel, inputs: dict[str, Any]) -> Seen | None:
+    """What the decoder is given in a call of the plain model with ids; None where the model merges and decodes in one
+    module."""
+    seen: list[Seen] = []
+    handles = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module is not model:
+            def look(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                embeds = kwargs.get("inputs_embeds")
+                if not seen and isinstance(embeds, Tensor) and embeds.shape[:2] == inputs["input_ids"].shape:
+                    seen.append(Seen(part, dict(kwargs)))
+
+            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0] if seen else None
+
+
+def gathered(value: Any, length: int, keep: Tensor, visual: Tensor) -> Any:
+    """A value of a one-row prompt with every dimension of S positions cut to the kept ones, and one of V to the kept
+    visual tokens."""
+    if isinstance(value, dict):
+        return {name: gathered(part, length, keep, visual) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(gathered(part, length, keep, visual) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    count, ranks = int(visual.sum()), visual.long().cumsum(0) - 1
+    for dim, size in enumerate(value.shape):
+        if size == length:
+            value = value.index_select(dim, keep)
+    if value.ndim == 2 and value.shape[0] == count and value.is_floating_point():  # features that later layers add
+        value = value[ranks[keep[visual[keep]]]]
+    return value
+
+
+def pruned_forward(
+    model: PreTrainedModel, inputs: dict[str, Any], keep: Tensor, visual: Tensor, layer: int = 0
+) -> tuple[Any, Cache]:
+    """(output, filled cache) of the plain model on the kept positions of a one-row prompt.
+
+    Args:
+        inputs: with ids and pixels.
+        keep: [S'] positions, ascending.
+        visual: [S] bool.
+        layer: the decoder layer in front of which tokens are removed; those before it run on all.
+    """
+    length = inputs["input_ids"].shape[1]
+    seen = None if layer else seen_by_decoder(model, inputs)
+    if seen is None:
+        return pruned_at_layer(model, inputs, keep, visual, layer)
+    positions = seen.arguments.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length)[None]
+    per_token = {
+        name: value for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length
+        and name not in ("input_ids", "attention_mask")
+    }  # fmt: skip
+    given = {"inputs_embeds": seen.arguments["inputs_embeds"], **per_token}
+
+    def change(kwargs: dict[str, Any]) -> dict[str, Any]:
+        missing = {
+            name: gathered(value, length, keep, visual) for name, value in seen.arguments.items()
+            if kwargs.get(name) is None and name not in ("input_ids", "attention_mask", "past_key_values")
+        }  # fmt: skip
+        return {**kwargs, **missing, "position_ids": positions[..., keep]}
+
+    with torch.no_grad(), changed(seen.decoder, change):
+        output = model(**gathered(given, length, keep, visual), use_cache=True)
+    return output, output.past_key_values
+
+
+def pruned_at_layer(
+    model: PreTrainedModel, inputs: dict[str, Any], keep: Tensor, visual: Tensor, layer: int
+) -> tuple[Any, Cache]:
+    """As `pruned_forward`, with the residual stream gathered in front of a later layer."""
+    length = inputs["input_ids"].shape[1]
+    with contextlib.ExitStack() as stack:
+        for part in layers_of(model)[layer:]:
+            stack.enter_context(changed(part, lambda kwargs: gathered(kwargs, length, keep, visual)))
+        stack.enter_context(torch.no_grad())
+        output = model(**inputs, use_cache=True)
+    return output, output.past_key_values
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers."""
+    decoder: Any = model.base_model.get_decoder()  # type: ignore[operator]
+    return next(part for part in decoder.modules() if isinstance(part, nn.ModuleList))
+
+
+def decode(
+    model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens: list[int], kept: int
+) -> list[Tensor]:
+    """Logits [vocabulary] of steps behind a pruned prompt, at the positions that the whole prompt gives them.
+
+    Args:
+        inputs: of the whole prompt, one row.
+        cache: of `pruned_forward`.
+        tokens: one for each step.
+        kept: S'.
+    """
+    steps = []
+    for places, token in zip(positions_of_steps(model, inputs, tokens), tokens, strict=True):
+        kept += 1
+
+        def change(kwargs: dict[str, Any], places: Tensor = places) -> dict[str, Any]:
+            return {**kwargs, "position_ids": places}
+
+        decoder = places_of(model)
+        with torch.no_grad(), changed(decoder, change):
+            output = model(
+                input_ids=torch.tensor([[token]]), past_key_values=cache, attention_mask=torch.ones(1, kept).long(),
+                use_cache=True,
+            )  # fmt: skip
+        steps.append(output.logits[0, -1])
+    return steps
+
+
+def places_of(model: PreTrainedModel) -> nn.Module:
+    return model.base_model.get_decoder()  # type: ignore[operator, no-any-return]
+
+
+def positions_of_steps(model: PreTrainedModel, inputs: dict[str, Any], tokens: list[int]) -> list[Tensor]:
+    """The positions that the plain model gives to tokens behind its whole prompt: [..., 1, 1] each."""
+    seen: list[Tensor] = []
+    length = inputs["input_ids"].shape[1]
+
+    def look(kwargs: dict[str, Any]) -> dict[str, Any]:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or embeds.shape[1] == 1:
+            positions = kwargs.get("position_ids")
+            seen.append(torch.tensor([[length + len(seen)]]) if positions is None else positions.clone())
+        return kwargs
+
+    forced = iter(tokens)
+
+    def force(_: Tensor, scores: Tensor) -> Tensor:
+        token = next(forced, None)
+        return scores if token is None else torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0)
+
+    with torch.no_grad(), changed(places_of(model), look):
+        model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=len(tokens) + 1, do_sample=False, use_cache=True, logits_processor=[force]
+        )  # fmt: skip
+    return seen[: len(tokens)]

@@ -1,0 +1,122 @@
+"""Tiny models of real architectures, from data: a config, and inputs whose values are given or drawn.
+
+One JSON file describes one model; see `read`. Weights are random, and scaled so that a wrong position or a swapped
+token moves the logits.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hawk_compile.errors import InputError
+
+FIELDS = ("model_type", "class", "config_class", "config", "inputs")
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One tiny model.
+
+    Attributes:
+        name: the file's, without its ending: the model type, and what is special of it behind a dot.
+        modalities: what is pruned; None: images and videos.
+        inputs: name -> values, or {"dtype", "shape", "low", "high"} to draw from; see `prompt`.
+    """
+
+    name: str
+    model_class: str
+    config_class: str
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    modalities: tuple[str, ...] | None
+
+
+def read(path: Path) -> Tiny:
+    """Read a tiny model's description.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        held = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} must be a JSON file that describes a tiny model, and is not JSON: {error}") from None
+    missing = [name for name in FIELDS if not isinstance(held, dict) or name not in held]
+    if missing:
+        raise InputError(f"{path} must describe a tiny model by {', '.join(FIELDS)}, and lacks {', '.join(missing)}")
+    modalities = held.get("modalities")
+    return Tiny(
+        path.stem, held["class"], held["config_class"], held["config"], held["inputs"],
+        None if modalities is None else tuple(modalities),
+    )  # fmt: skip
+
+
+def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
+    """The model with random weights, in eval mode."""
+    config_class: type[PretrainedConfig] = getattr(transformers, tiny.config_class)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, tiny.model_class)(config_class(**tiny.config)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spread_weights(model)
+    if not is_finite(model, prompt(tiny, rows=1)):
+        model.load_state_dict(before)
+    # A tiny vocabulary holds the end of a text every few tokens.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def spread_weights(model: PreTrainedModel) -> None:
+    """Draw weights of which every layer passes on a signal of the size it got; norms and biases stay as they are."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2 and parameter.is_floating_point():
+                fan_in = parameter.shape[1] if parameter.ndim == 3 else parameter[0].numel()  # 3: experts
+                parameter.normal_(0, fan_in**-0.5)
+        embeddings = model.get_input_embeddings()
+        if embeddings is not None:
+            embeddings.weight.normal_(0, 1)  # type: ignore[union-attr, operator]
+
+
+def is_finite(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    with torch.no_grad():
+        return bool(model(**inputs).logits.isfinite().all())
+
+
+def prompt(tiny: Tiny, rows: int | Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """The inputs of some rows: pixels are drawn, everything else is as the file says.
+
+    Args:
+        rows: how many, or which ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: draw(value, generator) for name, value in tiny.inputs.items()}
+    count = len(drawn["input_ids"])
+    chosen = list(range(rows)) if isinstance(rows, int) else list(rows)
+    return {name: rows_of(value, count, chosen) for name, value in drawn.items()}
+
+
+def draw(value: Any, generator: torch.Generator) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "python" in value:
+        return value["python"]
+    dtype = getattr(torch, value["dtype"])
+    if "values" in value:
+        return torch.tensor(value["values"], dtype=dtype)
+    low, high = value["low"], value["high"]
+    return (torch.rand(value["shape"], generator=generator) * (high - low) + low).to(dtype)
+
+
+def rows_of(value: Any, count: int, chosen: list[int]) -> Any:
+    """The part of an input that belongs to the chosen rows of `count`: each has an equal share, in order."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % count:
+        return value
+    shares = value.split(value.shape[0] // count)
+    return torch.cat([shares[row] for row in chosen])
