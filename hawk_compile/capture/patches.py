@@ -10,7 +10,6 @@ does, and what stands in would then run in a call that is not captured.
 import contextlib
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from hawk_compile.capture.modalities import AUDIO, in_vocabulary, placeholder_ids
+from hawk_compile.capture.while_used import WhileUsed
 from hawk_compile.compat.models import let_recorders_ask
 
 exports = threading.local()
@@ -41,41 +41,29 @@ def is_captured() -> bool:
     return torch.compiler.is_dynamo_compiling() or getattr(exports, "running", False)
 
 
-class RecordedByThread:
+class RecordedByThread(WhileUsed):
     """Lets transformers record hidden states in each thread's own place while another thread captures.
 
     It records in one place of the process where it believes to be captured, which it asks of the whole process: two
     threads that encode images by hidden states, as LLaVA does, would get each other's features while a third compiles.
-    Captured code is as before. Transformers is as it was once nothing is left that needs this.
+    Captured code is as before.
     """
 
     def __init__(self) -> None:
-        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        super().__init__()
         self.asked_before: Callable[[], bool] | None = None
-        self.lock = threading.RLock()
-        """Guards both; a user that is collected may come back to a thread that has it."""
 
-    def begin(self, user: Any) -> None:
-        """Until `end`, or for as long as the user lives."""
-        with self.lock:
-            weakref.finalize(user, self.put_back).atexit = False
-            self.users.add(user)
-            if self.asked_before is None:
-                self.asked_before = let_recorders_ask(is_captured)
+    def change(self) -> None:
+        if self.asked_before is None:
+            self.asked_before = let_recorders_ask(is_captured)
 
-    def end(self, user: Any) -> None:
-        with self.lock:
-            self.users.discard(user)
-            self.put_back()
-
-    def put_back(self) -> None:
-        with self.lock:
-            if self.asked_before is None or [*self.users]:  # of the living; its length counts one that is dying
-                return
-            others = let_recorders_ask(self.asked_before)
-            if others is not is_captured:
-                let_recorders_ask(others)
-            self.asked_before = None
+    def undo(self) -> None:
+        if self.asked_before is None:
+            return
+        others = let_recorders_ask(self.asked_before)
+        if others is not is_captured:
+            let_recorders_ask(others)
+        self.asked_before = None
 
 
 recorded_by_thread = RecordedByThread()

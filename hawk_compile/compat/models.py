@@ -83,3 +83,15 @@ def compile_settings_of(model: PreTrainedModel) -> Any:
 def device_mesh_of(model: PreTrainedModel) -> Any:
     """The ranks between which a model's heads are shared."""
     return model._device_mesh
+
+
+CHUNKED_MIXERS = {
+    "torch_chunk_gated_delta_rule": "output_final_state",
+    "chunk_kimi_delta_attention": "output_final_state",
+    "mamba2_chunk_scan": "return_final_states",
+}
+"""The functions of modeling files that mix tokens chunk by chunk, and which argument asks for the state behind the last
+token. Their arguments are [B, S, ...], states [B, H, ...], or have no tokens at all; `inspect.unwrap` leads to the
+function without kernel."""
+EXTRA_KEYS = {"indexer_keys": "update_indexer", "idx_keys": "update_index"}
+"""What layers of a cache hold beside keys and values for each token, and the method that adds to it."""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.ids import special_ids
@@ -59,6 +60,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         if compiled is not None:
             runtime.take_compiled(compiled)
     recorded_by_thread.begin(runtime)
+    mixers_stood_for.begin(runtime, model)
     model.__dict__[RUNTIME] = runtime
     return model
 
@@ -73,6 +75,7 @@ def restore(model: Model) -> Model:
         uninstall(model, runtime.originals)
         runtime.put_aside(model)
         recorded_by_thread.end(runtime)
+        mixers_stood_for.end(runtime)
     return model
 
 

@@ -1,48 +1,141 @@
-"""From the compiled prefill to the caller's cache: the graph fills a plain one, whose keys and values are handed on."""
+"""From the compiled prefill to the caller's cache: the graph fills one of plain layers, which are handed on."""
 
+import copy
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
+from hawk_compile.compat.models import EXTRA_KEYS
+from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
 
+Layers = tuple[Any, ...]
 
-def scratch_cache(target: Cache | None) -> DynamicCache:
-    """A plain cache for the graph to fill: whatever the caller's kind, one graph serves it."""
+
+def scratch_layers(model: PreTrainedModel) -> Layers:
+    """Empty layers of a cache for the graph to fill, each a plain one where the model's own does no more than hold keys
+    and values, if only those of a window. None where all are: a `DynamicCache` makes those itself."""
+    own = DynamicCache(config=model.config.get_text_config()).layers
+    layers = tuple(without_window(layer) for layer in own)
+    return layers if any(type(layer) is not DynamicLayer and keeps_more(layer) for layer in layers) else ()
+
+
+def without_window(layer: Any) -> Any:
+    """A layer that holds all that this one is given, not only the last of it."""
+    if not getattr(layer, "is_sliding", False):
+        return layer
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return DynamicLayer()
+
+
+def keeps_more(layer: Any) -> bool:
+    """Whether it keeps anything beside keys and values: states, or the keys of an indexer."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) or any(hasattr(layer, name) for name in EXTRA_KEYS)
+
+
+def scratch_cache(target: Cache | None, layers: Layers = ()) -> DynamicCache:
+    """A cache for the graph to fill: whatever the caller's kind, one graph serves it.
+
+    Args:
+        layers: `scratch_layers` of the model.
+    """
     scratch = DynamicCache()
-    if physical_length(target):
+    filled = physical_length(target)
+    if layers:
+        scratch.layers = [copied(layer) for layer in (target.layers if filled else layers)]  # type: ignore[union-attr]
+    elif filled:
         for index, layer in enumerate(target.layers):  # type: ignore[union-attr]
             scratch.update(layer.keys, layer.values, index)
     return scratch
 
 
+def copied(layer: Any) -> Any:
+    """A layer that holds the same. States are copies, since a graph writes them in place."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            vars(twin)[name] = {key: state.clone() if isinstance(state, Tensor) else state for key, state in value.items()}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        twin.record_past = False  # what a prompt ends with is all that later steps may go back to
+    return twin
+
+
 def fill_cache(
     model: PreTrainedModel, target: Cache | None, scratch: DynamicCache, past: int, use_cache: bool | None
 ) -> Cache | None:
-    """The caller's cache with the new keys and values; a new one if the model would make one.
+    """The caller's cache with the new keys, values and states; a new one if the model would make one.
 
-    A plain cache takes the scratch cache's tensors as they are, any other copies them by its own `update`.
+    A plain cache takes the scratch cache's layers as they are, any other copies what they hold by its own methods.
+
+    Raises:
+        UnsupportedCallError: a cache that cannot hold what the model keeps beside keys and values.
     """
     config = model.config.get_text_config()
     if target is None:
         if use_cache is False or (use_cache is None and not getattr(config, "use_cache", True)):
             return None
         target = DynamicCache(config=config)
-    if is_plain(target) and len(target.layers) in (0, len(scratch.layers)):
+    if is_plain(target, scratch) and len(target.layers) in (0, len(scratch.layers)):
+        for layer, replaced in zip(scratch.layers, target.layers, strict=False):
+            if getattr(replaced, "record_past", False):
+                layer.record_past = True  # type: ignore[union-attr]
         target.layers = scratch.layers
         return target
     for index, layer in enumerate(scratch.layers):
-        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
-        assert keys is not None and values is not None
-        target.update(keys[:, :, past:], values[:, :, past:], index)
+        fill_layer(target, index, layer, past)
     return target
 
 
-def is_plain(cache: Cache) -> bool:
-    """Whether a cache does no more than hold the keys and values of all tokens, layer by layer."""
-    kinds: set[Any] = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
-    return kinds == {DynamicLayer} and type(cache).update is Cache.update and not cache.offloading
+def fill_layer(target: Cache, index: int, layer: Any, past: int) -> None:
+    """Hand on what a layer of the scratch cache holds behind the first `past` tokens, and its states."""
+    if getattr(layer, "keys", None) is not None:
+        target.update(layer.keys[:, :, past:], layer.values[:, :, past:], index)
+    if not keeps_more(layer):
+        return
+    into = target.layers[index]
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if not isinstance(into, LinearAttentionCacheLayerMixin):
+            raise unfit(target, index, "states")
+        hand_states(layer, into)
+    for name, method in EXTRA_KEYS.items():
+        if (keys := getattr(layer, name, None)) is not None:
+            if not hasattr(into, method):
+                raise unfit(target, index, "the keys of its indexer")
+            getattr(into, method)(keys[..., past:, :])
+
+
+def unfit(cache: Cache, index: int, what: str) -> UnsupportedCallError:
+    return UnsupportedCallError(
+        f"layer {index} of this model keeps {what}, for which layer {index} of past_key_values, a "
+        f"{type(cache.layers[index]).__name__} of a {type(cache).__name__}, has no place: give a cache made from the "
+        "model's text config, as DynamicCache(config=model.config.get_text_config())"
+    )
+
+
+def hand_states(layer: Any, into: Any) -> None:
+    """States hold all that came before, so they take the place of the target's."""
+    for index in range(layer.number_of_states):
+        if layer.is_conv_states_initialized[index]:
+            into.has_previous_state[index] = False
+            into.update_conv_state(
+                layer.conv_states[index], index, conv_kernel_size=layer.conv_kernel_size[index])
+        if layer.is_recurrent_states_initialized[index]:
+            into.update_recurrent_state(layer.recurrent_states[index], index)
+
+
+def is_plain(cache: Cache, scratch: DynamicCache) -> bool:
+    """Whether a cache does no more than hold all that its layers are given, and its layers are of the scratch's kinds."""
+    own: Any = [type(layer) for layer in cache.layers] or [cache.layer_class_to_replicate]
+    kinds = [type(layer) for layer in scratch.layers]
+    alike = own == kinds if cache.layers else own == [DynamicLayer]
+    return alike and type(cache).update is Cache.update and not cache.offloading
 
 
 def shrink(cache: Cache | None, removed: int, least: int) -> int:

@@ -131,8 +131,8 @@ def split_mask(
     assert cache is not None
     whole = physical_mask(cache, mask, length) if isinstance(cache, TrackedCache) else mask
     if whole is None:
-        rows = cache.layers[0].keys.shape[0]  # type: ignore[union-attr]
-        whole = torch.ones((rows, past + length), dtype=torch.long, device=cache.layers[0].keys.device)  # type: ignore[union-attr]
+        keys: Any = next(layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None)  # type: ignore[union-attr]
+        whole = torch.ones((keys.shape[0], past + length), dtype=torch.long, device=keys.device)
     if whole.shape[1] != past + length:
         raise InputError(
             f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got "

@@ -24,7 +24,7 @@ from hawk_compile.plan.plan import Plan, make_plan, on_host
 from hawk_compile.plan.quotas import quotas
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
-from hawk_compile.runtime.handover import fill_cache, scratch_cache, shrink
+from hawk_compile.runtime.handover import fill_cache, scratch_cache, scratch_layers, shrink
 from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import refuse_quotas_of_audio, refuse_unsupported
@@ -95,7 +95,9 @@ def run_graph(
     origin: str,
 ) -> tuple[ModelOutput, PrefillRecord]:
     """(the model's output, what the prefill did); keys and values are in the caller's cache."""
-    scratch = scratch_cache(inputs.cache)
+    if runtime.scratch_layers is None:
+        runtime.scratch_layers = scratch_layers(model)
+    scratch = scratch_cache(inputs.cache, runtime.scratch_layers)
     taken = inputs.arguments | {
         "mm_encoder_outputs": inputs.features, "attention_mask": mask_for(inputs, plan), "past_key_values": scratch,
         "use_cache": True,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.compat.models import device_mesh_of
@@ -41,6 +42,7 @@ class Runtime:
         originals: name of an attribute that is shadowed -> what lay there before; none where it was the class's.
         chat: what surrounds a user's text, once that is learned (`chat_known`).
         last: what the model's last prefill did, whichever thread ran it.
+        scratch_layers: empty layers of the cache that a prefill fills, where a plain one will not do; None until asked.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Runtime:
         self.vision = CompiledVision(config.backend)
         self.compiled_steps: dict[str, CompiledStep] = {}
         self.static_length = 0
+        self.scratch_layers: tuple[Any, ...] | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         copied = Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
         recorded_by_thread.begin(copied)
+        mixers_stood_for.begin(copied)
         return copied
 
     @property

@@ -126,7 +126,7 @@ def test_a_plain_cache_takes_keys_and_values_without_a_copy(
 ) -> None:
     """The tensors that the graph wrote, of which no other cache may know."""
     made: list[Any] = []
-    monkeypatch.setattr(prefill, "scratch_cache", lambda target: made.append(scratch_cache(target)) or made[-1])
+    monkeypatch.setattr(prefill, "scratch_cache", lambda *given: made.append(scratch_cache(*given)) or made[-1])
     with torch.no_grad():
         found = pruned("llava")(**picture("llava"), past_key_values=given).past_key_values
     assert given is None or found is given
