@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 
 import hawk_compile.kernels.gather.op  # noqa: F401  registers the operator
 from hawk_compile.passes.errors import ShapeError
-from hawk_compile.passes.graph import Builder, expr, output_node, same, shape_of, sizes_equal_to, tensor, value
+from hawk_compile.passes.graph import Builder, dependents, expr, output_node, same, shape_of, sizes_equal_to, tensor, value
 from hawk_compile.passes.site import Budgeted, Gathered, Located, Scored, Selected, Split, find, note, read
 
 
@@ -40,9 +40,10 @@ def gather_by_shape(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMo
                 if source in split.full:
                     node.replace_input_with(source, crossing.of(source))
             replace_numbers(node, located.length, budgeted.kept_length)
-    if located.merged in output.all_input_nodes:
-        # The decoder's first hidden state. Everything else that the caller gets from before the cut stays whole.
-        output.replace_input_with(located.merged, crossing.of(located.merged))
+    for node in output.all_input_nodes:
+        # The decoder's hidden states up to the cut. Everything else that the caller gets from before it stays whole.
+        if node is located.merged or (node in split.full and is_hidden_state(node, located)):
+            output.replace_input_with(node, crossing.of(node))
     note(gm, Gathered(tuple(crossing.gathered)))
     return gm
 
@@ -174,6 +175,13 @@ class Crossing:
     def record(self, node: fx.Node, shape: tuple[Any, ...], kind: str, result: Any) -> Any:
         self.gathered.append((node.name, shape, kind))
         return result
+
+
+def is_hidden_state(node: fx.Node, located: Located) -> bool:
+    """Whether a value before the cut is one of the residual stream's: of the merged embeddings, and of their shape."""
+    if located.entry is located.merged or tensor(node) is None or node not in dependents(located.merged):
+        return False
+    return len(shape_of(node)) == 3 and all(map(same, shape_of(node), shape_of(located.merged)))
 
 
 def is_features(found: Tensor) -> bool:

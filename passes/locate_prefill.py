@@ -18,6 +18,7 @@ from typing import Any
 from torch import SymInt, fx
 
 from hawk_compile.passes.compat import TO_COPY
+from hawk_compile.passes.entry import find_entry, layer_of
 from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
 from hawk_compile.passes.graph import (
     LAYOUT_OPS,
@@ -59,19 +60,22 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     check_length(gm.graph, merged, length)
     after = dependents(merged)
     attention = find_attention(gm.graph, after)
-    query, query_rotated = before_position(gm.graph, merged, attention_input(attention, 0, "query"), length)
-    key, key_rotated = before_position(gm.graph, merged, attention_input(attention, 1, "key"), length)
+    entry = find_entry(merged, attention)
+    query, query_rotated = before_position(gm.graph, entry, attention_input(attention, 0, "query"), length)
+    key, key_rotated = before_position(gm.graph, entry, attention_input(attention, 1, "key"), length)
     refuse_unfollowed_writes(gm.graph, ancestors(query, key))
     heads, head_dim = heads_of(query, length)
     kv_heads, _ = heads_of(key, length)
-    query_linear, query_between = projection(query, merged, length)
-    key_linear, key_between = projection(key, merged, length)
+    query_linear, query_between = projection(query, entry, length)
+    key_linear, key_between = projection(key, entry, length)
     between = tuple(dict.fromkeys(query_between + key_between))
     one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
     folded = one_input and not between
     located = Located(
         merged=merged,
         merges=tuple(merges),
+        entry=entry,
+        layer=layer_of(attention),
         rows=rows,
         length=length,
         visual=tuple(visual_count(merge) for merge in merges),

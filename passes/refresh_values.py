@@ -43,7 +43,7 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
             if behind and node is not output_node(gm.graph):
                 node.meta[build.key] = run(node)
     kept = value(length) if isinstance(length, fx.Node) else length
-    for node in dependents(read(gm, Located).merged):
+    for node in dependents(read(gm, Located).entry):
         if is_call(node, "scaled_dot_product_attention") and not same(value(node).shape[-2], kept):
             length = value(node).shape[-2]
             raise ShapeError(f"{node.name} still runs over {expr(length)} positions instead of {expr(kept)}")

@@ -30,6 +30,11 @@ class Located:
     """[B, S, D]: the token embeddings after the last merge."""
     merges: tuple[fx.Node, ...]
     """Every masked_scatter of the chain, first to last."""
+    entry: fx.Node
+    """[B, S, ...]: what is gathered: `merged`, or where tokens meet without keys before the first attention, the
+    residual stream in front of that attention's layer."""
+    layer: int
+    """The decoder layer of that attention, counted from 0."""
     rows: Any
     length: Any
     """S as the graph writes it: a SymInt, or a number where the graph is specialised."""

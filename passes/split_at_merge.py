@@ -15,6 +15,7 @@ from torch import SymInt, fx
 from hawk_compile.passes.compat import CHECK_NAMES
 from hawk_compile.passes.errors import GraphError
 from hawk_compile.passes.graph import (
+    Builder,
     ancestors,
     dependents,
     memories,
@@ -32,14 +33,30 @@ def split_at_merge(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     """Move every node that will run at the pruned length behind the last that runs at full length."""
     if find(gm, Split) is not None:
         return gm
-    full = full_length_nodes(gm.graph, read(gm, Located))
+    located = read(gm, Located)
+    at_merge = full_length_nodes(gm.graph, located)
+    full = at_merge | layers_before(located)
     refuse_reordered_writes(gm.graph, full)
     output = output_node(gm.graph)
     behind = [node for node in gm.graph.nodes if node not in full and node is not output]
+    # What both parts need and the prompt's tokens do not enter (masks, rotary tables) is computed in both, each time
+    # from inputs of its own length.
+    twice = (full - at_merge - dependents(located.merged)) & ancestors(*behind)
+    copies = Builder(gm, output).clone(twice, {})
     for node in behind:
+        for source in node.all_input_nodes:
+            if source in copies:
+                node.replace_input_with(source, copies[source])
         output.prepend(node)
-    note(gm, Split(frozenset(full), behind[0]))
+    note(gm, Split(frozenset(full), next(iter(copies.values()), behind[0])))
     return gm
+
+
+def layers_before(located: Located) -> set[fx.Node]:
+    """What stands between the merge and the entry, the states that it leaves included, and what that needs besides."""
+    if located.entry is located.merged:
+        return set()
+    return ancestors(located.entry, *(dependents(located.merged) - dependents(located.entry)))
 
 
 def full_length_nodes(graph: fx.Graph, located: Located) -> set[fx.Node]:

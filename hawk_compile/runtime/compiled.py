@@ -12,22 +12,31 @@ from hawk_compile.capture.turns import CompiledInTurns, ending_turn
 from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.insert_scoring import Ranks
+from hawk_compile.passes.site import Located, read
 from hawk_compile.plan.plan import Plan
 from hawk_compile.settings.config import HawkConfig
 
 
 class CompiledPrefill:
-    """A model's prefill, compiled on its first call. Ratio and head weights are inputs of it, not part of it."""
+    """A model's prefill, compiled on its first call. Ratio and head weights are inputs of it, not part of it.
+
+    Attributes:
+        compilations: how many graphs were compiled.
+        scoring_layer: the decoder layer whose attention scores, counted from 0, once there is a graph.
+    """
 
     def __init__(self, config: HawkConfig, ranks: Ranks | None = None):
         self.config = config
         self.options = options_of(config, ranks=ranks)
         self.compilations = 0
+        self.scoring_layer = 0
         self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compile), fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
-        return compile_graph(gm, example_inputs, self.config, self.options)
+        compiled = compile_graph(gm, example_inputs, self.config, self.options)
+        self.scoring_layer = read(gm, Located).layer
+        return compiled
 
     def run(
         self,

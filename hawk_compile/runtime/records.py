@@ -28,7 +28,9 @@ class Report:
         chat_template: which chat template that was, or why there is none.
         head_weights: where the head weights came from.
         prompt_tokens: S, the prompt's full length.
-        kept_tokens: S', the length the decoder ran at.
+        kept_tokens: S', the length the decoder ran at, from the layer that scores on.
+        scoring_layer: the decoder layer whose queries and keys scored, counted from 0: the first with attention that
+            has keys. Layers before it, which keep states, ran at S.
     """
 
     visual_tokens: Tensor
@@ -42,6 +44,7 @@ class Report:
     kept_tokens: int
     question_rule: list[str]
     chat_template: str
+    scoring_layer: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class PrefillRecord:
     prompt_tokens: int
     chat_template: str = ""
     awaited: Mapping[str, Tensor] = field(default_factory=dict)
+    scoring_layer: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
         return self  # nothing in it changes: copies of a cache share it
@@ -93,6 +97,7 @@ class PrefillRecord:
             query_source=[] if question is None else [source.name.lower() for source in question.source],
             question_rule=[] if question is None else [rule.name.lower() for rule in question.rule],
             chat_template=self.chat_template,
+            scoring_layer=self.scoring_layer,
             head_weights=self.head_weights,
             prompt_tokens=self.prompt_tokens,
             kept_tokens=self.prompt_tokens if self.keep is None else self.keep.shape[1],
