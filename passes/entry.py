@@ -103,17 +103,18 @@ def works_on_elements(name: str) -> bool:
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
 
 
-def layer_of(attention: fx.Node) -> int:
+def layer_of(node: fx.Node) -> int | None:
     """The number of the decoder layer that a node belongs to: the first index on the way from the model to its module.
-    0 where a graph does not say."""
-    paths = [path for path, _ in attention.meta.get("nn_module_stack", {}).values()]
+    None if it belongs to none, or if the graph does not say."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     indexed = (re.search(r"(\d+)\W*$", path) for path in paths)
-    return next((int(index[1]) for index in indexed if index is not None), 0)
+    return next((int(index[1]) for index in indexed if index is not None), None)
 
 
 def refuse_meeting_tokens(merged: fx.Node, attention: fx.Node, layer: int, after: set[fx.Node]) -> None:
     """Layers in front that work on each token by itself (a multi-layer perceptron) are as well behind the cut."""
-    earlier = [node for node in ancestors(attention) & after if layer_of(node) < layer and "nn_module_stack" in node.meta]
+    numbers = {node: layer_of(node) for node in ancestors(attention) & after}
+    earlier = [node for node, number in numbers.items() if number is not None and number < layer]
     if any(tokens_may_meet(node, merged) for node in earlier):
         raise AttentionNotFoundError(
             f"the first attention that can score, {attention.name}, stands in layer {layer}, behind layers in which "

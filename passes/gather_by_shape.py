@@ -17,7 +17,17 @@ from torch import SymInt, Tensor, fx
 
 import hawk_compile.kernels.gather.op  # noqa: F401  registers the operator
 from hawk_compile.passes.errors import ShapeError
-from hawk_compile.passes.graph import Builder, dependents, expr, output_node, same, shape_of, sizes_equal_to, tensor, value
+from hawk_compile.passes.graph import (
+    Builder,
+    dependents,
+    expr,
+    output_node,
+    same,
+    shape_of,
+    sizes_equal_to,
+    tensor,
+    value,
+)
 from hawk_compile.passes.site import Budgeted, Gathered, Located, Scored, Selected, Split, find, note, read
 
 

@@ -75,7 +75,7 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         merged=merged,
         merges=tuple(merges),
         entry=entry,
-        layer=layer_of(attention),
+        layer=layer_of(attention) or 0,
         rows=rows,
         length=length,
         visual=tuple(visual_count(merge) for merge in merges),

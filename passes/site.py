@@ -34,7 +34,7 @@ class Located:
     """[B, S, ...]: what is gathered: `merged`, or where tokens meet without keys before the first attention, the
     residual stream in front of that attention's layer."""
     layer: int
-    """The decoder layer of that attention, counted from 0."""
+    """The decoder layer of that attention, counted from 0; 0 where a graph does not say."""
     rows: Any
     length: Any
     """S as the graph writes it: a SymInt, or a number where the graph is specialised."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import fx
 from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.cache_utils import DynamicIndexedLayer, StaticIndexedLayer
 from transformers.utils import output_capturing
 
 from hawk_compile.compat import dynamo, exporters, models
@@ -239,3 +240,33 @@ def test_no_other_file_uses_a_private_name() -> None:
     files = [path for room in ("hawk_compile", "passes", "kernels") for path in sorted((ROOT / room).rglob("*.py"))]
     others = [path for path in files if not str(path.relative_to(ROOT)).startswith((*links, *HOMES))]
     assert [name for path in others for name in private_names(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "mixer", "shapes", "states"),
+    [
+        ("qwen3_5", "torch_chunk_gated_delta_rule", [(2, 70, 2, 8)] * 3 + [(2, 70, 2)] * 2, (2, 2, 8, 8)),
+        ("glm5_next", "chunk_kimi_delta_attention", [(2, 70, 2, 8)] * 4 + [(2, 70, 2)], (2, 2, 8, 8)),
+        ("nemotron_h", "mamba2_chunk_scan", [(2, 70, 2, 8), (2, 70, 2), (2,), (2, 70, 1, 4), (2, 70, 1, 4)], (2, 2, 8, 4)),
+    ],
+)  # fmt: skip
+def test_chunked_mixers(file: str, mixer: str, shapes: list[tuple[int, ...]], states: tuple[int, ...]) -> None:
+    """Functions of a modeling file, found under these names, of [B, S, ...]: results are tokens and a state."""
+    module = pytest.importorskip(f"transformers.models.{file}.modeling_{file}")
+    function, asks = getattr(module, mixer), models.CHUNKED_MIXERS[mixer]
+    names = list(inspect.signature(inspect.unwrap(function)).parameters)
+    arguments = dict(zip(names, (-torch.rand(shape) for shape in shapes), strict=False))
+    sizes = {"chunk_size": 64} if "chunk_size" in names else {}
+    tokens, state = function(**arguments, **sizes, **{asks: True})
+    assert tokens.shape == shapes[2 if file != "nemotron_h" else 0] and state.shape == states
+    assert any(name.startswith("initial_state") for name in names)
+
+
+def test_what_caches_hold_beside_keys_and_values() -> None:
+    holders = {DynamicIndexedLayer: "indexer_keys", StaticIndexedLayer: "indexer_keys"}
+    sparse = pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl")
+    holders |= {sparse.MiniMaxM3VLSparseCacheLayer: "idx_keys", sparse.MiniMaxM3VLSparseStaticCacheLayer: "idx_keys"}
+    for kind, name in holders.items():
+        layer = kind(max_cache_len=9)
+        getattr(layer, models.EXTRA_KEYS[name])(torch.ones(1, 1, 3, 4) if name == "idx_keys" else torch.ones(1, 3, 4))
+        assert getattr(layer, name).shape[-2] >= 3

@@ -3,7 +3,7 @@
 Where no kernel is installed, transformers runs the chunked delta rule and its like by a loop in Python over S / 64
 chunks. Captured as it is, the graph would serve prompts of that many chunks only; and behind the cut, where the prompt
 is shorter, it would have more turns than chunks. As an operator it has no loop. What the operator runs is the model's
-own function, kernel or not, so numerics are the model's.
+own function, kernel or not: numerics are the model's.
 
 These functions belong to modeling files, so what stands in for one is seen by every model of that file. It does what
 the function does, makes a difference only to what Dynamo captures without gradients, and goes with the last model that
@@ -28,7 +28,8 @@ TENSOR = "<tensor>"
 ROWS, LENGTH = "rows", "length"
 """Stand for B and S among sizes."""
 PROBES = ((2, 3), (4, 3), (2, 5))
-"""(B, S) at which a mixer is asked for the shapes of its results: what changes with the rows is B, with the length S."""
+"""(B, S) at which a mixer is asked for the shapes of its results: what changes with the rows is B, with the length
+S."""
 STATE = "initial_state"
 """How the names of arguments begin that are [B, H, ...], without a length."""
 
@@ -56,12 +57,12 @@ class Call:
 
     def shapes(self, tensors: Sequence[Tensor]) -> tuple[Shape, ...]:
         """The tensors' shapes, with ROWS and LENGTH for B and S."""
-        named = zip((name for name, value in zip(self.names, self.values, strict=True) if value == TENSOR), tensors)
+        names = [name for name, value in zip(self.names, self.values, strict=True) if value == TENSOR]
         return tuple(
             tuple(tensor.shape) if tensor.ndim < 3
             else (ROWS, *tensor.shape[1:]) if name.startswith(STATE)
             else (ROWS, LENGTH, *tensor.shape[2:])
-            for name, tensor in named
+            for name, tensor in zip(names, tensors, strict=True)
         )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def copied(layer: Any) -> Any:
     twin = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
-            vars(twin)[name] = {key: state.clone() if isinstance(state, Tensor) else state for key, state in value.items()}
+            cloned = {key: state.clone() for key, state in value.items() if isinstance(state, Tensor)}
+            vars(twin)[name] = value | cloned
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         twin.record_past = False  # what a prompt ends with is all that later steps may go back to
     return twin
@@ -131,7 +132,7 @@ def hand_states(layer: Any, into: Any) -> None:
 
 
 def is_plain(cache: Cache, scratch: DynamicCache) -> bool:
-    """Whether a cache does no more than hold all that its layers are given, and its layers are of the scratch's kinds."""
+    """Whether a cache does no more than hold all that its layers are given, and these are of the scratch's kinds."""
     own: Any = [type(layer) for layer in cache.layers] or [cache.layer_class_to_replicate]
     kinds = [type(layer) for layer in scratch.layers]
     alike = own == kinds if cache.layers else own == [DynamicLayer]

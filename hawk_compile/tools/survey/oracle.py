@@ -4,6 +4,7 @@ Nothing here knows a model: hooks see what its decoder is given, and put gathere
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Seen:
 @contextlib.contextmanager
 def changed(module: nn.Module, change: Change) -> Iterator[None]:
     """Let `change` see, and alter, what a module's forward is given, by name."""
-    names = list(module.forward.__code__.co_varnames[1:]) if hasattr(module.forward, "__code__") else []
+    names = list(inspect.signature(module.forward).parameters)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), change({**dict(zip(names, args, strict=False)), **kwargs})
