@@ -247,7 +247,7 @@ def test_no_other_file_uses_a_private_name() -> None:
     [
         ("qwen3_5", "torch_chunk_gated_delta_rule", [(2, 70, 2, 8)] * 3 + [(2, 70, 2)] * 2, (2, 2, 8, 8)),
         ("glm5_next", "chunk_kimi_delta_attention", [(2, 70, 2, 8)] * 4 + [(2, 70, 2)], (2, 2, 8, 8)),
-        ("nemotron_h", "mamba2_chunk_scan", [(2, 70, 2, 8), (2, 70, 2), (2,), (2, 70, 1, 4), (2, 70, 1, 4)], (2, 2, 8, 4)),
+        ("nemotron_h", "mamba2_chunk_scan", [(2, 70, 2, 8), (2, 70, 2), (2,), *[(2, 70, 1, 4)] * 2], (2, 2, 8, 4)),
     ],
 )  # fmt: skip
 def test_chunked_mixers(file: str, mixer: str, shapes: list[tuple[int, ...]], states: tuple[int, ...]) -> None:
