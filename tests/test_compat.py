@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,24 @@ def test_what_recorders_of_hidden_states_ask(monkeypatch: pytest.MonkeyPatch) ->
         token = collector.set({"hidden_states": []})
         assert (collector.global_var is not None) == captured
         collector.reset(token)
+
+
+def test_sizes_in_texts_of_captured_code() -> None:
+    """A message fixes no size where that is asked for, in this thread and inside; elsewhere it does."""
+    named = len(dynamo.WORD)
+
+    def function(values: torch.Tensor) -> torch.Tensor:
+        return values * len(f"{values.shape[0]}")
+
+    def lengths() -> list[int]:
+        compiled = torch.compile(function, backend="eager", dynamic=True, fullgraph=True, isolate_recompiles=True)
+        return [int(compiled(torch.ones(rows))[0]) for rows in (3, 12)]
+
+    with dynamo.sizes_named_in_texts():
+        assert lengths() == [named, named]
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(lengths).result() == [1, 2]
+    assert lengths() == [1, 2]
 
 
 def test_files_that_are_not_there_are_none(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hawk_compile.compat.dynamo import (
     TorchDynamoException,
     dynamo_settings,
     shape_settings,
+    sizes_named_in_texts,
 )
 from hawk_compile.kernels.compat import check
 
@@ -48,6 +49,7 @@ def capture_settings() -> Iterator[None]:
             accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),
         shape_settings(use_duck_shape=False),
+        sizes_named_in_texts(),
     ):
         yield
 

@@ -1,13 +1,12 @@
 """What is put on a model so that its forward can be captured as one graph.
 
-The model's own check of feature count against placeholder count formats the number of features into its message, and
-fixes that number in the graph: the check is made on the host, and inside the graph it is asked about empty tensors.
-
 Whether a graph is captured is asked of this thread: `torch.compiler.is_compiling` says what any thread of the process
 does, and what stands in would then run in a call that is not captured.
 """
 
 import contextlib
+import functools
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from hawk_compile.capture.modalities import AUDIO, in_vocabulary, placeholder_ids
 from hawk_compile.capture.while_used import WhileUsed
 from hawk_compile.compat.models import let_recorders_ask
 
@@ -69,33 +67,25 @@ class RecordedByThread(WhileUsed):
 recorded_by_thread = RecordedByThread()
 
 
-def get_placeholder_mask(
-    self: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **features: Any
-) -> Any:
-    """Stands in for the method of this name while a graph is captured: the same masks, a check that always holds."""
-    original: Any = type(self).get_placeholder_mask  # type: ignore[attr-defined]
-    if not is_captured():
-        return original(self, input_ids, inputs_embeds, *args, **features)
-    waiting = placeholder_ids(self)
-    if input_ids is None:
-        input_ids = compared_ids(self, inputs_embeds, waiting)
-    if waiting and waiting == placeholder_ids(self, [AUDIO]):
-        # Models that only hear return one mask, expanded to the embeddings, which a check of no features would lose.
-        return (input_ids == waiting[0]).unsqueeze(-1)
-    nothing = inputs_embeds.new_empty(0, 1)
-    args = tuple(None if each is None else nothing for each in args)
-    features = {name: None if each is None else nothing for name, each in features.items()}
-    return original(self, input_ids, inputs_embeds[..., :0], *args, **features)
+@functools.cache
+def placeholder_mask_of(kind: Any) -> Callable[..., Any]:
+    """`get_placeholder_mask` of a class; while a graph is captured, without the features that serve its check alone.
 
+    Some compare the numbers by an `if`, which no graph can take. What the method can do without, the mask does not
+    need.
+    """
+    original: Callable[..., Any] = kind.get_placeholder_mask
+    parameters = inspect.signature(original).parameters
+    names = tuple(parameters)[1:]
+    checked = tuple(name for name in names if name.endswith("features") and parameters[name].default is None)
 
-def compared_ids(model: Any, inputs_embeds: Tensor, wanted: list[int]) -> Tensor:
-    """As `known_ids`, for a few ids and inside a graph: one comparison each."""
-    embed = model.get_input_embeddings()
-    ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=inputs_embeds.device)
-    for number in reversed(in_vocabulary(embed, wanted)):
-        row = embed(torch.tensor([number], device=inputs_embeds.device)).to(inputs_embeds.dtype)
-        ids = ids.masked_fill((inputs_embeds == row).all(-1), number)
-    return ids
+    def get_placeholder_mask(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_captured():
+            return original(self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return original(self, **{name: value for name, value in given.items() if name not in checked})
+
+    return get_placeholder_mask
 
 
 def get_audio_features(self: nn.Module, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,11 +99,13 @@ def get_audio_features(self: nn.Module, input_features: Tensor, *args: Any, **kw
 def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
     """The methods to put on the model's body, of those that it has."""
     base = model.base_model
-    return {
-        method.__name__: types.MethodType(method, base)
-        for method in (get_placeholder_mask, get_audio_features)
-        if hasattr(type(base), method.__name__)
-    }
+    kind: Any = type(base)
+    methods: list[Callable[..., Any]] = []
+    if hasattr(kind, "get_placeholder_mask"):
+        methods.append(placeholder_mask_of(kind))
+    if hasattr(kind, "get_audio_features"):
+        methods.append(get_audio_features)
+    return {method.__name__: types.MethodType(method, base) for method in methods}
 
 
 def install_recorders(module: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """Private names of torch.compile, AOTInductor and torch's trees."""
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.exc import Unsupported as Unsupported
 from torch._dynamo.exc import UserError as UserError
+from torch._dynamo.variables.lazy import LazySymNodeFormatString as SizeInText  # what an f-string has of a size
 from torch.fx.experimental import _config as fx_config
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested lists and dicts
 from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression
@@ -32,6 +35,41 @@ def dynamo_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
 def shape_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
     """Settings by name of how sizes become symbols, in this thread, inside."""
     return fx_config.patch(**settings)  # type: ignore[attr-defined]
+
+
+WORD = "a symbolic size"
+"""What f-strings hold of sizes that are not to be fixed."""
+
+
+class TextsOfThread(threading.local):
+    """Whether f-strings of what a thread captures name their sizes."""
+
+    name_sizes = False
+
+
+texts = TextsOfThread()
+
+
+def text_of_size(size: SizeInText) -> str:
+    return WORD if texts.name_sizes else number_in_text(size)
+
+
+number_in_text = SizeInText.__repr__
+
+
+@contextlib.contextmanager
+def sizes_named_in_texts() -> Iterator[None]:
+    """F-strings of code that this thread captures inside hold a word for a symbolic size.
+
+    A number would fix the size in the graph, though it is only part of a message that nobody sees. What other threads
+    compile is as it was.
+    """
+    SizeInText.__repr__ = text_of_size  # type: ignore[method-assign]
+    texts.name_sizes = True
+    try:
+        yield
+    finally:
+        texts.name_sizes = False
 
 
 def write_package(program: torch.export.ExportedProgram, path: str, settings: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
 from hawk_compile.passes.remove_assertions import remove_assertions
+from hawk_compile.passes.remove_unread_rows import remove_unread_rows
 from hawk_compile.passes.replace_masked_add import replace_masked_add
 from hawk_compile.passes.replace_masked_scatter import replace_masked_scatter
 from hawk_compile.passes.split_at_merge import split_at_merge
@@ -57,6 +58,7 @@ class Step:
 
 
 PRUNING = (
+    Step(remove_unread_rows, "remove rows of which only the number is looked at", optional=True),
     Step(functionalize_writes, "write what is written in place as new values"),
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
