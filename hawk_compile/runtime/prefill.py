@@ -109,7 +109,7 @@ def run_graph(
             forward, taken, inputs.past_mask, plan, weights, inputs.along)
     record = PrefillRecord(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
-        origin, runtime.prefill.scoring_layer)
+        origin, scoring_layer=runtime.prefill.scoring_layer)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
     with opened(inputs.cache):
         cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)

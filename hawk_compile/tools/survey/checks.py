@@ -181,7 +181,7 @@ def pruned_record(model: PreTrainedModel) -> Any:
         record = report(model)
     except HawkError as error:
         raise Wrong(f"not pruned, without a word: {error}") from None
-    if record.keep_indices is None:
+    if record.scores is None:
         raise Wrong(f"not pruned: {record.reason}")
     return record
 
