@@ -66,8 +66,8 @@ class PrefillRecord:
     head_weights: str
     prompt_tokens: int
     chat_template: str = ""
-    awaited: Mapping[str, Tensor] = field(default_factory=dict)
     scoring_layer: int = 0
+    awaited: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
         return self  # nothing in it changes: copies of a cache share it
