@@ -29,9 +29,13 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     """Recompute the fake value of every node behind the boundary.
 
     Raises:
-        ShapeError: a node fails at the pruned length, or a decoder attention still has S queries.
+        ShapeError: a node fails at the pruned length, or a decoder attention has not as many queries for S' as it had
+            for S.
     """
     boundary, length = read(gm, Split).boundary, read(gm, Budgeted).kept_length
+    located = read(gm, Located)
+    attentions = [node for node in dependents(located.entry) if is_call(node, "scaled_dot_product_attention")]
+    queries = {node: value(node).shape[-2] for node in attentions}
     read(gm, Gathered)  # before which every shape still says S
     build = Builder(gm, boundary)
     if build.fake_mode is None:
@@ -43,11 +47,18 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
             if behind and node is not output_node(gm.graph):
                 node.meta[build.key] = run(node)
     kept = value(length) if isinstance(length, fx.Node) else length
-    for node in dependents(read(gm, Located).entry):
-        if is_call(node, "scaled_dot_product_attention") and not same(value(node).shape[-2], kept):
-            length = value(node).shape[-2]
-            raise ShapeError(f"{node.name} still runs over {expr(length)} positions instead of {expr(kept)}")
+    for node, full in queries.items():
+        pruned, expected = expr(value(node).shape[-2]), at_length(full, located.length, kept)
+        if pruned != expected:
+            raise ShapeError(f"{node.name} still runs over {pruned} positions instead of {expected}")
     return gm
+
+
+def at_length(size: Any, length: Any, kept: Any) -> Any:
+    """What a size becomes at the pruned length: S' in the place of S; some layers run over the last position alone."""
+    if same(size, length) or same(size, kept):
+        return expr(kept)
+    return expr(size) if isinstance(length, int) else expr(size).subs(expr(length), expr(kept))  # type: ignore[union-attr]
 
 
 def run(node: fx.Node) -> Any:

@@ -24,6 +24,9 @@ RAW_INPUTS = {
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
 
+WORK_OUT_POSITIONS = "compute_3d_position_ids"
+"""The method of bodies whose positions depend on images."""
+
 AT_ONCE = 2**22
 """Elements of embeddings that are hashed at once: 32 MB as int64."""
 
@@ -70,12 +73,18 @@ def token_kinds(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def positions_by_images(model: PreTrainedModel) -> bool:
+    """Whether positions depend on the sizes of images (mRoPE). `rope_deltas` alone does not say it: some models have a
+    place for them and count like any other."""
+    return hasattr(model.base_model, WORK_OUT_POSITIONS)
+
+
 def read_for_positions(model: PreTrainedModel) -> set[str]:
     """Arguments from which the model works out positions that depend on image sizes (mRoPE); none elsewhere.
 
     With position_ids at hand they are not read again.
     """
-    work_out = getattr(model.base_model, "compute_3d_position_ids", None)
+    work_out = getattr(model.base_model, WORK_OUT_POSITIONS, None)
     return set() if work_out is None else {*inspect.signature(work_out).parameters}
 
 

@@ -8,7 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.encode import positions_of
-from hawk_compile.capture.modalities import modalities_of, placeholders_by_modality, takes, tokens_of
+from hawk_compile.capture.modalities import (
+    modalities_of,
+    placeholders_by_modality,
+    positions_by_images,
+    takes,
+    tokens_of,
+)
 from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.generation import running
@@ -37,11 +43,11 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     if physical_length(cache) == 0:
         return run_text(model, runtime, forward, kwargs)
     if isinstance(cache, TrackedCache):
-        kwargs = by_slots(cache, kwargs)
+        kwargs = by_slots(model, cache, kwargs)
     return step(runtime, forward, kwargs)
 
 
-def by_slots(cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_slots(model: PreTrainedModel, cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call behind a pruned prompt: what covers the whole conversation is cut to the slots."""
     mask, new_tokens = kwargs.get("attention_mask"), tokens_of(kwargs).shape[1]
     whole = int(cache.get_seq_length()) + new_tokens
@@ -53,14 +59,14 @@ def by_slots(cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         cut["attention_mask"] = physical_mask(cache, mask, new_tokens)
     if kwargs.get("position_ids") is None and conversation_of(cache).rope_deltas is not None:
-        cut["position_ids"] = next_positions(cache, mask, new_tokens)
+        cut["position_ids"] = next_positions(model, cache, mask, new_tokens)
     return {**kwargs, **cut}
 
 
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """The first prompt of a conversation, without features to prune: it runs whole, and the report says so."""
     record = unpruned(model, runtime, kwargs)
-    if not hasattr(model.base_model, "rope_deltas"):
+    if not positions_by_images(model):
         result = step(runtime, forward, kwargs)
         runtime.note(record, result, kwargs.get("past_key_values"))
         return result

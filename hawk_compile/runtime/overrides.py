@@ -14,7 +14,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.modalities import modalities_of
+from hawk_compile.capture.modalities import modalities_of, positions_by_images
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.capture.segments import name_of_rest
 from hawk_compile.compat.models import (
@@ -205,7 +205,7 @@ def prefill_whole(
             "be scored against the question: leave it out"
         )
     cache = model_kwargs.get("past_key_values")
-    if prunes(self, model_kwargs) and physical_length(cache) and hasattr(self.base_model, "rope_deltas"):
+    if prunes(self, model_kwargs) and physical_length(cache) and positions_by_images(self):
         raise UnsupportedCallError(
             "new images on a cache that already holds tokens: in models with mRoPE generate gives them positions of "
             "text, so prefill the whole conversation at once, or call the model with position_ids of your own"

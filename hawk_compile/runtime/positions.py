@@ -13,15 +13,24 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hawk_compile.capture.modalities import positions_by_images
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.tracked import TrackedCache
+
+AXES = ("time", "height", "width")
 
 LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """Of each model's body: guards its `rope_deltas`."""
 
 
-def next_positions(cache: TrackedCache, mask: Tensor | None, new_tokens: int) -> Tensor:
-    """[3, B, new]: the positions of text tokens behind this conversation, with its own offset.
+def axes_of(model: PreTrainedModel) -> int:
+    """How many positions a token has: of time, height and width, and of some models more."""
+    rope: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return len(rope.get("mrope_section") or AXES)
+
+
+def next_positions(model: PreTrainedModel, cache: TrackedCache, mask: Tensor | None, new_tokens: int) -> Tensor:
+    """[axes, B, new]: the positions of text tokens behind this conversation, with its own offset.
 
     The model would add the offset that it remembers, which may be another conversation's.
     """
@@ -31,7 +40,7 @@ def next_positions(cache: TrackedCache, mask: Tensor | None, new_tokens: int) ->
         text = (mask.long().cumsum(1) - 1)[:, -new_tokens:]
     else:
         text = torch.arange(new_tokens, device=deltas.device)[None] + cache.get_seq_length()
-    return (text + deltas).expand(3, -1, -1)
+    return (text + deltas).expand(axes_of(model), -1, -1)
 
 
 @contextmanager
@@ -69,13 +78,13 @@ def deltas_after(
 ) -> Tensor | None:
     """What the model must add to a text position after this prompt, [B, 1]; None if it never adds anything.
 
-    It is read off the prompt's own positions ([3, B, S], or [4, B, S] with a row of text positions ahead): the next
-    token stands one behind the largest. What the model remembers may be of another conversation by now.
+    It is read off the prompt's own positions ([axes, B, S], or with a row of text positions ahead): the next token
+    stands one behind the largest. What the model remembers may be of another conversation by now.
     """
-    if not hasattr(model.base_model, "rope_deltas"):
+    if not positions_by_images(model):
         return None
     if positions is None or positions.ndim != 3:
         return torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
     before = 0 if cache is None else int(cache.get_seq_length())
     real = before + length if mask is None else mask.sum(1)
-    return (positions[-3:].amax((0, 2)) + 1 - real)[:, None].expand(rows, 1)
+    return (positions[-axes_of(model) :].amax((0, 2)) + 1 - real)[:, None].expand(rows, 1)

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
-from hawk_compile.capture.modalities import token_kinds
+from hawk_compile.capture.modalities import positions_by_images, token_kinds
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
@@ -49,7 +49,7 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             f"new images on a cache that already holds tokens cannot attend both ways ({' and '.join(names)} were "
             "given): prefill the whole conversation at once"
         )
-    if physical_length(cache) and kwargs.get("position_ids") is None and hasattr(model.base_model, "rope_deltas"):
+    if physical_length(cache) and kwargs.get("position_ids") is None and positions_by_images(model):
         raise UnsupportedCallError(
             "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would "
             "give them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"

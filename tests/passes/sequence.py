@@ -9,11 +9,13 @@ from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
+from hawk_compile.passes.remove_unread_rows import remove_unread_rows
 from hawk_compile.passes.replace_masked_add import replace_masked_add
 from hawk_compile.passes.split_at_merge import split_at_merge
 from tests.passes import graphs
 
 PASSES = (
+    remove_unread_rows,
     functionalize_writes,
     locate_prefill,
     replace_masked_add,

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import SymInt
 
 from hawk_compile.compile.pipeline import PassOptions, run_passes
@@ -208,6 +209,21 @@ def test_as_many_visual_tokens_as_positions_are_pruned_like_any_other_number():
 def test_features_for_later_layers_are_refused_where_no_size_tells_them_from_tokens():
     with pytest.raises(ShapeError, match="as many visual tokens as positions"):
         after(gather_by_shape, EqualSizes(later=True), graphs.prompt(rows=2, length=12, visual=6))
+
+
+class LastAlone(graphs.Decoder):
+    """A second layer that runs over the last position alone, as where layers share keys and one logit is wanted."""
+
+    def forward(self, ids, features, attention_mask, positions):
+        hidden = super().forward(ids, features, attention_mask, positions)
+        heads = [part.unflatten(-1, (graphs.HEADS, -1)).transpose(1, 2) for part in (self.q(hidden[:, -1:]), hidden)]
+        return F.scaled_dot_product_attention(heads[0], heads[1], heads[1]).transpose(1, 2).flatten(2)
+
+
+def test_a_layer_may_run_over_the_last_position_alone():
+    gm = after(refresh_values, LastAlone())
+    queries = [value(node).shape[2] for node in gm.graph.nodes if is_call(node, "scaled_dot_product_attention")]
+    assert queries[1] == 1 and same(queries[0], value(read(gm, Budgeted).kept_length))
 
 
 def test_refresh_names_the_node_that_still_sees_the_full_length():

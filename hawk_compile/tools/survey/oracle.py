@@ -107,7 +107,7 @@ def pruned_forward(
         if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length
         and name not in ("input_ids", "attention_mask")
     }  # fmt: skip
-    given = {"inputs_embeds": seen.arguments["inputs_embeds"], **per_token}
+    given = {"inputs_embeds": seen.arguments["inputs_embeds"], **per_token, **beside_embeddings(model, seen, length)}
 
     def change(kwargs: dict[str, Any]) -> dict[str, Any]:
         missing = {
@@ -119,6 +119,15 @@ def pruned_forward(
     with torch.no_grad(), changed(seen.decoder, change):
         output = model(**gathered(given, length, keep, visual), use_cache=True)
     return output, output.past_key_values
+
+
+def beside_embeddings(model: PreTrainedModel, seen: Seen, length: int) -> dict[str, Tensor]:
+    """What the model worked out of the ids for its decoder, [B, S, ...], and takes beside them by that name."""
+    taken = set(inspect.signature(model.forward).parameters) - {"inputs_embeds", "attention_mask", "position_ids"}
+    return {
+        name: value for name, value in seen.arguments.items()
+        if name in taken and isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == length
+    }  # fmt: skip
 
 
 def pruned_at_layer(
