@@ -15,6 +15,7 @@ which `Located.rotated` keeps what was left out. The graph must be free of write
 
 from typing import Any
 
+import torch
 from torch import SymInt, fx
 
 from hawk_compile.passes.compat import TO_COPY
@@ -235,8 +236,9 @@ def find_padding_mask(graph: fx.Graph, length: Any) -> fx.Node | None:
 def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx.Node]:
     """The positions ([S] or [1, S]) that the graph counts itself and that do more than build masks.
 
-    An arange over S that reaches the decoder only as an attention's mask counts slots, and is counted anew at the
-    pruned length; one that reaches anything else counts positions, which stay at full length until they are gathered.
+    An arange over S that reaches the decoder only as an attention's mask, or compared with that of the keys (an
+    indexer's mask), counts slots, and is counted anew at the pruned length; one that reaches anything else counts
+    positions, which stay at full length until they are gathered.
     """
     after = dependents(merged)
     chain: set[fx.Node] = set()
@@ -244,7 +246,7 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
         found = tensor(node)
         if not is_call(node, "arange") or found is None or not sizes_equal_to(found.shape, length):
             continue
-        beside = (dependents(node) - after) | {node}
+        beside = uncompared(node, after, length)
         entered = {user for source in beside for user in source.users if user in after}
         if all(is_call(user, "scaled_dot_product_attention") for user in entered):
             continue
@@ -255,6 +257,26 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
                 chain.add(current)
                 stack.extend(current.users)
     return chain
+
+
+def uncompared(node: fx.Node, after: set[fx.Node], length: Any) -> set[fx.Node]:
+    """The node and all that is computed from it beside the decoder, without what says which keys a query sees."""
+    found, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found | after and user.op != "output" and not compares_slots(user, length):
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def compares_slots(node: fx.Node, length: Any) -> bool:
+    """Whether a value is [..., S, P + S] of bools: P slots may be filled."""
+    found = tensor(node)
+    if found is None or found.dtype != torch.bool or found.ndim < 2 or not same(found.shape[-2], length):
+        return False
+    symbols = getattr(expr(length), "free_symbols", set())
+    return same(found.shape[-1], length) or bool(symbols & getattr(expr(found.shape[-1]), "free_symbols", set()))
 
 
 def is_row_of_positions(node: fx.Node, length: Any) -> bool:
