@@ -27,7 +27,8 @@ class Tiny:
     Attributes:
         name: the file's, without its ending: the model type, and what is special of it behind a dot.
         modalities: what is pruned; None: images and videos.
-        inputs: name -> values, or {"dtype", "shape", "low", "high"} to draw from; see `prompt`.
+        inputs: name -> values, or {"dtype", "shape", "low", "high"} to draw from; "rows" beside them is the dimension
+            along which rows lie, 0 if it says nothing; see `prompt`.
     """
 
     name: str
@@ -99,7 +100,10 @@ def prompt(tiny: Tiny, rows: int | Sequence[int], seed: int = 0) -> dict[str, An
     drawn = {name: draw(value, generator) for name, value in tiny.inputs.items()}
     count = len(drawn["input_ids"])
     chosen = list(range(rows)) if isinstance(rows, int) else list(rows)
-    return {name: rows_of(value, count, chosen) for name, value in drawn.items()}
+    return {
+        name: rows_of(value, count, chosen, tiny.inputs[name].get("rows", 0) if isinstance(value, Tensor) else 0)
+        for name, value in drawn.items()
+    }
 
 
 def draw(value: Any, generator: torch.Generator) -> Any:
@@ -114,9 +118,9 @@ def draw(value: Any, generator: torch.Generator) -> Any:
     return (torch.rand(value["shape"], generator=generator) * (high - low) + low).to(dtype)
 
 
-def rows_of(value: Any, count: int, chosen: list[int]) -> Any:
+def rows_of(value: Any, count: int, chosen: list[int], dim: int = 0) -> Any:
     """The part of an input that belongs to the chosen rows of `count`: each has an equal share, in order."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % count:
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[dim] % count:
         return value
-    shares = value.split(value.shape[0] // count)
-    return torch.cat([shares[row] for row in chosen])
+    shares = value.split(value.shape[dim] // count, dim)
+    return torch.cat([shares[row] for row in chosen], dim)
