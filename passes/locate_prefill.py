@@ -234,7 +234,7 @@ def find_padding_mask(graph: fx.Graph, length: Any) -> fx.Node | None:
 
 
 def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx.Node]:
-    """The positions ([S] or [1, S]) that the graph counts itself and that do more than build masks.
+    """The positions ([S] or [1, ..., S]) that the graph counts itself and that do more than build masks.
 
     An arange over S that reaches the decoder only as an attention's mask, or compared with that of the keys (an
     indexer's mask), counts slots, and is counted anew at the pruned length; one that reaches anything else counts
@@ -283,4 +283,4 @@ def is_row_of_positions(node: fx.Node, length: Any) -> bool:
     found = tensor(node)
     if found is None or sizes_equal_to(found.shape, length) != [found.ndim - 1]:
         return False
-    return found.ndim == 1 or (found.ndim == 2 and same(found.shape[0], 1))
+    return all(same(size, 1) for size in found.shape[:-1])

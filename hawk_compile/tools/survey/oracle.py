@@ -133,14 +133,39 @@ def beside_embeddings(model: PreTrainedModel, seen: Seen, length: int) -> dict[s
 def pruned_at_layer(
     model: PreTrainedModel, inputs: dict[str, Any], keep: Tensor, visual: Tensor, layer: int
 ) -> tuple[Any, Cache]:
-    """As `pruned_forward`, with the residual stream gathered in front of a later layer."""
-    length = inputs["input_ids"].shape[1]
+    """As `pruned_forward`, with the residual stream gathered in front of a later layer, and masks as for the kept."""
+    length, layers = inputs["input_ids"].shape[1], layers_of(model)
+    masks = masks_of_kept(model, inputs, keep, visual, layers) if layer else None
     with contextlib.ExitStack() as stack:
-        for part in layers_of(model)[layer:]:
-            stack.enter_context(changed(part, lambda kwargs: gathered(kwargs, length, keep, visual)))
+        for number, part in enumerate(layers):
+            def change(kwargs: dict[str, Any], number: int = number) -> dict[str, Any]:
+                mask = {} if masks is None else {"attention_mask": masks[number]}
+                return gathered(kwargs, length, keep, visual) | mask
+
+            if number >= layer:
+                stack.enter_context(changed(part, change))
         stack.enter_context(torch.no_grad())
         output = model(**inputs, use_cache=True)
     return output, output.past_key_values
+
+
+def masks_of_kept(
+    model: PreTrainedModel, inputs: dict[str, Any], keep: Tensor, visual: Tensor, layers: nn.ModuleList
+) -> list[Any] | None:
+    """The attention mask that each layer is given for a prompt of the kept positions alone, where windows count these;
+    None where the model merges and decodes in one module."""
+    masks: list[Any] = [None] * len(layers)
+    if seen_by_decoder(model, inputs) is None:
+        return None
+    with contextlib.ExitStack() as stack:
+        for number, part in enumerate(layers):
+            def look(kwargs: dict[str, Any], number: int = number) -> dict[str, Any]:
+                masks[number] = kwargs.get("attention_mask")
+                return kwargs
+
+            stack.enter_context(changed(part, look))
+        pruned_forward(model, inputs, keep, visual)
+    return masks
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
