@@ -275,7 +275,7 @@ def compares_slots(node: fx.Node, length: Any) -> bool:
     found = tensor(node)
     if found is None or found.dtype != torch.bool or found.ndim < 2 or not same(found.shape[-2], length):
         return False
-    symbols = getattr(expr(length), "free_symbols", set())
+    symbols: set[Any] = getattr(expr(length), "free_symbols", set())
     return same(found.shape[-1], length) or bool(symbols & getattr(expr(found.shape[-1]), "free_symbols", set()))
 
 
