@@ -16,11 +16,15 @@ import torch
 from torch import SymInt, Tensor, fx
 
 import hawk_compile.kernels.gather.op  # noqa: F401  registers the operator
+from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.errors import ShapeError
 from hawk_compile.passes.graph import (
+    LAYOUT_OPS,
     Builder,
+    ancestors,
     dependents,
     expr,
+    is_call,
     output_node,
     same,
     shape_of,
@@ -117,6 +121,8 @@ class Crossing:
             result = self.gather_tokens(result, dim, lengths[0])
         if node is located.padding_mask:
             result = self.build.call(torch.mul, result, self.selected.valid)
+        elif lengths == [1] and marks_visual_tokens(node, located):
+            result = self.build.call(torch.logical_and, result, self.valid_for(len(found.shape)))
         if lengths:
             self.record(node, tuple(found.shape), "tokens", result)
         elif len(located.visual) == 1 and is_features(found) and sizes_equal_to(found.shape, located.visual[0]):
@@ -133,6 +139,13 @@ class Crossing:
     def is_kept(self, size: Any) -> bool:
         known = (self.budgeted.kept_length, self.budgeted.kept_visual)
         return any(same(size, value(kept) if isinstance(kept, fx.Node) else kept) for kept in known)
+
+    def valid_for(self, dims: int) -> fx.Node:
+        """Which kept positions are tokens, [B, S', 1, ...] of as many dimensions."""
+        valid = self.selected.valid
+        for _ in range(dims - 2):
+            valid = self.build.call(torch.unsqueeze, valid, -1)
+        return valid
 
     def gather_tokens(self, node: fx.Node, dim: int, first: int) -> fx.Node:
         """Gather dimension `dim` (size S) of a value by each row's kept positions."""
@@ -192,6 +205,26 @@ def is_hidden_state(node: fx.Node, located: Located) -> bool:
     if located.entry is located.merged or tensor(node) is None or node not in dependents(located.merged):
         return False
     return len(shape_of(node)) == 3 and all(map(same, shape_of(node), shape_of(located.merged)))
+
+
+def marks_visual_tokens(node: fx.Node, located: Located) -> bool:
+    """Whether a mask says where visual tokens stand, in a prompt that may be padded.
+
+    Padding may hold placeholders: those that only fill a row up have no features behind the cut.
+    """
+    found = tensor(node)
+    if located.padding_mask is None or found is None or found.dtype is not torch.bool:
+        return False
+    sources = ancestors(node)
+    return located.padding_mask not in sources and any(placed(merge) in sources for merge in located.merges)
+
+
+def placed(merge: fx.Node) -> fx.Node:
+    """The [B, S] value that a merge's mask is made of by layout alone."""
+    mask: Any = merge.args[1]
+    while is_call(mask, "unsqueeze", "expand", "expand_as", "to", TO_COPY, *LAYOUT_OPS) and len(shape_of(mask)) > 2:
+        mask = mask.args[0]
+    return mask
 
 
 def is_features(found: Tensor) -> bool:
