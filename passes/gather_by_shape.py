@@ -154,7 +154,9 @@ class Crossing:
             return self.build.call(torch.index_select, node, dim, self.build.call(torch.select, self.keep, 0, 0))
         batch = next((left for left in reversed(range(first)) if same(shape[left], self.located.rows)), None)
         if batch is None:
-            shared = next((left for left in reversed(range(first)) if same(shape[left], 1)), None)
+            # Positions are [..., B, S], tables [B, heads, S, d].
+            ones = [left for left in range(first) if same(shape[left], 1)]
+            shared = (ones[-1] if first == len(shape) - 1 else ones[0]) if ones else None
             if shared is None:
                 raise ShapeError(
                     f"{node.name} {tuple(shape)} is shared by all rows of a batch without a dimension for rows, so "

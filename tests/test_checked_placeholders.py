@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hawk_compile
+from hawk_compile.errors import InputError
 from hawk_compile.tools.survey.checks import Check, at_ratio_zero, batches, settings, steps
 from hawk_compile.tools.survey.tiny import build, prompt, read
 
@@ -19,6 +20,7 @@ SLOW = (
 )
 CASES = [
     ("exaone4_5", steps),  # a place for position offsets, and positions that count like any other's
+    ("step3p7", steps),  # experts in a loop over those that tokens have chosen
     ("hunyuan_vl", steps),  # a check by `if`; four positions a token
     *(pytest.param(name, check, marks=pytest.mark.slow) for name in SLOW for check in (at_ratio_zero, steps, batches)),
 ]
@@ -51,3 +53,44 @@ def test_visual_tokens_that_are_masked_out(name: str, ratio: float) -> None:
     assert report.kept_visual_tokens.lt(report.visual_tokens).all() == (ratio > 0)
     for row, keep in enumerate(report.keep_indices):
         torch.testing.assert_close(logits[row, -len(keep) :], expected[row, keep], atol=2e-5, rtol=1e-5)
+
+
+def test_hidden_states_that_the_configuration_asks_for() -> None:
+    tiny = read(FOLDER / "llava.json")
+    model, inputs = build(tiny), prompt(tiny, rows=1)
+    hawk_compile.optimize(model, **settings(tiny, 0.5))
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True).hidden_states
+        model.config.output_hidden_states = model.config.text_config.output_hidden_states = True
+        asked = model(**inputs).hidden_states
+        assert model(**inputs, output_hidden_states=False).hidden_states is None
+    assert all(torch.equal(*pair) for pair in zip(asked, expected, strict=True))
+
+
+def test_an_image_without_its_size_is_refused_by_name() -> None:
+    tiny = read(FOLDER / "qwen2_vl.json")
+    model, inputs = build(tiny), prompt(tiny, rows=2)
+    inputs["image_grid_thw"] = inputs["image_grid_thw"][:1]
+    inputs["pixel_values"] = inputs["pixel_values"][: int(inputs["image_grid_thw"].prod())]
+    hawk_compile.optimize(model, **settings(tiny, 0.5))
+    with torch.no_grad(), pytest.raises(InputError, match="placeholders of more images or videos than image_grid_thw"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+def test_a_batch_of_embeddings_beside_pixels(name: str) -> None:
+    """No ids say where images stand, and no positions: the model counts its own, the same for all rows."""
+    tiny = read(FOLDER / f"{name}.json")
+    model, inputs = build(tiny), prompt(tiny, rows=2)
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    model.base_model.rope_deltas = None  # of the prompt that `build` tries the model with
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        hawk_compile.optimize(model, **settings(tiny, 0.0))
+        assert torch.equal(model(**inputs).logits, plain)
+        hawk_compile.optimize(model, **settings(tiny, 0.5))
+        pruned = model(**inputs).logits
+        for row in range(2):
+            single = {key: value[row : row + 1] for key, value in inputs.items() if key == "inputs_embeds"}
+            single |= {key: value for key, value in prompt(tiny, rows=[row]).items() if key != "input_ids"}
+            torch.testing.assert_close(model(**single).logits, pruned[row : row + 1], atol=2e-5, rtol=1e-5)

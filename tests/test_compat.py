@@ -161,6 +161,7 @@ def test_methods_by_which_generate_prepares(name: str, takes: list[str]) -> None
 def test_a_module_holds_its_parts_where_we_look() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
     assert getattr(module, models.MODULES) == {"0": module[0]}
+    assert set(getattr(module[0], models.PARAMETERS)) == {"weight", "bias"}
     held = {name for name, value in vars(module[0]).items() if models.is_tensors_or_hooks(name)}
     assert {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"} <= held
     others = {name: value for name, value in vars(module[0]).items() if name not in held}

@@ -34,6 +34,14 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a floating-point number -> integers of as many."""
 
 
+def asks_for(model: PreTrainedModel, kwargs: dict[str, Any], output: str) -> bool:
+    """Whether a call returns `output_hidden_states` or `output_attentions`: itself, or by the configuration."""
+    asked = kwargs.get(output)
+    if asked is None:
+        return any(getattr(config, output, False) for config in (model.config, model.config.get_text_config()))
+    return bool(asked)
+
+
 def tokens_of(kwargs: dict[str, Any]) -> Tensor:
     """input_ids [B, S] or inputs_embeds [B, S, D], whichever was given."""
     tokens = [kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]

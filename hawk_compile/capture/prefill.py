@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
+from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.features import arguments_of, cut_extra_rows
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import body_overrides
@@ -167,6 +168,7 @@ def capture_prefill(
     before = {name: body[name] for name in overrides if name in body}
     function = compile_alone(planned_forward, backend=take, fullgraph=True)
     mixers_stood_for.begin(function, model)
+    experts_stood_for.begin(function, model)
     try:
         body.update(overrides)
         with capture_settings(), torch.no_grad(), diagnosed(model):
@@ -176,6 +178,7 @@ def capture_prefill(
             raise
     finally:
         mixers_stood_for.end(function)
+        experts_stood_for.end(function)
         for name in overrides:
             del body[name]
         body.update(before)

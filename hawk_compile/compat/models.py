@@ -27,13 +27,13 @@ COMMIT = "_commit_hash"
 """The commit of the Hub's repository that a configuration came from."""
 
 
-MODULES = "_modules"
-"""The attribute of a module that holds its children by name."""
+MODULES, PARAMETERS = "_modules", "_parameters"
+"""The attributes of a module that hold its children and its own weights by name."""
 
 
 def is_tensors_or_hooks(attribute: str) -> bool:
     """Whether a module holds its parameters, buffers or hooks by this name."""
-    return attribute in ("_parameters", "_buffers") or attribute.endswith("_hooks") or "_hooks_" in attribute
+    return attribute in (PARAMETERS, "_buffers") or attribute.endswith("_hooks") or "_hooks_" in attribute
 
 
 def file_of(checkpoint: str, name: str) -> str | None:

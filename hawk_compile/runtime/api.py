@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
@@ -61,6 +62,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
             runtime.take_compiled(compiled)
     recorded_by_thread.begin(runtime)
     mixers_stood_for.begin(runtime, model)
+    experts_stood_for.begin(runtime, model)
     model.__dict__[RUNTIME] = runtime
     return model
 
@@ -76,6 +78,7 @@ def restore(model: Model) -> Model:
         runtime.put_aside(model)
         recorded_by_thread.end(runtime)
         mixers_stood_for.end(runtime)
+        experts_stood_for.end(runtime)
     return model
 
 

@@ -10,7 +10,13 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.encode import positions_of, run_encoders
 from hawk_compile.capture.features import image_sizes, join_features
-from hawk_compile.capture.modalities import along_prompt, raw_modalities, read_for_positions, tokens_of
+from hawk_compile.capture.modalities import (
+    along_prompt,
+    positions_by_images,
+    raw_modalities,
+    read_for_positions,
+    tokens_of,
+)
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.asked import AskedQuestion, take_question
 from hawk_compile.runtime.conversation import physical_length
@@ -111,13 +117,27 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
 
 def encoded_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments with encoder outputs in place of pixels and frames, and positions that depend on their sizes."""
-    base: Any = model.base_model
-    if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
+    if kwargs.get("position_ids") is None and positions_by_images(model):
         with deltas_of(model, kwargs.get("past_key_values")):
-            kwargs = {**kwargs, "position_ids": positions_of(base, kwargs)}
+            kwargs = {**kwargs, "position_ids": worked_out_positions(model, kwargs)}
             if kwargs["position_ids"] is None:
                 return run_encoders(model, kwargs)
     return run_encoders(model, kwargs)
+
+
+def worked_out_positions(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | None:
+    """Positions that depend on the sizes of images, or None where the model works out none.
+
+    Raises:
+        InputError: the prompt has placeholders of an image whose size is not given.
+    """
+    try:
+        return positions_of(model.base_model, kwargs)
+    except StopIteration:  # what models raise where the sizes run out
+        raise InputError(
+            "the prompt has placeholders of more images or videos than image_grid_thw and video_grid_thw give sizes "
+            "of: give the images and videos that belong to exactly these placeholders"
+        ) from None
 
 
 def split_mask(

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.features import feature_count
 from hawk_compile.capture.modalities import (
+    asks_for,
     known_ids,
     modalities_of,
     placeholder_ids,
@@ -44,7 +45,7 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
     )
     with torch.no_grad():
-        if kwargs.get("output_hidden_states"):
+        if asks_for(model, kwargs, "output_hidden_states"):
             install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
         inputs = prompt_inputs(model, kwargs, runtime.config.per_image)
         chat = runtime.learn_chat(model)

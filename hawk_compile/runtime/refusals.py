@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
-from hawk_compile.capture.modalities import positions_by_images, token_kinds
+from hawk_compile.capture.modalities import asks_for, positions_by_images, token_kinds
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
@@ -25,7 +25,7 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "the model is in training mode, and a pruned prefill has no gradients: call model.eval(), or "
             "hawk_compile.restore it to train"
         )
-    if kwargs.get("output_attentions"):
+    if asks_for(model, kwargs, "output_attentions"):
         raise UnsupportedCallError(
             "output_attentions=True needs attention matrices, which a pruned prefill does not make: leave it out, or "
             "hawk_compile.restore the model"

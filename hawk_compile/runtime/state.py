@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.capture.vision import CompiledVision
@@ -70,6 +71,7 @@ class Runtime:
         copied = Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
         recorded_by_thread.begin(copied)
         mixers_stood_for.begin(copied)
+        experts_stood_for.begin(copied)
         return copied
 
     @property

@@ -66,6 +66,12 @@ def seen_by_decoder(model: PreTrainedModel, inputs: dict[str, Any]) -> Seen | No
     return seen[0] if seen else None
 
 
+def positions_seen(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+    """The positions that the decoder of a plain model is given for a prompt; None where it counts them itself."""
+    seen = seen_by_decoder(model, inputs)
+    return None if seen is None else seen.arguments.get("position_ids")
+
+
 def gathered(value: Any, length: int, keep: Tensor, visual: Tensor) -> Any:
     """A value of a one-row prompt with every dimension of S positions cut to the kept ones, and one of V to the kept
     visual tokens."""
