@@ -93,5 +93,7 @@ CHUNKED_MIXERS = {
 """The functions of modeling files that mix tokens chunk by chunk, and which argument asks for the state behind the last
 token. Their arguments are [B, S, ...], states [B, H, ...], or have no tokens at all; `inspect.unwrap` leads to the
 function without kernel."""
+PROMPT_LENGTH = "prefill_length"
+"""The attribute of layers of a cache that keep a prompt apart from what follows: its length, where they were told."""
 EXTRA_KEYS = {"indexer_keys": "update_indexer", "idx_keys": "update_index"}
 """What layers of a cache hold beside keys and values for each token, and the method that adds to it."""

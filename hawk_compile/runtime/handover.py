@@ -11,7 +11,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from hawk_compile.compat.models import EXTRA_KEYS
+from hawk_compile.compat.models import EXTRA_KEYS, PROMPT_LENGTH
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
 
@@ -140,7 +140,8 @@ def is_plain(cache: Cache, scratch: DynamicCache) -> bool:
 
 
 def shrink(cache: Cache | None, removed: int, least: int) -> int:
-    """Let a cache of fixed size that generate made, which holds nothing yet, do without what was removed.
+    """Let a cache that holds nothing yet do without what was removed: one of fixed size that generate made, and layers
+    that were told how long the prompt is.
 
     Args:
         least: slots that it has at least, so that a cache of the next call is not of another size without need.
@@ -148,8 +149,13 @@ def shrink(cache: Cache | None, removed: int, least: int) -> int:
     Returns:
         The slots of its layers without a sliding window; `least` where there is no such cache.
     """
+    if cache is None or physical_length(cache):
+        return least
+    for layer in cache.layers:
+        if (told := getattr(layer, PROMPT_LENGTH, None)) is not None:
+            setattr(layer, PROMPT_LENGTH, told - removed)
     asked = conversation_of(cache).asked_length
-    if cache is None or asked is None or physical_length(cache):
+    if asked is None:
         return least
     length = max(asked - removed, least)
     lengths = tuple(layer.max_cache_len if isinstance(layer, StaticLayer) else None for layer in cache.layers)

@@ -218,8 +218,8 @@ def positions_of_steps(model: PreTrainedModel, inputs: dict[str, Any], tokens: l
     length = inputs["input_ids"].shape[1]
 
     def look(kwargs: dict[str, Any]) -> dict[str, Any]:
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None or embeds.shape[1] == 1:
+        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if tokens.shape[1] == 1:
             positions = kwargs.get("position_ids")
             seen.append(torch.tensor([[length + len(seen)]]) if positions is None else positions.clone())
         return kwargs
