@@ -1,5 +1,5 @@
 """The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `bench`, `show`, `export`,
-`run`, `env` and `passes`.
+`run`, `survey`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
@@ -23,9 +23,8 @@ app = typer.Typer(
 
 COMMANDS = (
     measure.demo, look.inspect, measure.calibrate, measure.evaluate, measure.bench, look.show, leave.export, leave.run,
-    look.env, look.passes,
+    measure.survey, look.env, look.passes,
 )  # fmt: skip
-
 
 
 def print_version(asked: bool) -> None:

@@ -21,13 +21,19 @@ from hawk_compile.tools.commands.common import (
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a config.json.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, a config.json, or a model type such as llava.")],
     ratio: Ratio = 0.8,
     image_tokens: Annotated[int, typer.Option(help="Visual tokens of the prompt that numbers are given for.")] = 1024,
     tokens: Annotated[int, typer.Option(help="Its other tokens.")] = 64,
     layers: Annotated[int, typer.Option(help="Decoder layers to capture; more take longer.")] = 2,
 ) -> None:
-    """Show what the passes find in a model, from its configuration alone: no weights are loaded."""
+    """Show what the passes find in a model, from its configuration alone: no weights are loaded. Of a model type, what
+    was tried and what works."""
+    from hawk_compile.tools.survey.table import facts_of, read_types
+
+    if not path.exists() and (known := read_types().surveys.get(str(path))):
+        console().print(rows(facts_of(known)))
+        return
     from hawk_compile.tools.inspection.inspect import inspect_model
 
     found = inspect_model(path, ratio=ratio, image_tokens=image_tokens, text_tokens=tokens, layers=layers)

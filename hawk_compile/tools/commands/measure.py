@@ -123,3 +123,18 @@ def bench(
         batch=batch, device=device, dtype=dtype, layers=layers, rounds=rounds,
         **{"backend": backend, **settings_of(settings)},
     )  # fmt: skip
+
+
+def survey(
+    folder: Annotated[Path, typer.Argument(help="Tiny models of architectures, one JSON file each.")],
+    types: Annotated[list[str] | None, typer.Argument(help="Names of some of them; all, if left out.")] = None,
+    exports: Annotated[str, typer.Option(help="Formats to export to as well, with commas between.")] = "",
+    before: Annotated[Path | None, typer.Option(help="An earlier survey to compare with; the shipped one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
+    table: Annotated[Path | None, typer.Option(help="The page of Markdown to write.")] = None,
+) -> None:
+    """Hold tiny models of architectures to the plain ones: what is right, new, broken or mended."""
+    from hawk_compile.tools.survey.commands import survey_folder
+
+    forms = [each.strip() for each in exports.split(",") if each.strip()]
+    survey_folder(console(), folder, types or [], out, table, before, forms)

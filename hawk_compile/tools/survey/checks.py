@@ -1,5 +1,6 @@
 """Is a model pruned rightly? Each check holds an optimised model to the plain one."""
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable
@@ -28,7 +29,8 @@ class Outcome:
     """What a check gave.
 
     Attributes:
-        status: "right", "wrong", "refused" (by an error of ours that says what cannot be done), or "failed".
+        status: "right", "wrong", "refused" (by an error of ours that says what cannot be done), "failed", or "unasked"
+            where the tiny model has nothing to check it with.
         detail: the largest difference, or the error.
         seconds: it took.
     """
@@ -40,14 +42,44 @@ class Outcome:
 
 @dataclass
 class Survey:
-    """The outcomes of one model's checks by name, in the order they ran."""
+    """The outcomes of one model's checks by name, in the order they ran.
+
+    Attributes:
+        model_class: the model's class in transformers.
+        layer: the decoder layer that scores.
+    """
 
     name: str
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    model_class: str = ""
+    layer: int = 0
 
     @property
     def right(self) -> bool:
-        return all(outcome.status == "right" for outcome in self.outcomes.values())
+        statuses = {outcome.status for outcome in self.outcomes.values()}
+        return statuses <= {"right", "unasked"} and "right" in statuses
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the model is refused; None unless every call that would prune is."""
+        asked = [outcome for outcome in self.outcomes.values() if outcome.status != "unasked"]
+        refused = asked and all(outcome.status == "refused" for outcome in asked)
+        return asked[0].detail.partition(": ")[2] if refused else None
+
+    @property
+    def trouble(self) -> str | None:
+        """What is not right first."""
+        wrong = (f"{name}: {each.detail}" for name, each in self.outcomes.items()
+                 if each.status not in ("right", "unasked"))
+        return next(wrong, None)
+
+    @property
+    def seconds(self) -> float:
+        return sum(outcome.seconds for outcome in self.outcomes.values())
+
+
+class Unasked(Exception):
+    """The tiny model has nothing to check this with."""
 
 
 class Wrong(Exception):
@@ -111,10 +143,28 @@ def steps(tiny: Tiny, model: PreTrainedModel) -> str:
     return f"{equal('logits of steps', torch.stack(result.logits)[:, 0], torch.stack(expected), ROUNDING):.2g}"
 
 
+def turns(tiny: Tiny, model: PreTrainedModel) -> str:
+    """A turn of text behind the pruned prompt, on its cache."""
+    inputs = prompt(tiny, rows=1)
+    _, keep, layer = pruned_call(tiny, model, inputs)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        words = [each for each in inputs["input_ids"][0].tolist() if each not in placeholder_ids(model)][-LONGER:]
+        ids, length = torch.tensor([words]), inputs["input_ids"].shape[1]
+        turn = model(
+            input_ids=ids, past_key_values=cache, attention_mask=torch.ones(1, length + len(words)).long(),
+            use_cache=True,
+        )  # fmt: skip
+    restore(model)
+    _, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer)
+    expected = oracle.turn(model, inputs, cache, words, len(keep))
+    return f"{equal('logits of the turn', turn.logits[0, -1], expected, ROUNDING):.2g}"
+
+
 def batches(tiny: Tiny, model: PreTrainedModel) -> str:
     """Rows of unequal lengths, padded on the left: each as it is alone."""
     if rows_in(tiny) < 2:
-        return "one row only"
+        raise Unasked("one row only")
     inputs, alone = padded(tiny, model)
     alone = [at_places_of(model, inputs, row, single) for row, single in enumerate(alone)]
     optimize(model, **settings(tiny, 0.5))
@@ -150,18 +200,23 @@ def restored(tiny: Tiny, model: PreTrainedModel) -> str:
 
 
 CHECKS: dict[str, Check] = {
-    "ratio 0": at_ratio_zero, "prefill": prefill, "decode": steps, "batch": batches, "restore": restored,
+    "ratio 0": at_ratio_zero, "prefill": prefill, "decode": steps, "turns": turns, "batch": batches,
+    "restore": restored,
 }  # fmt: skip
 
 
 def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
     """Run the checks of one tiny model, each on a model of its own."""
-    result = Survey(tiny.name)
+    result = Survey(tiny.name, model_class=tiny.model_class)
     for name, check in checks.items():
         began = time.perf_counter()
         try:
             model = build(tiny)
             status, detail = "right", check(tiny, model)
+            with contextlib.suppress(HawkError):  # restored
+                result.layer = layer_of(report(model))
+        except Unasked as error:
+            status, detail = "unasked", str(error)
         except Wrong as error:
             status, detail = "wrong", str(error)
         except HawkError as error:

@@ -208,6 +208,21 @@ def decode(
     return steps
 
 
+def turn(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens: list[int], kept: int) -> Tensor:
+    """Logits [vocabulary] behind a turn of text on a pruned prompt; arguments as for `decode`."""
+    places = torch.cat(positions_of_steps(model, inputs, tokens), -1)
+
+    def change(kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**kwargs, "position_ids": places}
+
+    with torch.no_grad(), changed(places_of(model), change):
+        output = model(
+            input_ids=torch.tensor([tokens]), past_key_values=cache,
+            attention_mask=torch.ones(1, kept + len(tokens)).long(), use_cache=True,
+        )  # fmt: skip
+    return output.logits[0, -1]  # type: ignore[no-any-return]
+
+
 def places_of(model: PreTrainedModel) -> nn.Module:
     return model.base_model.get_decoder()  # type: ignore[operator, no-any-return]
 

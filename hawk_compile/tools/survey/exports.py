@@ -1,0 +1,28 @@
+"""Is an exported model like the optimised one? One prompt through both."""
+
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from hawk_compile.exporting.check import compare
+from hawk_compile.exporting.runner import load
+from hawk_compile.exporting.write import export
+from hawk_compile.tools.survey.checks import STEPS, Check, Wrong
+from hawk_compile.tools.survey.tiny import Tiny, prompt
+
+
+def exported_as(form: str) -> Check:
+    """A check of an export: ids and kept tokens as of the optimised model."""
+
+    def check(tiny: Tiny, model: PreTrainedModel) -> str:
+        inputs = prompt(tiny, rows=1)
+        with tempfile.TemporaryDirectory() as parent:
+            out = Path(parent) / form
+            export(model, inputs, out, format=form, ratio=0.5, head_weights="uniform")
+            found = compare(load(out), model, [inputs], max_new_tokens=STEPS)
+        if not found.whole:
+            raise Wrong(f"{found}")
+        return f"{found.logits:.2g}"
+
+    return check

@@ -1,0 +1,159 @@
+"""What a survey found, kept: as JSON, as a page, and beside an earlier one."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hawk_compile.errors import InputError
+from hawk_compile.tools.survey.checks import Outcome, Survey
+
+SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
+"""The survey of the release that this package was tested with."""
+MARKS = {"right": "yes", "refused": "refused", "wrong": "**wrong**", "failed": "**fails**", "unasked": "—"}
+COLUMNS = {
+    "ratio 0": "nothing removed", "prefill": "prefill", "decode": "decode", "turns": "several turns",
+    "batch": "padded batches", "restore": "restore", "onnx": "ONNX",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Types:
+    """A survey of many types.
+
+    Attributes:
+        versions: of torch and transformers.
+        surveys: by the type's name.
+    """
+
+    versions: dict[str, str]
+    surveys: dict[str, Survey]
+
+    def write(self, path: Path) -> None:
+        """As JSON, one type a line."""
+        lines = [f"  {json.dumps(name)}: {json.dumps(asdict(each))}" for name, each in sorted(self.surveys.items())]
+        body = ",\n".join(lines)
+        path.write_text(f'{{"versions": {json.dumps(self.versions)}, "types": {{\n{body}\n}}}}\n')
+
+
+def here(surveys: Iterable[Survey]) -> Types:
+    """Surveys that were made by the releases that are installed."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return Types(versions, {each.name: each for each in surveys})
+
+
+def read_types(path: Any = SHIPPED) -> Types:
+    """Read what `Types.write` wrote.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        held = json.loads(path.read_text())
+        surveys = {
+            name: Survey(name, {check: Outcome(**outcome) for check, outcome in each["outcomes"].items()},
+                         each["model_class"], each["layer"])
+            for name, each in held["types"].items()
+        }  # fmt: skip
+        return Types(held["versions"], surveys)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} must hold a survey, as `hawk-compile survey --out` writes it, and cannot be read as one "
+            f"({type(error).__name__}: {error}): give another file"
+        ) from None
+
+
+def facts_of(survey: Survey) -> dict[str, str]:
+    """What is known of one type, a line for each."""
+    facts = {"type": survey.name, "class": survey.model_class}
+    if survey.right:
+        facts["scores with"] = f"decoder layer {survey.layer}" + ("" if survey.layer else ", the first")
+    for name, outcome in survey.outcomes.items():
+        detail = f": {outcome.detail}" if outcome.status != "right" else ""
+        facts[COLUMNS.get(name, name)] = MARKS[outcome.status].strip("*") + detail
+    return facts
+
+
+def page(types: Types, command: str) -> str:
+    """A page of Markdown: types that are right, those that are refused, and those that fail."""
+    surveys = [types.surveys[name] for name in sorted(types.surveys)]
+    right = [each for each in surveys if each.right]
+    refused = [each for each in surveys if each.refusal is not None]
+    others = [each for each in surveys if not each.right and each.refusal is None]
+    versions = " and ".join(f"{name} {version}" for name, version in types.versions.items())
+    lines = [
+        "# Which models work", "",
+        f"`{command}` wrote this page: a tiny model of each type, with random weights, held to the plain model. With "
+        f"{versions}: {len(right)} of {len(surveys)} types are right in all that was tried, {len(refused)} are refused "
+        f"by name, {len(others)} fall short. `hawk-compile inspect TYPE` says the same of one type.", "",
+        "*Nothing removed*: at ratio 0 the logits are bit for bit the plain model's. *Prefill* and *decode*: with half "
+        "of the visual tokens removed, the logits are those of the plain model run on hand-gathered tokens, in the "
+        "prefill and over five more tokens of `generate`. *Several turns*: so are those of a text turn on the same "
+        "cache. *Padded batches*: every row is as it is alone. *Restore*: afterwards the model is the plain one. "
+        "*Layer*: the decoder layer that scores, in front of which tokens are removed.", "",
+        "## Right", "", *table_of(right),
+        "", "## Refused", "", "Nothing is changed: `optimize`, or the first prompt, raises an error that says so.", "",
+        "| type | why |", "| --- | --- |", *(f"| {each.name} | {cell(each.refusal)} |" for each in refused),
+    ]  # fmt: skip
+    if others:
+        lines += ["", "## Falls short", "", *table_of(others), ""]
+        lines += [f"- {each.name}: {cell(each.trouble)}" for each in others]
+    return "\n".join(lines) + "\n"
+
+
+def table_of(surveys: list[Survey]) -> list[str]:
+    tried = [name for name in COLUMNS if any(name in each.outcomes for each in surveys)]
+    heads = ["type", "layer", *(COLUMNS[name] for name in tried), "seconds"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for each in surveys:
+        marks = [MARKS[each.outcomes[name].status] if name in each.outcomes else "—" for name in tried]
+        lines.append(f"| {each.name} | {each.layer} | {' | '.join(marks)} | {each.seconds:.0f} |")
+    return lines
+
+
+def cell(text: str | None) -> str:
+    """A text as it may stand in a table: one line, no bars."""
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+def changes(before: Types, now: Types) -> list[str]:
+    """What is new, what broke and what was mended since an earlier survey, a line each."""
+    lines = []
+    for name, survey in sorted(now.surveys.items()):
+        earlier = before.surveys.get(name)
+        state = standing(survey)
+        if earlier is None:
+            lines.append(f"new: {name}: {state}")
+        elif standing(earlier) != state:
+            word = "broke" if earlier.right else "mended" if survey.right else "changed"
+            lines.append(f"{word}: {name}: {state}; it was {standing(earlier)}")
+    return lines + [f"gone: {name}" for name in sorted(before.surveys.keys() - now.surveys.keys())]
+
+
+def standing(survey: Survey) -> str:
+    """Right, refused, or the kind of failure: the check that fails first and the error's class."""
+    if survey.right:
+        return "right"
+    if survey.refusal is not None:
+        return "refused"
+    fine = ("right", "unasked")
+    name, outcome = next((name, each) for name, each in survey.outcomes.items() if each.status not in fine)
+    kind = outcome.detail.partition(":")[0]
+    return f"{outcome.status} at {COLUMNS.get(name, name)} ({kind})"
+
+
+def chosen(types: Mapping[str, Any], asked: Iterable[str]) -> list[str]:
+    """The names among the types.
+
+    Raises:
+        InputError: a name that is none.
+    """
+    missing = [name for name in asked if name not in types]
+    if missing:
+        raise InputError(f"types must be among {', '.join(sorted(types))}, got {', '.join(missing)}")
+    return list(asked) or sorted(types)

@@ -1,0 +1,28 @@
+"""Every type of tests/architectures, held to the plain model; what the shipped survey says of it is so."""
+
+from pathlib import Path
+
+import pytest
+
+from hawk_compile.tools.survey.checks import CHECKS, survey
+from hawk_compile.tools.survey.table import read_types, standing
+from hawk_compile.tools.survey.tiny import read
+
+FOLDER = Path(__file__).parents[2] / "architectures"
+QUICK = ("llava", "qwen2_5_vl", "qwen3_5.linear_first", "unlimited_ocr", "mllama")
+TYPES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
+)
+def test_a_type_is_as_the_shipped_survey_says(name: str) -> None:
+    """Right, or refused by the same words; never wrong, never pruned without a word."""
+    shipped = read_types().surveys[name]
+    found = survey(read(FOLDER / f"{name}.json"), CHECKS)
+    assert (standing(found), found.layer) == (standing(shipped), shipped.layer), found.trouble
+    assert all(outcome.status != "wrong" for outcome in found.outcomes.values()), found.trouble
+
+
+def test_the_shipped_survey_knows_each_type() -> None:
+    assert sorted(read_types().surveys) == TYPES
