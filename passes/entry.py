@@ -2,6 +2,7 @@
 
     merged -> attention                          entry = merged
     merged -> convolution, state -> attention    entry = what the layer of that attention adds to
+    merged -> + learned positions -> attention   entry = the sum: tokens keep the positions that they have
 
 Every layer whose tokens meet without keys (linear attention, a convolution, a state space) stands in front of the entry
 and runs at full length. The entry is a *dominator*: each way by which a token's value comes from the merge to the
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.errors import AttentionNotFoundError
-from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, op_name, same, tensor, value
+from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, op_name, same, shape_of, tensor, value
 
 TOKENWISE = frozenset(
     {
@@ -38,7 +39,8 @@ def find_entry(merged: fx.Node, attention: fx.Node) -> fx.Node:
     entry = last_dominator(merged, {attention} | dependents(attention), after)
     if entry is not merged:
         between = (ancestors(entry) & after) - {entry}
-        return entry if any(tokens_may_meet(node, merged) for node in {*between, entry}) else merged
+        needed = any(tokens_may_meet(node, merged) or adds_position(node, merged) for node in {*between, entry})
+        return entry if needed else merged
     if layer := layer_of(attention):
         refuse_meeting_tokens(merged, attention, layer, after)
     return merged
@@ -95,6 +97,19 @@ def tokens_may_meet(node: fx.Node, merged: fx.Node) -> bool:
     if found is None or found.ndim != 3 or not has_tokens(node, merged):
         return True
     return not is_call(node, *TOKENWISE) and not works_on_elements(op_name(node))
+
+
+def adds_position(node: fx.Node, merged: fx.Node) -> bool:
+    """Whether a value of the merged embeddings' shape is a sum with another that does not come from them."""
+    if not is_call(node, "add", "iadd"):
+        return False
+    after = dependents(merged) | {merged}
+    whole = shape_of(merged)
+    return any(
+        source not in after and (found := tensor(source)) is not None and found.ndim >= 2
+        and same(found.shape[-1], whole[-1]) and same(found.shape[-2], whole[1])
+        for source in node.all_input_nodes
+    )  # fmt: skip
 
 
 def works_on_elements(name: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.entry import find_entry, layer_of
@@ -109,10 +110,17 @@ def find_merges(graph: fx.Graph) -> list[fx.Node]:
             "[B, S, D] floating-point value. A text-only graph has nothing to prune; a model that merges in another "
             "way is not supported"
         )
+    if len(found) > 1:  # later layers may add features of their own in this way
+        first = [node for node in found if not is_behind_attention(node.args[0])]
+        found = first or found
     chain = [found[-1]]
     while (before := previous_merge(chain[0])) is not None:
         chain.insert(0, before)
     return chain
+
+
+def is_behind_attention(node: fx.Node) -> bool:
+    return any(is_call(source, "scaled_dot_product_attention") for source in ancestors(node))
 
 
 def is_merge(node: fx.Node) -> bool:
@@ -130,11 +138,23 @@ def previous_merge(merge: fx.Node) -> fx.Node | None:
 
 
 def visual_count(merge: fx.Node) -> Any:
-    """V of one merge: the rows of its features [V, D] (or [1, V, D], [images, tokens, D])."""
+    """V of one merge: the rows of its features [V, D] (or [1, V, D], [images, tokens, D], [V * D])."""
+    features: Any = merge.args[2]
+    while is_call(features, "view", "reshape", "flatten", "to", TO_COPY) and len(shape_of(features)) == 1:
+        features = features.args[0]
+    shape = shape_of(features)
+    if is_call(features, "add", "iadd"):  # to what stands in their places: as many, which only the features say
+        shape = next((shape_of(part) for part in features.all_input_nodes if not counts_data(part)), shape)
     count: Any = 1
-    for size in shape_of(merge.args[2])[:-1]:
+    for size in shape[:-1]:
         count = count * size
     return count
+
+
+def counts_data(node: fx.Node) -> bool:
+    """Whether a value has as many rows as something of the prompt is true of."""
+    rows = shape_of(node)[0]
+    return isinstance(rows, SymInt) and bool(free_unbacked_symbols(rows))
 
 
 def check_length(graph: fx.Graph, merged: fx.Node, length: Any) -> None:

@@ -21,6 +21,7 @@ from hawk_compile.passes.graph import (
     memories,
     op_name,
     output_node,
+    same,
     sizes_equal_to,
     tensor,
     value,
@@ -65,7 +66,30 @@ def full_length_nodes(graph: fx.Graph, located: Located) -> set[fx.Node]:
     decoder = dependents(located.merged)
     checks = [node for node in graph.nodes if is_check(node) and node not in decoder]
     features = [node for node in graph.nodes if node not in decoder and holds_features(node, located)]
-    return ancestors(located.merged, *inputs, *plan, *located.position_chain, *checks, *features)
+    full = ancestors(located.merged, *inputs, *plan, *located.position_chain, *checks, *features)
+    return full | ancestors(*until_rows(full, decoder, located))
+
+
+def until_rows(full: set[fx.Node], decoder: set[fx.Node], located: Located) -> set[fx.Node]:
+    """What is computed of positions [S] that all rows share, up to where it has a dimension for rows: in a batch each
+    row keeps others of them."""
+    if same(located.rows, 1):
+        return set()
+    further: set[fx.Node] = set()
+    stack = [node for node in full if lacks_rows(node, located)]
+    while stack:
+        users = {user for user in stack.pop().users if user.op != "output"} - decoder - full - further
+        further |= users
+        stack += [user for user in users if lacks_rows(user, located)]
+    return further
+
+
+def lacks_rows(node: fx.Node, located: Located) -> bool:
+    """Whether a value has a dimension S, and none that a batch's rows could have to the left of it."""
+    found = tensor(node)
+    if found is None or not (lengths := sizes_equal_to(found.shape, located.length)):
+        return False
+    return not any(same(size, located.rows) or same(size, 1) for size in found.shape[: lengths[0]])
 
 
 def refuse_reordered_writes(graph: fx.Graph, full: set[fx.Node]) -> None:

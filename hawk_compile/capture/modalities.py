@@ -1,7 +1,8 @@
 """Which modalities a call holds, which a model takes, and where in a prompt their features go."""
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ RAW_INPUTS = {
     "video": ("pixel_values_videos",),
     AUDIO: (AUDIO_INPUT,),
 }
-"""The arguments under which Hugging Face models take each modality, as `generate` knows them."""
+"""The arguments under which Hugging Face models take each modality, as `generate` knows them, beside those that their
+encoders name; see `raw_inputs`."""
+MERGED_BY_NAME = ("image", "video")
+"""The modalities whose encoded features a forward takes by name, in `mm_encoder_outputs`."""
 
 PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments of shape [..., B, S] (embeddings: [B, S, D])."""
@@ -96,20 +100,75 @@ def read_for_positions(model: PreTrainedModel) -> set[str]:
     return set() if work_out is None else {*inspect.signature(work_out).parameters}
 
 
-def raw_modalities(kwargs: dict[str, Any]) -> set[str]:
+def encoder_of(model: PreTrainedModel, modality: str) -> Callable[..., Any] | None:
+    """The method of a model's body that encodes a modality. Videos are images one behind another where the forward
+    takes them and the model has no encoder of theirs."""
+    kind, body = classes_of(model)
+    return getattr(model.base_model, encoder_name(kind, body, modality) or "", None)
+
+
+def classes_of(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The classes of a model and of its body."""
+    return type(model), type(model.base_model)
+
+
+@functools.cache
+def encoder_name(kind: Any, body: Any, modality: str) -> str | None:
+    if hasattr(body, f"get_{modality}_features"):
+        return f"get_{modality}_features"
+    taken = inspect.signature(kind.forward).parameters
+    by_image = modality == "video" and hasattr(body, "get_image_features") and set(taken) & set(RAW_INPUTS["video"])
+    return "get_image_features" if by_image else None
+
+
+def raw_inputs(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """modality -> the arguments under which a model takes what is not encoded yet: what its encoder takes first, ahead
+    of the names that other models have for it."""
+    return raw_inputs_of(*classes_of(model))
+
+
+@functools.cache
+def raw_inputs_of(kind: Any, body: Any) -> dict[str, tuple[str, ...]]:
+    own: dict[str, str] = {}
+    for modality in MODALITIES:
+        name = f"get_{modality}_features"
+        if hasattr(body, name):
+            own[modality] = list(inspect.signature(getattr(body, name)).parameters)[1]
+    inputs = {}
+    for modality in MODALITIES:
+        # A video's encoder may take `pixel_values`, which are no image's then.
+        others = [name for name in RAW_INPUTS[modality] if name not in own.values()]
+        inputs[modality] = tuple(dict.fromkeys([*([own[modality]] if modality in own else []), *others]))
+    return inputs
+
+
+def required_arguments(model: PreTrainedModel) -> set[str]:
+    """What the model's forward cannot be called without, be it None."""
+    return required_by(classes_of(model)[0])
+
+
+@functools.cache
+def required_by(kind: Any) -> set[str]:
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {each.name for each in parameters if each.default is inspect.Parameter.empty and each.kind in named}
+
+
+def raw_modalities(model: PreTrainedModel, kwargs: dict[str, Any]) -> set[str]:
     """The modalities that a call holds and that are not encoded yet."""
-    return {modality for modality in MODALITIES if any(kwargs.get(name) is not None for name in RAW_INPUTS[modality])}
+    inputs = raw_inputs(model)
+    return {modality for modality in MODALITIES if any(kwargs.get(name) is not None for name in inputs[modality])}
 
 
-def modalities_of(kwargs: dict[str, Any]) -> set[str]:
+def modalities_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> set[str]:
     """The modalities that a call holds, encoded or not."""
     outputs = kwargs.get("mm_encoder_outputs") or {}
-    return raw_modalities(kwargs) | {modality for modality, output in outputs.items() if output is not None}
+    return raw_modalities(model, kwargs) | {modality for modality, output in outputs.items() if output is not None}
 
 
 def takes(model: PreTrainedModel, modality: str) -> bool:
     """Whether the model merges features of a modality into its prompt."""
-    encodes = hasattr(model.base_model, f"get_{modality}_features")
+    encodes = encoder_of(model, modality) is not None
     if modality != AUDIO:
         return encodes
     return getattr(model.config, "audio_token_id", None) is not None and (encodes or encodes_audio_itself(model))

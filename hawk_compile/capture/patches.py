@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -88,12 +88,19 @@ def placeholder_mask_of(kind: Any) -> Callable[..., Any]:
     return get_placeholder_mask
 
 
-def get_audio_features(self: nn.Module, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the method of this name while a graph is captured: there the input is encoded already, [V, D]."""
-    original: Any = type(self).get_audio_features  # type: ignore[attr-defined]
-    if not is_captured():
-        return original(self, input_features, *args, **kwargs)
-    return BaseModelOutputWithPooling(pooler_output=input_features, last_hidden_state=input_features)
+@functools.cache
+def audio_features_of(kind: Any) -> Callable[..., Any]:
+    """`get_audio_features` of a class; while a graph is captured, its first argument is encoded already, [V, D]."""
+    original: Callable[..., Any] = kind.get_audio_features
+    first = list(inspect.signature(original).parameters)[1]
+
+    def get_audio_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_captured():
+            return original(self, *args, **kwargs)
+        features = args[0] if args else kwargs[first]
+        return BaseModelOutputWithPooling(pooler_output=features, last_hidden_state=features)
+
+    return get_audio_features
 
 
 def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
@@ -104,7 +111,7 @@ def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
     if hasattr(kind, "get_placeholder_mask"):
         methods.append(placeholder_mask_of(kind))
     if hasattr(kind, "get_audio_features"):
-        methods.append(get_audio_features)
+        methods.append(audio_features_of(kind))
     return {method.__name__: types.MethodType(method, base) for method in methods}
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture import segments
-from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.features import LAYER_FEATURES, features_of
 from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.capture.twin import sharing_copy
 from hawk_compile.compat.exporters import own_vision_attention
@@ -201,5 +201,5 @@ def recorded_calls(
 
 
 def parts_of(output: ModelOutput) -> list[Tensor]:
-    held = [output[FEATURES], *(output.get(LAYER_FEATURES) or [])]
+    held = [features_of(output), *(output.get(LAYER_FEATURES) or [])]
     return [part for parts in held for part in ([parts] if isinstance(parts, Tensor) else parts)]

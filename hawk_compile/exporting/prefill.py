@@ -16,10 +16,11 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.dynamo import equate_lengths
 from hawk_compile.capture.encode import run_encoders
-from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.features import LAYER_FEATURES, class_for, features_of, field_of, is_numbered
 from hawk_compile.capture.modalities import placeholder_ids, token_kinds
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
+from hawk_compile.errors import ExportError
 from hawk_compile.exporting.components import PREFILL, Component, Shape, cache_tensors
 from hawk_compile.kernels.compat import check
 from hawk_compile.kernels.plan.op import slots
@@ -47,8 +48,9 @@ class Prefill(nn.Module):
         self.model = model
         self.run = forward
         self.register_buffer("head_weights", head_weights)
-        self.kinds = {modality: type(output) for modality, output in outputs.items()}
-        self.one_tensor = {modality: isinstance(output[FEATURES], Tensor) for modality, output in outputs.items()}
+        self.kinds = {modality: class_for(output) for modality, output in outputs.items()}
+        self.fields = {modality: field_of(output) for modality, output in outputs.items()}
+        self.one_tensor = {modality: isinstance(features_of(output), Tensor) for modality, output in outputs.items()}
         self.levels = {
             modality: [isinstance(level, Tensor) for level in output.get(LAYER_FEATURES) or ()]
             for modality, output in outputs.items()
@@ -80,7 +82,7 @@ class Prefill(nn.Module):
     def encoded(self, modality: str, given: dict[str, Tensor]) -> ModelOutput:
         """The encoder's output in the structure that the model expects, from features [V, D]."""
         features = given.pop(FEATURES_INPUT.format(modality))
-        parts: dict[str, Any] = {FEATURES: whole(features, self.one_tensor[modality])}
+        parts: dict[str, Any] = {self.fields[modality]: whole(features, self.one_tensor[modality])}
         if self.levels[modality]:
             names = [LAYER_FEATURES_INPUT.format(modality, level) for level in range(len(self.levels[modality]))]
             levels = [given.pop(name) for name in names]
@@ -96,7 +98,7 @@ def named_features(modality: str, output: ModelOutput) -> dict[str, Any]:
     """One modality's features, and those for later layers, by the names that they have as inputs of the prefill."""
     levels = output.get(LAYER_FEATURES) or []
     named = {LAYER_FEATURES_INPUT.format(modality, level): features for level, features in enumerate(levels)}
-    return {FEATURES_INPUT.format(modality): output[FEATURES], **named}
+    return {FEATURES_INPUT.format(modality): features_of(output), **named}
 
 
 def whole(features: Tensor, one_tensor: bool) -> Any:
@@ -110,6 +112,7 @@ def prefill_component(
     """The prefill with every row of the inputs twice for a sample."""
     encoded = encoded_prompt(model, inputs)
     outputs = {name: output for name, output in encoded["mm_encoder_outputs"].items() if output is not None}
+    refuse_numbered_layers(model, outputs)
     special = special_ids(model, config)
     prompt, features = prompt_sample(model, encoded), features_sample(outputs)
     layered = len(features) > len(outputs)
@@ -125,6 +128,14 @@ def encoded_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
     """The inputs with their images encoded; the model is left as it was."""
     with torch.no_grad(), deltas_kept(model):
         return run_encoders(model, dict(inputs))
+
+
+def refuse_numbered_layers(model: PreTrainedModel, outputs: dict[str, ModelOutput]) -> None:
+    if any(is_numbered(level) for output in outputs.values() for level in output.get(LAYER_FEATURES) or ()):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: its encoder says which decoder layer each of its features is "
+            "for, which no input of a component can; run it with hawk_compile.optimize"
+        )
 
 
 def prompt_sample(model: PreTrainedModel, encoded: dict[str, Any]) -> dict[str, Tensor]:
@@ -152,7 +163,7 @@ def plan_sample(
     ids = prompt["input_ids"]
     host, real = on_host(ids, prompt["attention_mask"])
     visual = is_any(host, placeholder_ids(model))
-    count = sum(2 * len(rows_of(output[FEATURES])) for output in outputs.values())
+    count = sum(2 * len(rows_of(features_of(output))) for output in outputs.values())
     plan = make_plan(host, visual, real, count, special, config).to(ids.device)
     sample = {"question_mask": plan.question_mask.long(), "budget": plan.budget}
     sample["kept_slots"] = torch.arange(plan.length, device=ids.device)

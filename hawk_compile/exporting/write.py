@@ -98,7 +98,7 @@ def check_modality(model: Any, inputs: dict[str, Any]) -> None:
     """Refuse audio, before the model is refused for taking nothing else."""
     hears = isinstance(model, PreTrainedModel) and takes(model, AUDIO)
     sees = hears and (takes(model, "image") or takes(model, "video"))
-    if AUDIO in modalities_of(inputs) or (hears and not sees):
+    if hears and (AUDIO in modalities_of(model, inputs) or not sees):
         raise ExportError(
             f"{type(model).__name__} with audio cannot be exported: no format writes an audio encoder yet; export from "
             "inputs with images alone, or run the model with hawk_compile.optimize"
@@ -121,7 +121,7 @@ def components(
     """
     if inputs.get("input_ids") is None:
         raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
-    if not raw_modalities(inputs):
+    if not raw_modalities(model, inputs):
         raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -17,6 +17,7 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.conversation import conversation_of, physical_length
+from hawk_compile.runtime.parts import PART, hold, let_go, whole_part
 from hawk_compile.runtime.records import PrefillRecord, Report
 from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
 from hawk_compile.runtime.state import RUNTIME, Runtime, put_aside, ranks_of
@@ -45,6 +46,10 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         UnsupportedModelError: a model that cannot be pruned. The model is left as it was.
     """
     made = make_config(config, settings)
+    if (inner := whole_part(model)) is not None:
+        optimize(inner[1], made)
+        hold(model, inner[0])
+        return model
     check_model(model, made.modalities)
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
@@ -72,6 +77,9 @@ def restore(model: Model) -> Model:
 
     It refuses to go on with the cache of a conversation that was pruned (`UnsupportedCallError`).
     """
+    if (part := let_go(model)) is not None:
+        restore(part)
+        return model
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
         uninstall(model, runtime.originals)
@@ -93,6 +101,16 @@ def pruned(model: Model, config: HawkConfig | None = None, **settings: Any) -> I
         UnsupportedCallError: another thread or task is inside such a block with this model, and each would prune by the
             other's settings.
     """
+    if (inner := whole_part(model)) is not None:
+        before = model.__dict__.get(PART)
+        with pruned(inner[1], config, **settings):
+            hold(model, inner[0])
+            try:
+                yield model
+            finally:
+                if before is None:
+                    let_go(model)
+        return
     check_model(model, MODALITIES)
     with block_of(model):
         yield optimize(model, config, **settings)
@@ -122,6 +140,8 @@ def report(source: Any) -> Report:
 
 
 def last_of(model: nn.Module) -> PrefillRecord:
+    if (part := model.__dict__.get(PART)) is not None:
+        model = getattr(model, part)
     runtime = model.__dict__.get(RUNTIME)
     if runtime is None or not isinstance(model, PreTrainedModel):
         raise HawkError(

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hawk_compile.errors import UnsupportedCallError
-from hawk_compile.runtime.overrides import overrides_of
+from hawk_compile.runtime.overrides import attribute_of, overrides_of
 from hawk_compile.runtime.state import RUNTIME, Runtime
 
 MISSING = object()
@@ -58,7 +58,7 @@ def block_of(model: PreTrainedModel) -> Iterator[None]:
 
 
 def attributes_of(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, Any]]:
-    places = [(owner.__dict__, name) for name, (owner, _) in overrides_of(model).items()]
+    places = [(owner.__dict__, attribute_of(name)) for name, (owner, _) in overrides_of(model).items()]
     places += [(model.__dict__, RUNTIME), (model.base_model.__dict__, "rope_deltas")]
     return [(held, name, held.get(name, MISSING)) for held, name in places]
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from hawk_compile.capture.modalities import takes
 from hawk_compile.compat.models import attention_of, supports_encoded_images
 from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.runtime.parts import class_of, goes_around_forward, text_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig
 from hawk_compile.versions import check_model_release, installed, warn_unsupported
 
@@ -20,7 +21,7 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
             f"model must be a transformers.PreTrainedModel, got {name}: give the model that "
             "AutoModelForImageTextToText.from_pretrained returns; of a wrapper, the model inside it"
         )
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder, whose decoder reads images through cross-attention: only decoders that "
             "hold visual tokens in their prompt can be pruned"
@@ -37,6 +38,11 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
             "its vision encoder; a later transformers may have this model in such a form "
             f"(here is {installed('transformers')})"
+        )
+    if goes_around_forward(class_of(model)) and text_part(model) is None:
+        raise UnsupportedModelError(
+            f"{name}.generate does not run the model's forward, nor lets a part of it generate, so nothing would be "
+            "pruned there: give a model whose generate is that of transformers"
         )
     implementation = attention_of(model.config.get_text_config())
     if implementation != "sdpa":

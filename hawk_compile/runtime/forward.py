@@ -36,7 +36,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
-    if modalities_of(kwargs) & set(runtime.config.modalities):
+    if modalities_of(model, kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     take_question(kwargs)  # which nothing but pruning asks for
     cache = kwargs.get("past_key_values")
@@ -70,7 +70,7 @@ def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs:
         result = step(runtime, forward, kwargs)
         runtime.note(record, result, kwargs.get("past_key_values"))
         return result
-    if kwargs.get("position_ids") is None and modalities_of(kwargs):
+    if kwargs.get("position_ids") is None and modalities_of(model, kwargs):
         with deltas_of(model, None):
             kwargs = {**kwargs, "position_ids": positions_of(model.base_model, kwargs)}
     tokens, positions = tokens_of(kwargs), kwargs.get("position_ids")
@@ -106,7 +106,7 @@ def unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -
     """A record that says why a prefill was not pruned."""
     tokens = tokens_of(kwargs)
     rows, length = tokens.shape[:2]
-    if present := sorted(modalities_of(kwargs)):
+    if present := sorted(modalities_of(model, kwargs)):
         asked = runtime.config.modalities
         reason = f"the prompt has {' and '.join(present)} only, which is not among modalities={asked}"
     elif kwargs.get("input_ids") is None:

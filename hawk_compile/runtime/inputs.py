@@ -15,6 +15,7 @@ from hawk_compile.capture.modalities import (
     positions_by_images,
     raw_modalities,
     read_for_positions,
+    required_arguments,
     tokens_of,
 )
 from hawk_compile.errors import InputError
@@ -87,7 +88,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
     kwargs = dict(kwargs)
     question = take_question(kwargs)
     cache, frames = kwargs.get("past_key_values"), kwargs.get("video_grid_thw")
-    if raw_modalities(kwargs):
+    if raw_modalities(model, kwargs):
         kwargs = encoded_inputs(model, kwargs)
     encoded = kwargs["mm_encoder_outputs"]
     sizes = image_sizes(encoded, frames) if per_image else {}
@@ -99,6 +100,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
     used_up = {"mm_token_type_ids"} & read_for_positions(model) if kwargs.get("position_ids") is not None else set()
     left_out = {*SORTED_OUT, *used_up}  # a graph with what is read no more would be another one than that without
     arguments = {name: given for name, given in kwargs.items() if name not in left_out and given is not None}
+    arguments |= dict.fromkeys(required_arguments(model) - arguments.keys())
     return PromptInputs(
         arguments=arguments,
         along=along_prompt(arguments, rows, length),

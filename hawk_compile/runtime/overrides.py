@@ -31,13 +31,16 @@ from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
 from hawk_compile.runtime.conversation import note, physical_length
 from hawk_compile.runtime.forward import run
 from hawk_compile.runtime.generation import Generation, generating, running
+from hawk_compile.runtime.parts import HandedOn, class_of, handing_on, refuse_speech, text_forward_of, text_part
 from hawk_compile.runtime.positions import deltas_of
+from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.saving import write_head_weights
 from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask
 
 Overrides = dict[str, tuple[nn.Module, types.MethodType]]
-"""Name of an attribute -> (the module it is put on, what is put there)."""
+"""Name of an attribute, with the part's in front where it is one of a part -> (the module it is put on, what is put
+there)."""
 
 
 def overrides_of(model: PreTrainedModel) -> Overrides:
@@ -57,13 +60,21 @@ def overrides_of(model: PreTrainedModel) -> Overrides:
         UPLOAD: upload,
     }
     overrides: Overrides = {name: (model, types.MethodType(function, model)) for name, function in made.items()}
+    if (inner := text_part(model)) is not None:
+        name, part = inner
+        overrides[f"{name}.forward"] = (part, types.MethodType(text_forward_of(class_of(part)), part))
     return overrides | {name: (model.base_model, method) for name, method in body_overrides(model).items()}
+
+
+def attribute_of(name: str) -> str:
+    """The attribute that an override is put on."""
+    return name.rpartition(".")[2]
 
 
 def prunes(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether a prompt of generate holds what the settings ask to prune."""
     runtime = model.__dict__.get(RUNTIME)
-    return runtime is not None and bool(modalities_of(kwargs) & set(runtime.config.modalities))
+    return runtime is not None and bool(modalities_of(model, kwargs) & set(runtime.config.modalities))
 
 
 def original(model: PreTrainedModel, name: str) -> Any:
@@ -117,13 +128,37 @@ def generate_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     """generate, whose steps know of one another and of its question, and whose output knows what the prefill did."""
 
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with generating(Generation(question=take_question(kwargs))) as generation:
+        if prunes(self, kwargs):
+            refuse_speech(kwargs)
+        generation = Generation(question=take_question(kwargs))
+        with generating(generation), handing_on(call_of(self, args, kwargs)):
             output = original(self, "generate")(*args, **kwargs)
         if isinstance(output, ModelOutput):
             output.hawk_record = generation.record  # type: ignore[attr-defined]
         return output
 
     return looks_like(generate, kind.generate)  # type: ignore[attr-defined]
+
+
+def call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HandedOn | None:
+    """What the language model of a model must know that it lets generate; None for all others.
+
+    Raises:
+        UnsupportedCallError: images without ids, which tell where they stand.
+    """
+    part, runtime = text_part(model), model.__dict__.get(RUNTIME)
+    if part is None or runtime is None:
+        return None
+    given = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs).arguments  # type: ignore[attr-defined]
+    if not prunes(model, given):
+        return None
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or given.get("inputs_embeds") is not None:
+        raise UnsupportedCallError(
+            "images were given to generate without input_ids [B, S], or beside inputs_embeds, so that it cannot be "
+            "told which tokens are theirs: give what the model's processor returns for images and text"
+        )
+    return HandedOn(model, part[1], ids, functools.partial(run_prefill, model, runtime, original(model, "forward")))
 
 
 @functools.cache

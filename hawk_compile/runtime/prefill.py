@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.diagnosis import diagnosed
-from hawk_compile.capture.features import feature_count
+from hawk_compile.capture.features import by_argument, feature_count
 from hawk_compile.capture.modalities import (
     asks_for,
     known_ids,
@@ -75,7 +75,7 @@ def plan_of(
         ids = known_ids(
             model, tokens, [*placeholders, *read_ids(runtime.ids, chat), *sorted(asked.numbers if asked else ())])
     ids, real = on_host(ids, inputs.mask)
-    present = modalities_of({**inputs.arguments, "mm_encoder_outputs": inputs.features})
+    present = modalities_of(model, {**inputs.arguments, "mm_encoder_outputs": inputs.features})
     left = sorted(present - set(config.modalities))
     candidates = is_any(ids, placeholder_ids(model, config.modalities)) if left else None
     images = None
@@ -100,8 +100,8 @@ def run_graph(
         runtime.scratch_layers = scratch_layers(model)
     scratch = scratch_cache(inputs.cache, runtime.scratch_layers)
     taken = inputs.arguments | {
-        "mm_encoder_outputs": inputs.features, "attention_mask": mask_for(inputs, plan), "past_key_values": scratch,
-        "use_cache": True,
+        "mm_encoder_outputs": by_argument(model, inputs.features), "attention_mask": mask_for(inputs, plan),
+        "past_key_values": scratch, "use_cache": True,
     }  # fmt: skip
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
@@ -116,9 +116,17 @@ def run_graph(
         cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
     if cache is not None:
         track(cache, keep, valid if plan.filled else None, inputs.past, inputs.length, inputs.deltas)
-    if "past_key_values" in result:
-        result["past_key_values"] = cache
+    give_cache(result, cache)
     return result, record
+
+
+def give_cache(result: ModelOutput, cache: Cache | None) -> None:
+    """Put the caller's cache in the place of the graph's, in an output and in those of parts within it."""
+    for name, value in list(result.items()):
+        if name == "past_key_values":
+            result[name] = cache
+        elif isinstance(value, ModelOutput):
+            give_cache(value, cache)
 
 
 def mask_for(inputs: PromptInputs, plan: Plan) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hawk_compile.runtime.overrides import overrides_of
+from hawk_compile.runtime.overrides import attribute_of, overrides_of
 from hawk_compile.runtime.state import RUNTIME
 
 WRAPPED_OFTEN = ("generate", "save_pretrained")
@@ -35,7 +35,8 @@ def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str
     replaced = []
     kept = dict(originals)
     for name, (owner, method) in overrides_of(model).items():
-        there = owner.__dict__.get(name)
+        attribute = attribute_of(name)
+        there = owner.__dict__.get(attribute)
         if there is not None and reaches(there, method.__func__):
             continue
         if earlier:
@@ -43,29 +44,30 @@ def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str
         kept.pop(name, None)
         if there is not None:
             kept[name] = there
-        owner.__dict__[name] = method
+        owner.__dict__[attribute] = method
     return kept, replaced
 
 
 def uninstall(model: PreTrainedModel, originals: dict[str, Any]) -> None:
     """Take the overrides off; what others put over them since stays where it is."""
     for name, (owner, method) in overrides_of(model).items():
-        there = owner.__dict__.get(name)
+        attribute = attribute_of(name)
+        there = owner.__dict__.get(attribute)
         while isinstance(there, types.MethodType):  # accelerate binds a bound method once more when it unwraps a model
             there = there.__func__
         if there is not method.__func__:
             continue
         if name in originals:
-            owner.__dict__[name] = originals[name]
+            owner.__dict__[attribute] = originals[name]
         else:
-            del owner.__dict__[name]
+            del owner.__dict__[attribute]
 
 
 def replaced_overrides(model: PreTrainedModel) -> list[str]:
     """Names where something of others has replaced what `optimize` put there, and does not call it."""
     return [
         name for name, (owner, method) in overrides_of(model).items()
-        if name not in WRAPPED_OFTEN and not reaches(owner.__dict__.get(name), method.__func__)
+        if name not in WRAPPED_OFTEN and not reaches(owner.__dict__.get(attribute_of(name)), method.__func__)
     ]  # fmt: skip
 
 

@@ -124,8 +124,7 @@ class Runtime:
             generation.record = record
         if isinstance(result, ModelOutput):
             result.hawk_record = record  # type: ignore[attr-defined]
-        values = result.to_tuple() if isinstance(result, ModelOutput) else result
-        filled = next((each for each in (cache, *values) if isinstance(each, Cache)), None)
+        filled = cache if cache is not None else cache_in(result)
         if filled is not None:
             note(filled, record=record)
         return filled
@@ -163,6 +162,14 @@ class Runtime:
             values = self.head_weights.values.to(device, copy=True)
             self.weights_on.setdefault(device, values)
         return self.weights_on[device]
+
+
+def cache_in(output: Any) -> Cache | None:
+    """The cache among the values of an output, or of those within it."""
+    values = list(output.values()) if isinstance(output, ModelOutput) else output
+    caches = (each if isinstance(each, Cache) else cache_in(each) for each in values
+              if isinstance(each, (Cache, ModelOutput)))  # fmt: skip
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def ranks_of(model: PreTrainedModel) -> Ranks | None:

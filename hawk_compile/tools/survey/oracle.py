@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hawk_compile.capture.modalities import required_arguments
+
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -74,7 +76,7 @@ def positions_seen(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | N
 
 def gathered(value: Any, length: int, keep: Tensor, visual: Tensor) -> Any:
     """A value of a one-row prompt with every dimension of S positions cut to the kept ones, and one of V to the kept
-    visual tokens."""
+    visual tokens. What has a row for each position, [1, S, ...], may be S wide by chance."""
     if isinstance(value, dict):
         return {name: gathered(part, length, keep, visual) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -82,8 +84,9 @@ def gathered(value: Any, length: int, keep: Tensor, visual: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     count, ranks = int(visual.sum()), visual.long().cumsum(0) - 1
+    rows_only = value.ndim >= 3 and value.is_floating_point() and value.shape[1] == length
     for dim, size in enumerate(value.shape):
-        if size == length:
+        if size == length and (dim == 1 or not rows_only):
             value = value.index_select(dim, keep)
     if value.ndim == 2 and value.shape[0] == count and value.is_floating_point():  # features that later layers add
         value = value[ranks[keep[visual[keep]]]]
@@ -123,8 +126,15 @@ def pruned_forward(
         return {**kwargs, **missing, "position_ids": positions[..., keep]}
 
     with torch.no_grad(), changed(seen.decoder, change):
-        output = model(**gathered(given, length, keep, visual), use_cache=True)
+        output = from_tokens(model)(**gathered(given, length, keep, visual), use_cache=True)
     return output, output.past_key_values
+
+
+def from_tokens(model: PreTrainedModel) -> PreTrainedModel:
+    """What runs on ids or embeddings alone: where the model's forward requires pixels, its language model."""
+    if not required_arguments(model):
+        return model
+    return next(part for part in model.children() if isinstance(part, PreTrainedModel) and part.can_generate())
 
 
 def beside_embeddings(model: PreTrainedModel, seen: Seen, length: int) -> dict[str, Tensor]:
@@ -200,7 +210,7 @@ def decode(
 
         decoder = places_of(model)
         with torch.no_grad(), changed(decoder, change):
-            output = model(
+            output = from_tokens(model)(
                 input_ids=torch.tensor([[token]]), past_key_values=cache, attention_mask=torch.ones(1, kept).long(),
                 use_cache=True,
             )  # fmt: skip

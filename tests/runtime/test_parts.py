@@ -1,0 +1,152 @@
+"""Models whose generate does not run their forward: a part of them does, and it is pruned all the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import hawk_compile
+from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedModelError
+from hawk_compile.runtime.parts import goes_around_forward
+from hawk_compile.tools.survey.checks import CHECKS, batches, generated, prefill, steps
+from hawk_compile.tools.survey.tiny import build, prompt, spread_weights
+from tests.tiny import tiny
+
+SETTINGS: dict[str, Any] = {"ratio": 0.5, "backend": "eager", "head_weights": "uniform"}
+TEXT_ALONE: dict[str, Any] = {"generation_mode": "text", "thinker_max_new_tokens": 4}
+TALKER = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "embedding_size": 32,
+    "rope_parameters": {"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 10000.0},
+    "tts_text_end_token_id": 11, "tts_text_pad_token_id": 12, "tts_codec_start_token_id": 13,
+    "tts_codec_end_token_id": 14, "tts_codec_pad_token_id": 15, "tts_codec_mask_token_id": 16,
+}  # fmt: skip
+TO_WAVE = {
+    "dit_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16, "emb_dim": 16,
+                   "enc_emb_dim": 8, "enc_dim": 8, "enc_channels": [8] * 5, "enc_attention_channels": 4,
+                   "enc_se_channels": 4, "num_embeds": 9, "mel_dim": 8, "look_ahead_layers": [0],
+                   "look_backward_layers": [0]},
+    "bigvgan_config": {"mel_dim": 8, "upsample_initial_channel": 128},
+}  # fmt: skip
+
+
+def test_what_generate_runs():
+    around = [transformers.Blip2ForConditionalGeneration, transformers.Qwen2_5OmniForConditionalGeneration]
+    assert all(map(goes_around_forward, around))
+    through = [transformers.LlavaForConditionalGeneration, transformers.GraniteSpeechForConditionalGeneration,
+               transformers.JanusForConditionalGeneration]  # fmt: skip
+    assert not any(map(goes_around_forward, through))
+
+
+@pytest.mark.parametrize("run", [prefill, steps, batches])
+def test_a_language_model_that_generates_from_embeddings_is_pruned(run):
+    """Its learned positions are those of the whole prompt."""
+    run(tiny("blip-2"), build(tiny("blip-2")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("name", ["blip-2", "instructblip", "instructblipvideo"])
+def test_every_check(name, run):
+    run(tiny(name), build(tiny(name)))
+
+
+@pytest.fixture(scope="module")
+def blip() -> Any:
+    return hawk_compile.optimize(build(tiny("blip-2")), **SETTINGS)
+
+
+def test_an_output_within_the_output_has_the_callers_cache(blip):
+    cache = transformers.DynamicCache()
+    inputs = prompt(tiny("blip-2"), rows=1)
+    with torch.no_grad():
+        output = blip(**inputs, past_key_values=cache, use_cache=True)
+    assert output.language_model_outputs.past_key_values is cache
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] > cache.layers[0].keys.shape[-2]
+    assert hawk_compile.report(cache).keep_indices[0].tolist() == hawk_compile.report(blip).keep_indices[0].tolist()
+
+
+def test_the_language_model_alone_is_what_it_was(blip):
+    plain = copy.deepcopy(build(tiny("blip-2"))).language_model
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(blip.language_model.generate(ids, max_new_tokens=3), plain.generate(ids, max_new_tokens=3))
+
+
+def test_images_without_ids_are_refused(blip):
+    inputs = prompt(tiny("blip-2"), rows=1)
+    with pytest.raises(UnsupportedCallError, match=r"without input_ids \[B, S\]"):
+        blip.generate(pixel_values=inputs["pixel_values"])
+    with pytest.raises(UnsupportedCallError, match="does not run its language model on the prompt"):
+        blip.generate(**inputs, prefill_chunk_size=4, max_new_tokens=2)
+
+
+def test_a_language_model_that_is_an_encoder_decoder_is_refused():
+    config = tiny("blip-2").config
+    t5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 99}
+    model = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(**{**config, "text_config": t5}))
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        hawk_compile.optimize(model, **SETTINGS)
+
+
+def omni() -> Any:
+    thinker = tiny("qwen2_5_omni_thinker").config
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5OmniConfig(
+        thinker_config=thinker, talker_config=TALKER, token2wav_config=TO_WAVE, enable_audio_output=True)  # fmt: skip
+    model = transformers.Qwen2_5OmniForConditionalGeneration(config).eval()
+    spread_weights(model.thinker)
+    model.thinker.generation_config.eos_token_id = None
+    model.speaker_map = {"Chelsie": {"bos_token": 7, "cond": torch.zeros(1, 8), "ref_mel": torch.zeros(1, 8, 8)}}
+    return model
+
+
+@pytest.fixture(scope="module")
+def omni_prompt() -> dict[str, Any]:
+    return prompt(tiny("qwen2_5_omni_thinker"), rows=1)
+
+
+def test_a_whole_omni_model_generates_text_as_its_part_does(omni_prompt):
+    """Optimised, asked for its report, restored as a whole."""
+    model = omni()
+    plain = model.generate(**omni_prompt, **TEXT_ALONE)
+    assert hawk_compile.optimize(model, **{**SETTINGS, "ratio": 0.0}) is model
+    assert torch.equal(model.generate(**omni_prompt, **TEXT_ALONE), plain)
+    hawk_compile.optimize(model, **SETTINGS)
+    pruned = model.generate(**omni_prompt, **TEXT_ALONE)
+    report = hawk_compile.report(model)
+    assert report.kept_visual_tokens.item() == report.visual_tokens.item() // 2
+    alone = hawk_compile.optimize(omni().thinker, **SETTINGS)
+    assert torch.equal(pruned, alone.generate(**omni_prompt, max_new_tokens=4))
+    hawk_compile.restore(model)
+    assert not {name for part in (model, model.thinker) for name in vars(part) if name in ("generate", "forward")}
+    assert torch.equal(model.generate(**omni_prompt, **TEXT_ALONE), plain)
+    with pytest.raises(HawkError, match="needs an optimised model"):
+        hawk_compile.report(model)
+
+
+def test_a_block_around_a_whole_omni_model(omni_prompt):
+    model = omni()
+    with hawk_compile.pruned(model, **SETTINGS):
+        model.generate(**omni_prompt, **TEXT_ALONE)
+        assert hawk_compile.report(model).kept_tokens < omni_prompt["input_ids"].shape[1]
+        with pytest.raises(UnsupportedCallError, match='generation_mode="text"'):
+            model.generate(**omni_prompt, thinker_max_new_tokens=4)
+    assert "generate" not in vars(model)
+    assert "forward" not in vars(model.thinker)
+
+
+def test_speech_is_refused_where_images_are_pruned_and_made_where_there_are_none(omni_prompt, monkeypatch):
+    model = hawk_compile.optimize(omni(), **SETTINGS)
+    with pytest.raises(UnsupportedCallError, match="makes speech from the hidden states of every token"):
+        model.generate(**omni_prompt, thinker_max_new_tokens=4)
+    asked = generated(model.thinker, omni_prompt)  # of the part itself everything can be asked
+    assert hawk_compile.report(asked).kept_tokens < omni_prompt["input_ids"].shape[1]
+    spoken = []
+    monkeypatch.setattr(model.talker, "generate", lambda **kwargs: spoken.append(kwargs) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(input_ids=omni_prompt["input_ids"][:, :5], thinker_max_new_tokens=4)
+    assert spoken[0]["inputs_embeds"].shape[1] == 5 + 2

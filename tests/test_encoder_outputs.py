@@ -1,0 +1,132 @@
+"""What encoders give, in every form, and the names under which they take it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from hawk_compile.capture.features import EXTRA_ROWS, count_in, cut_extra_rows, features_of, join_features
+from hawk_compile.capture.modalities import raw_inputs_of, required_by
+from hawk_compile.tools.survey.checks import CHECKS, batches, prefill, steps
+from hawk_compile.tools.survey.tiny import build
+from tests import timm_at_hand
+from tests.tiny import tiny
+
+WIDTH = 4
+UNPOOLED = ("fuyu", "llama4")
+PAIRS = ("granite4_vision",)
+REQUIRED = ("fast_vlm", "perception_lm", "gemma3n")
+AUDIO = (
+    "vibevoice_asr", "fun_asr_nano", "moss_transcribe_diarize", "qwen3_asr", "glmasr", "granite_speech",
+    "granite_speech_plus", "voxtral", "qwen2_audio",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Required(ModelOutput):
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Layered(BaseModelOutputWithPooling):
+    deepstack_features: list[Any] | None = None
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+
+
+def flat(features: Any) -> Tensor:
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.reshape(-1, WIDTH) for part in parts])
+
+
+@pytest.mark.parametrize(("output", "dims"), [
+    (BaseModelOutputWithPooling(pooler_output=rows(6, WIDTH)), 2),
+    (BaseModelOutputWithPooling(pooler_output=rows(2, 3, WIDTH)), 3),
+    (BaseModelOutputWithPooling(pooler_output=rows(2, 3, 5, WIDTH)), 4),
+    (BaseModelOutputWithPooling(pooler_output=[rows(2, WIDTH), rows(3, WIDTH)]), 2),
+    (BaseModelOutputWithPooling(pooler_output=(rows(1, 2, WIDTH), rows(1, 3, WIDTH))), 3),
+    (BaseModelOutputWithPooling(last_hidden_state=rows(2, 3, WIDTH)), 3),
+    (Required(last_hidden_state=rows(2, WIDTH, 3), pooler_output=rows(2, 3, WIDTH)), 3),
+    (Layered(deepstack_features=[(7, [rows(2, WIDTH), rows(3, WIDTH)]), (0, [rows(2, WIDTH), rows(3, WIDTH)])]), 2),
+])  # fmt: skip
+def test_features_of_every_form_are_joined_over_images_and_cut_again(output, dims):
+    """What the graph is given has rows more and as many dimensions; behind the cut it holds the same rows in order."""
+    joined = join_features({"image": output})
+    features, expected = features_of(joined["image"]), features_of(output)
+    assert isinstance(features, Tensor) == isinstance(expected, Tensor)
+    assert count_in(features) == len(flat(expected)) + EXTRA_ROWS
+    cut = features_of(cut_extra_rows(joined)["image"])
+    assert (cut if isinstance(cut, Tensor) else cut[0]).ndim == dims
+    assert torch.equal(flat(cut), flat(expected))
+
+
+def test_features_for_later_layers_keep_their_layers_numbers():
+    output = Layered(deepstack_features=[(7, [rows(2, WIDTH)]), (0, [-rows(2, WIDTH)])])
+    cut = cut_extra_rows(join_features({"image": output}))["image"].deepstack_features
+    assert [number for number, _ in cut] == [7, 0]
+    assert torch.equal(cut[1][1][0], -rows(2, WIDTH))
+
+
+@pytest.mark.parametrize(("kind", "body", "expected"), [
+    ("FuyuForCausalLM", "FuyuModel", {"image": ("pixel_values", "pixel_values_images", "image_patches")}),
+    ("VibeVoiceAsrForConditionalGeneration", "VibeVoiceAsrModel", {"audio": ("input_values", "input_features")}),
+    ("InstructBlipVideoForConditionalGeneration", "InstructBlipVideoForConditionalGeneration",
+     {"video": ("pixel_values", "pixel_values_videos"), "image": ("pixel_values_images", "image_patches")}),
+])  # fmt: skip
+def test_what_an_encoder_takes_first_is_its_modality(kind, body, expected):
+    names = raw_inputs_of(getattr(transformers, kind), getattr(transformers, body))
+    assert {modality: names[modality] for modality in expected} == expected
+
+
+def test_a_forward_says_what_it_cannot_be_called_without():
+    assert required_by(transformers.Blip2ForConditionalGeneration) == {"pixel_values", "input_ids"}
+    assert required_by(transformers.LlavaForConditionalGeneration) == set()
+
+
+def check(name: str, run: Any) -> None:
+    run(tiny(name), build(tiny(name)))
+
+
+@pytest.mark.parametrize("run", [prefill, steps])
+def test_last_hidden_states_are_merged_where_nothing_is_pooled(run):
+    check("fuyu", run)
+
+
+def test_positions_that_all_rows_share_are_those_of_each_rows_own_tokens():
+    check("llama4", batches)
+
+
+def test_features_that_each_layer_takes_for_itself_follow_the_tokens():
+    check("granite4_vision", prefill)
+
+
+@pytest.mark.parametrize("run", [prefill, steps])
+def test_raw_audio_is_encoded_whatever_its_name(run):
+    check("vibevoice_asr", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("name", [*UNPOOLED, *PAIRS, *AUDIO])
+def test_every_check_of_every_form(name, run):
+    check(name, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("name", REQUIRED)
+def test_every_check_of_outputs_with_required_fields(name, run):
+    """Their encoders are timm's."""
+    if reason := timm_at_hand.reason():
+        pytest.skip(reason)
+    check(name, run)
