@@ -15,7 +15,6 @@ which `Located.rotated` keeps what was left out. The graph must be free of write
 
 from typing import Any
 
-import torch
 from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -32,13 +31,13 @@ from hawk_compile.passes.graph import (
     op_name,
     same,
     shape_of,
-    sizes_equal_to,
     tensor,
     value,
     written_by,
 )
 from hawk_compile.passes.position import before_position
 from hawk_compile.passes.site import Located, find, note
+from hawk_compile.passes.slots import find_position_chain, refuse_positions_as_slots
 
 PADDING_MASK = "attention_mask"
 """The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
@@ -70,6 +69,8 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     kv_heads, _ = heads_of(key, length)
     query_linear, query_between = projection(query, entry, length)
     key_linear, key_between = projection(key, entry, length)
+    position_chain = find_position_chain(gm.graph, merged, length)
+    refuse_positions_as_slots(gm.graph, position_chain, length)
     between = tuple(dict.fromkeys(query_between + key_between))
     one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
     folded = one_input and not between
@@ -95,7 +96,7 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         key_linear=key_linear,
         between=between,
         plan=next((node for node in gm.graph.nodes if is_call(node, "plan")), None),
-        position_chain=frozenset(find_position_chain(gm.graph, merged, length)),
+        position_chain=frozenset(position_chain),
     )
     note(gm, located)
     return gm
@@ -251,56 +252,3 @@ def find_padding_mask(graph: fx.Graph, length: Any) -> fx.Node | None:
         if named and found is not None and found.ndim == 2 and same(found.shape[1], length):
             return node
     return None
-
-
-def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx.Node]:
-    """The positions ([S] or [1, ..., S]) that the graph counts itself and that do more than build masks.
-
-    An arange over S that reaches the decoder only as an attention's mask, or compared with that of the keys (an
-    indexer's mask), counts slots, and is counted anew at the pruned length; one that reaches anything else counts
-    positions, which stay at full length until they are gathered.
-    """
-    after = dependents(merged)
-    chain: set[fx.Node] = set()
-    for node in graph.nodes:
-        found = tensor(node)
-        if not is_call(node, "arange") or found is None or not sizes_equal_to(found.shape, length):
-            continue
-        beside = uncompared(node, after, length)
-        entered = {user for source in beside for user in source.users if user in after}
-        if all(is_call(user, "scaled_dot_product_attention") for user in entered):
-            continue
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            if current in beside and current not in chain and is_row_of_positions(current, length):
-                chain.add(current)
-                stack.extend(current.users)
-    return chain
-
-
-def uncompared(node: fx.Node, after: set[fx.Node], length: Any) -> set[fx.Node]:
-    """The node and all that is computed from it beside the decoder, without what says which keys a query sees."""
-    found, stack = {node}, [node]
-    while stack:
-        for user in stack.pop().users:
-            if user not in found | after and user.op != "output" and not compares_slots(user, length):
-                found.add(user)
-                stack.append(user)
-    return found
-
-
-def compares_slots(node: fx.Node, length: Any) -> bool:
-    """Whether a value is [..., S, P + S] of bools: P slots may be filled."""
-    found = tensor(node)
-    if found is None or found.dtype != torch.bool or found.ndim < 2 or not same(found.shape[-2], length):
-        return False
-    symbols: set[Any] = getattr(expr(length), "free_symbols", set())
-    return same(found.shape[-1], length) or bool(symbols & getattr(expr(found.shape[-1]), "free_symbols", set()))
-
-
-def is_row_of_positions(node: fx.Node, length: Any) -> bool:
-    found = tensor(node)
-    if found is None or sizes_equal_to(found.shape, length) != [found.ndim - 1]:
-        return False
-    return all(same(size, 1) for size in found.shape[:-1])

@@ -273,13 +273,15 @@ def test_no_other_file_uses_a_private_name() -> None:
 def test_chunked_mixers(file: str, mixer: str, shapes: list[tuple[int, ...]], states: tuple[int, ...]) -> None:
     """Functions of a modeling file, found under these names, of [B, S, ...]: results are tokens and a state."""
     module = pytest.importorskip(f"transformers.models.{file}.modeling_{file}")
-    function, asks = getattr(module, mixer), models.CHUNKED_MIXERS[mixer]
+    function, (asks, alone) = getattr(module, mixer), models.CHUNKED_MIXERS[mixer]
     names = list(inspect.signature(inspect.unwrap(function)).parameters)
     arguments = dict(zip(names, (-torch.rand(shape) for shape in shapes), strict=False))
     sizes = {"chunk_size": 64} if "chunk_size" in names else {}
     tokens, state = function(**arguments, **sizes, **{asks: True})
     assert tokens.shape == shapes[2 if file != "nemotron_h" else 0] and state.shape == states
     assert any(name.startswith("initial_state") for name in names)
+    without = function(**arguments, **sizes)
+    assert without.shape == tokens.shape if alone else without[0].shape == tokens.shape and without[1] is None
 
 
 def test_what_caches_hold_beside_keys_and_values() -> None:

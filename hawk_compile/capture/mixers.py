@@ -129,23 +129,25 @@ def sized(shape: Shape, rows: Any, length: Any) -> list[Any]:
     return [rows if size == ROWS else length if size == LENGTH else size for size in shape]
 
 
-def stand_in(path: str, original: Callable[..., Any], returns_state: str) -> Callable[..., Any]:
+def stand_in(path: str, original: Callable[..., Any], returns_state: str, alone: bool) -> Callable[..., Any]:
     """What stands in for a mixer.
 
     Args:
-        returns_state: the argument that asks for the state beside the mixed tokens; a prefill does.
+        returns_state: the argument that asks for the state beside the mixed tokens.
+        alone: whether these come by themselves where it does not.
     """
     names = tuple(inspect.signature(inspect.unwrap(original)).parameters)
 
     @functools.wraps(original)
     def mixer(*args: Any, **kwargs: Any) -> Any:
-        captured = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
-        if not captured or not kwargs.get(returns_state):
+        if torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
             return original(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in kwargs if name in names}}
+        asked, given[returns_state] = given.get(returns_state), True
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         values = tuple(TENSOR if isinstance(value, Tensor) else value for value in given.values())
-        return tuple(torch.ops.hawk.mix_chunks(tensors, name_of_call(path, tuple(given), values)))
+        mixed, state = torch.ops.hawk.mix_chunks(tensors, name_of_call(path, tuple(given), values))
+        return (mixed, state) if asked else mixed if alone else (mixed, None)
 
     return mixer
 
@@ -170,11 +172,11 @@ class MixersStoodFor(WhileUsed):
         """For a model's modeling files; none for a copy of a model that has them already."""
         for name in {type(module).__module__ for module in model.modules()} if model is not None else ():
             file = sys.modules.get(name)
-            for mixer, returns_state in CHUNKED_MIXERS.items():
+            for mixer, (returns_state, alone) in CHUNKED_MIXERS.items():
                 path, there = f"{name}.{mixer}", getattr(file, mixer, None)
                 if callable(there) and there is not self.stand_ins.get(path):
                     if originals.get(path) is not there:
-                        originals[path], self.stand_ins[path] = there, stand_in(path, there, returns_state)
+                        originals[path], self.stand_ins[path] = there, stand_in(path, there, returns_state, alone)
                     setattr(file, mixer, self.stand_ins[path])
 
     def undo(self) -> None:

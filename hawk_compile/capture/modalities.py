@@ -77,11 +77,13 @@ def token_kinds(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[str]:
     Those that the model's forward names, beside ids, mask and positions; not what it reads to work out positions.
     """
     known = {"input_ids", "attention_mask", "position_ids"} | read_for_positions(model)
-    tokens = tokens_of(kwargs)
+    rows, new = tokens_of(kwargs).shape[:2]
+    cache = kwargs.get("past_key_values")
+    lengths = {new, new + (0 if cache is None else int(cache.get_seq_length()))}
     return [
         name for name in inspect.signature(type(model).forward).parameters
         if name not in known and isinstance(given := kwargs.get(name), Tensor) and given.ndim == 2
-        and given.shape[0] == tokens.shape[0] and given.shape[1] >= tokens.shape[1] and not given.is_floating_point()
+        and given.shape[0] == rows and given.shape[1] in lengths and not given.is_floating_point()
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nes
 from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression
 
 mark_static = torch._dynamo.mark_static
-"""mark_static(tensor): its sizes are part of every graph that reads it."""
+"""mark_static(tensor, dims=all): these sizes are part of every graph that reads it."""
 
 while_traced = comptime
 """while_traced(function): where Dynamo traces this line, it calls function(context) and puts nothing in the graph;

@@ -86,13 +86,13 @@ def device_mesh_of(model: PreTrainedModel) -> Any:
 
 
 CHUNKED_MIXERS = {
-    "torch_chunk_gated_delta_rule": "output_final_state",
-    "chunk_kimi_delta_attention": "output_final_state",
-    "mamba2_chunk_scan": "return_final_states",
+    "torch_chunk_gated_delta_rule": ("output_final_state", False),
+    "chunk_kimi_delta_attention": ("output_final_state", False),
+    "mamba2_chunk_scan": ("return_final_states", True),
 }
-"""The functions of modeling files that mix tokens chunk by chunk, and which argument asks for the state behind the last
-token. Their arguments are [B, S, ...], states [B, H, ...], or have no tokens at all; `inspect.unwrap` leads to the
-function without kernel."""
+"""The functions of modeling files that mix tokens chunk by chunk: which argument asks for the state behind the last one
+beside the mixed tokens, and whether these come alone without it, or with None. Their arguments are [B, S, ...], states
+[B, H, ...], or have no tokens at all; `inspect.unwrap` leads to the function without kernel."""
 PROMPT_LENGTH = "prefill_length"
 """The attribute of layers of a cache that keep a prompt apart from what follows: its length, where they were told."""
 EXTRA_KEYS = {"indexer_keys": "update_indexer", "idx_keys": "update_index"}

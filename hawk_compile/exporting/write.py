@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from hawk_compile.capture.dynamo import capture_lock
 from hawk_compile.capture.modalities import AUDIO, modalities_of, placeholder_ids, raw_modalities, takes
@@ -28,6 +29,7 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.plan.template import chat_of, chat_of_settings
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.handover import scratch_layers
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights, resolve
 from hawk_compile.versions import check_exporters
@@ -80,6 +82,7 @@ def export(
     check_exporters()
     check_modality(model, inputs)
     check_model(model)
+    check_cache(model)
     check_dtype(model, target, format)
     chat = chat_of_export(model, made, processor)
     with capture_lock, written_whole(Path(path), overwrite) as folder:
@@ -102,6 +105,16 @@ def check_modality(model: Any, inputs: dict[str, Any]) -> None:
         raise ExportError(
             f"{type(model).__name__} with audio cannot be exported: no format writes an audio encoder yet; export from "
             "inputs with images alone, or run the model with hawk_compile.optimize"
+        )
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Refuse a model that keeps more than keys and values: an exported one hands on these alone."""
+    kinds = sorted({type(layer).__name__ for layer in scratch_layers(model)} - {DynamicLayer.__name__})
+    if kinds:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: its cache has layers of the kind {' and '.join(kinds)}, and "
+            "the components of an export hand on keys and values alone; run the model with hawk_compile.optimize"
         )
 
 

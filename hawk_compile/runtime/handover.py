@@ -6,11 +6,13 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
+from hawk_compile.compat.dynamo import mark_static
 from hawk_compile.compat.models import EXTRA_KEYS, PROMPT_LENGTH
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
@@ -24,6 +26,12 @@ def scratch_layers(model: PreTrainedModel) -> Layers:
     own = DynamicCache(config=model.config.get_text_config()).layers
     layers = tuple(without_window(layer) for layer in own)
     return layers if any(type(layer) is not DynamicLayer and keeps_more(layer) for layer in layers) else ()
+
+
+def first_with_keys(model: PreTrainedModel) -> int:
+    """The number of the first decoder layer that keeps keys, and so has the attention that scores."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return next((number for number, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), 0)
 
 
 def without_window(layer: Any) -> Any:
@@ -61,11 +69,17 @@ def copied(layer: Any) -> Any:
     twin = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
-            cloned = {key: state.clone() for key, state in value.items() if isinstance(state, Tensor)}
+            cloned = {key: of_known_sizes(state.clone()) for key, state in value.items() if isinstance(state, Tensor)}
             vars(twin)[name] = value | cloned
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         twin.record_past = False  # what a prompt ends with is all that later steps may go back to
     return twin
+
+
+def of_known_sizes(state: Tensor) -> Tensor:
+    """A state, of which a graph may take every size but the rows' as a number."""
+    mark_static(state, list(range(1, state.ndim)))
+    return state
 
 
 def fill_cache(

@@ -23,12 +23,18 @@ from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.ids import is_any, read_ids
 from hawk_compile.plan.plan import Plan, make_plan, on_host
 from hawk_compile.plan.quotas import quotas
+from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
 from hawk_compile.runtime.handover import fill_cache, scratch_cache, scratch_layers, shrink
 from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.records import PrefillRecord
-from hawk_compile.runtime.refusals import refuse_quotas_of_audio, refuse_unsupported
+from hawk_compile.runtime.refusals import (
+    refuse_fillers_behind_states,
+    refuse_other_layers,
+    refuse_quotas_of_audio,
+    refuse_unsupported,
+)
 from hawk_compile.runtime.state import Runtime
 from hawk_compile.runtime.tracked import opened, track
 from hawk_compile.settings.config import HawkConfig
@@ -41,6 +47,10 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         UnsupportedCallError, InputError, GraphError: as `hawk_compile.runtime.forward.run`.
     """
     refuse_unsupported(model, kwargs)
+    if runtime.scratch_layers is None:
+        runtime.scratch_layers = scratch_layers(model)
+    if physical_length(kwargs.get("past_key_values")):
+        refuse_other_layers(kwargs["past_key_values"], runtime.scratch_layers)
     grad = torch.is_grad_enabled() and (
         tokens_of(kwargs).requires_grad or any(parameter.requires_grad for parameter in model.parameters())
     )
@@ -50,6 +60,8 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         inputs = prompt_inputs(model, kwargs, runtime.config.per_image)
         chat = runtime.learn_chat(model)
         plan, whole = plan_of(model, runtime, inputs, chat.form)
+        if inputs.past and (plan.padded or plan.filled):
+            refuse_fillers_behind_states(runtime.scratch_layers)
         rule = rule_of(runtime.config, whole)
         result, record = run_graph(model, runtime, forward, inputs, plan, rule, chat.origin)
     runtime.note(record, result)
@@ -96,8 +108,6 @@ def run_graph(
     origin: str,
 ) -> tuple[ModelOutput, PrefillRecord]:
     """(the model's output, what the prefill did); keys and values are in the caller's cache."""
-    if runtime.scratch_layers is None:
-        runtime.scratch_layers = scratch_layers(model)
     scratch = scratch_cache(inputs.cache, runtime.scratch_layers)
     taken = inputs.arguments | {
         "mm_encoder_outputs": by_argument(model, inputs.features), "attention_mask": mask_for(inputs, plan),

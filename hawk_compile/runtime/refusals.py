@@ -3,8 +3,8 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
@@ -54,11 +54,36 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would "
             "give them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
         )
-    if physical_length(cache) and not all(type(layer) is DynamicLayer for layer in cache.layers):  # type: ignore[union-attr]
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})  # type: ignore[union-attr]
+
+
+def refuse_other_layers(cache: Cache, layers: tuple[Any, ...]) -> None:
+    """Refuse a filled cache from which the graph's own cannot be filled.
+
+    Args:
+        layers: of the cache that the graph fills, empty; none where they are plain.
+    """
+    kinds = [type(layer) for layer in layers] or [DynamicLayer] * len(cache.layers)
+    if [type(layer) for layer in cache.layers] != kinds:
+        names = sorted({type(layer).__name__ for layer in cache.layers})
         raise UnsupportedCallError(
-            "new images on a cache that already holds tokens need a DynamicCache of plain layers, got "
-            f"{', '.join(kinds)}: prefill the whole conversation at once"
+            f"new images on a cache that already holds tokens need {needed_cache(kinds)}, got {', '.join(names)}: "
+            "prefill the whole conversation at once"
+        )
+
+
+def needed_cache(kinds: list[type]) -> str:
+    if set(kinds) == {DynamicLayer}:
+        return "a DynamicCache of plain layers"
+    return f"a DynamicCache without windows, of {' and '.join(sorted({kind.__name__ for kind in kinds}))}"
+
+
+def refuse_fillers_behind_states(layers: tuple[Any, ...]) -> None:
+    """Refuse rows that have to be filled up behind what a cache holds, where that is a state."""
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        raise UnsupportedCallError(
+            "new images on a cache that already holds tokens, in rows that are of unequal length once pruned: this "
+            "model's layers keep states, which what fills a row up between the old tokens and the new ones would "
+            "change. Give the rows one by one, each with a cache of its own, or prefill the whole conversation at once"
         )
 
 

@@ -20,12 +20,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hawk_compile.compat.models import set_attention
+from hawk_compile.runtime.handover import first_with_keys
 
 SCORE, ATTENTION, OUTPUT = "score", "attention", "output"
 ABLATIONS = (SCORE, ATTENTION, OUTPUT)
 FUNCTION = "sdpa"
-LAYER = 0
-"""The layer that HAWK scores by."""
 
 
 @contextlib.contextmanager
@@ -62,7 +61,8 @@ def attending(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[No
     """Let the scoring layer attend by a function of ours; neither other layers nor other models know of it."""
     name = f"hawk_ablated_{id(model)}"
     base: Any = model.base_model
-    modules = [module for module in base.get_decoder().modules() if getattr(module, "layer_idx", None) == LAYER]
+    layer = first_with_keys(model)
+    modules = [module for module in base.get_decoder().modules() if getattr(module, "layer_idx", None) == layer]
     configs = {module: module.config for module in modules if hasattr(module, "config")}
     ALL_ATTENTION_FUNCTIONS[name] = attend
     try:

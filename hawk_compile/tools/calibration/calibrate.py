@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
-from hawk_compile.tools.calibration.ablation import ABLATIONS, LAYER, SCORE
+from hawk_compile.tools.calibration.ablation import ABLATIONS, SCORE
 from hawk_compile.tools.calibration.batch import Batch, heads_of
 from hawk_compile.tools.calibration.likelihood import LIKELIHOOD
 from hawk_compile.tools.calibration.processes import Processes
@@ -202,7 +203,7 @@ def check_alike(told: list[dict[str, Any]]) -> None:
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of dtype, device and sums of the scoring layer's parameters: another checkpoint has others."""
     base: Any = model.base_model
-    layer = base.get_decoder().layers[LAYER]
+    layer = base.get_decoder().layers[first_with_keys(model)]
     held = {name: float(value.detach().double().sum()) for name, value in layer.named_parameters()}
     return hashlib.sha256(json.dumps([str(model.dtype), model.device.type, held]).encode()).hexdigest()
 

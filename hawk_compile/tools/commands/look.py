@@ -44,6 +44,7 @@ def inspect(
         "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured, on the meta device)",
         "merge": f"{', '.join(found.merges)}: masked_scatter at placeholder ids {ids}",
         "question": f"the newest user's text, behind its last image; id that closes images: {closing}, turns: {ending}",
+        "scoring layer": f"{found.scoring_layer}{where_cut(found.scoring_layer)}",
         "attention": f"{found.attention}: {found.heads} heads, {found.kv_heads} KV heads of {found.head_dim}",
         "norm": found.norm or "none: the projections read different values",
         "projections": f"{found.query_projection or 'not one linear'}, {found.key_projection or 'not one linear'}",
@@ -70,6 +71,10 @@ def inspect(
     else:
         numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
     out.print(rows(numbers))
+
+
+def where_cut(layer: int) -> str:
+    return f": the first with attention; layers 0 to {layer - 1} run at S" if layer else ", the first"
 
 
 def show(

@@ -35,6 +35,7 @@ def described(gm: fx.GraphModule) -> dict[str, Any]:
     return {
         "merges": tuple(merge.name for merge in located.merges),
         "attention": module_path(located.attention) or located.attention.name,
+        "scoring_layer": located.layer,
         "norm": None if query is None else module_path(query.args[0]),  # type: ignore[arg-type]
         "query_projection": None if query is None else module_path(query),
         "key_projection": None if key is None else module_path(key),

@@ -13,6 +13,7 @@ from hawk_compile.compile.pipeline import PRUNING, run_passes
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.tools.inspection.findings import Gathered, described, identifiers
 from hawk_compile.tools.inspection.flops import count_flops, scoring_flops
@@ -20,7 +21,7 @@ from hawk_compile.tools.inspection.sample import captured
 from hawk_compile.tools.inspection.without_weights import keep_layers, on_meta
 
 CAPTURED_LAYERS = 2
-"""Decoder layers that are captured. What is scored lies in the first; the others only repeat what crosses the cut."""
+"""Decoder layers that are captured, if the one that scores is among them: others only repeat what crosses the cut."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Inspection:
         layers: decoder layers of the model; `captured_layers` of them were captured.
         merges: the nodes that scatter visual features into the token embeddings, first to last.
         attention: the attention whose queries and keys are scored, as a module path.
+        scoring_layer: the decoder layer that it belongs to, counted from 0; layers before it keep states and run at S.
         norm: the norm that the projections read, as a module path; None if they do not read one value.
         query_projection, key_projection: module paths of the linears; None if heads do not come from one linear.
         heads, kv_heads, head_dim, width: of the scoring layer; width is D.
@@ -52,6 +54,7 @@ class Inspection:
     captured_layers: int
     merges: tuple[str, ...]
     attention: str
+    scoring_layer: int
     norm: str | None
     query_projection: str | None
     key_projection: str | None
@@ -122,7 +125,7 @@ def inspect_model(
     kept = config.bounds(image_tokens, config.floor(image_tokens))[1]
     before, after = text_tokens + image_tokens, text_tokens + kept
     flops, kept_flops = count_flops(model, before), count_flops(model, after)
-    captured = keep_layers(model, layers, total)
+    captured = keep_layers(model, max(layers, first_with_keys(model) + 1), total)
     graph = pruned_graph(model, config, before, image_tokens, modality)
     facts = described(graph) | identifiers(model, special_ids(model, config))
     return Inspection(

@@ -1,0 +1,93 @@
+"""Positions and slots: both are counted by aranges over S, and after pruning they are no longer the same.
+
+A token keeps its *position*, by which it is rotated; its *slot* is its place among the keys that are held, by which
+masks are built. Positions stay at full length until they are gathered; slots are counted anew at the pruned length.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from hawk_compile.passes.errors import GraphError
+from hawk_compile.passes.graph import dependents, expr, is_call, op_name, same, sizes_equal_to, tensor
+
+POSITIONS = "position_ids"
+"""Every Hugging Face model calls its positions [..., S] so."""
+ORDERS = ("gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal")
+
+
+def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx.Node]:
+    """The positions ([S] or [1, ..., S]) that the graph counts itself and that do more than build masks.
+
+    An arange over S that reaches the decoder only as an attention's mask, or compared with that of the keys (an
+    indexer's mask), counts slots, and is counted anew at the pruned length; one that reaches anything else counts
+    positions, which stay at full length until they are gathered.
+    """
+    after = dependents(merged)
+    chain: set[fx.Node] = set()
+    for node in graph.nodes:
+        found = tensor(node)
+        if not is_call(node, "arange") or found is None or not sizes_equal_to(found.shape, length):
+            continue
+        beside = uncompared(node, after, length)
+        entered = {user for source in beside for user in source.users if user in after}
+        if all(is_call(user, "scaled_dot_product_attention") for user in entered):
+            continue
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in beside and current not in chain and is_row_of_positions(current, length):
+                chain.add(current)
+                stack.extend(current.users)
+    return chain
+
+
+def uncompared(node: fx.Node, after: set[fx.Node], length: Any) -> set[fx.Node]:
+    """The node and all that is computed from it beside the decoder, without what says which keys a query sees."""
+    found, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found | after and user.op != "output" and not compares_slots(user, length):
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def compares_slots(node: fx.Node, length: Any) -> bool:
+    """Whether a value is [..., S, P + S] of bools: P slots may be filled."""
+    found = tensor(node)
+    if found is None or found.dtype != torch.bool or found.ndim < 2 or not same(found.shape[-2], length):
+        return False
+    symbols: set[Any] = getattr(expr(length), "free_symbols", set())
+    return same(found.shape[-1], length) or bool(symbols & getattr(expr(found.shape[-1]), "free_symbols", set()))
+
+
+def is_row_of_positions(node: fx.Node, length: Any) -> bool:
+    found = tensor(node)
+    if found is None or sizes_equal_to(found.shape, length) != [found.ndim - 1]:
+        return False
+    return all(same(size, 1) for size in found.shape[:-1])
+
+
+def refuse_positions_as_slots(graph: fx.Graph, chain: set[fx.Node], length: Any) -> None:
+    """Refuse a graph that asks which slots of keys come before a position.
+
+    Raises:
+        GraphError: it does, and names the comparison.
+    """
+    given = [node for node in graph.find_nodes(op="placeholder") if POSITIONS in node.name and tensor(node) is not None]
+    positions = set().union(chain, given, *map(dependents, [*chain, *given]))
+    counters = [node for node in graph.nodes if is_call(node, "arange") and node not in positions]
+    slots = set().union(counters, *map(dependents, counters))
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if not is_call(node, *ORDERS) or len(sources) != 2 or not compares_slots(node, length):
+            continue
+        if any(each in positions - slots for each in sources) and any(each in slots - positions for each in sources):
+            raise GraphError(
+                f"{node.name} = {op_name(node)}({', '.join(source.name for source in sources)}) takes the positions of "
+                "tokens for slots of the cache, which they are no longer once tokens are removed: this model's "
+                "attention to blocks of keys needs every position to be there, so it cannot be pruned: call "
+                "hawk_compile.restore(model) to run it whole"
+            )
