@@ -2,10 +2,11 @@
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any
 
 
-class WhileUsed:
+class WhileUsed(ABC):
     """A change of code of others, which is undone once nothing is left that needs it. Subclasses say which."""
 
     def __init__(self) -> None:
@@ -30,10 +31,10 @@ class WhileUsed:
             if not [*self.users]:  # of the living; its length counts one that is dying
                 self.undo()
 
+    @abstractmethod
     def change(self, *args: Any) -> None:
         """Make the change; nothing where it is made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def undo(self) -> None:
         """Undo what `change` did, apart from what others have changed since; nothing where nothing is changed."""
-        raise NotImplementedError

@@ -108,7 +108,7 @@ def run_graph(
     origin: str,
 ) -> tuple[ModelOutput, PrefillRecord]:
     """(the model's output, what the prefill did); keys and values are in the caller's cache."""
-    scratch = scratch_cache(inputs.cache, runtime.scratch_layers)
+    scratch = scratch_cache(inputs.cache, runtime.scratch_layers or ())
     taken = inputs.arguments | {
         "mm_encoder_outputs": by_argument(model, inputs.features), "attention_mask": mask_for(inputs, plan),
         "past_key_values": scratch, "use_cache": True,
