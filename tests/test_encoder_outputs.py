@@ -10,12 +10,16 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoderModelOutput
 from transformers.utils import ModelOutput
 
+import hawk_compile
+from hawk_compile.capture.encode import refuse_more_than_features
 from hawk_compile.capture.features import EXTRA_ROWS, count_in, cut_extra_rows, features_of, join_features
 from hawk_compile.capture.modalities import raw_inputs_of, required_by
+from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.tools.survey.checks import CHECKS, batches, prefill, steps
-from hawk_compile.tools.survey.tiny import build
+from hawk_compile.tools.survey.tiny import build, prompt
 from tests import timm_at_hand
 from tests.tiny import tiny
 
@@ -130,3 +134,28 @@ def test_every_check_of_outputs_with_required_fields(name, run):
     if reason := timm_at_hand.reason():
         pytest.skip(reason)
     check(name, run)
+
+
+def test_audio_features_that_a_mask_leaves_out_are_not_merged():
+    """Where the merge applies it, not the encoder: it is applied in front of the graph."""
+    row = prompt(tiny("granite_speech"), rows=1)
+    model = build(tiny("granite_speech"))
+    with torch.no_grad():
+        count = model.model.get_audio_features(row["input_features"]).pooler_output.shape[1]
+    placeholders = (row["input_ids"][0] == model.config.audio_token_id).nonzero().flatten()
+    ids, last = row["input_ids"], int(placeholders[-1])
+    row["input_ids"] = torch.cat([ids[:, :last], ids[:, last + 1 :]], 1)
+    row["attention_mask"] = torch.ones_like(row["input_ids"])
+    row["input_features_mask"] = torch.arange(count)[None] != 1
+    with torch.no_grad():
+        plain = model(**row).logits
+        hawk_compile.optimize(model, ratio=0.0, modalities=("audio",), backend="eager", head_weights="uniform")
+        assert torch.equal(model(**row).logits, plain)
+    assert hawk_compile.report(model).visual_tokens.tolist() == [count - 1]
+
+
+def test_audio_that_is_merged_by_more_than_its_features_is_refused():
+    """Gemma 3n pads what its encoder masks out."""
+    given = Gemma3nAudioEncoderModelOutput(pooler_output=rows(1, 2, WIDTH), audio_mel_mask=torch.ones(1, 2).bool())
+    with pytest.raises(UnsupportedCallError, match="merges audio by audio_mel_mask of its encoder too"):
+        refuse_more_than_features(build(tiny("fuyu")), given)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hawk_compile.capture.modalities import placeholder_ids
+from hawk_compile.capture.modalities import placeholder_ids, required_arguments
 from hawk_compile.errors import HawkError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.tools.survey import oracle
@@ -145,6 +145,8 @@ def steps(tiny: Tiny, model: PreTrainedModel) -> str:
 
 def turns(tiny: Tiny, model: PreTrainedModel) -> str:
     """A turn of text behind the pruned prompt, on its cache."""
+    if required := sorted(required_arguments(model) - {"input_ids"}):
+        raise Unasked(f"no turn of text: the forward requires {' and '.join(required)}")
     inputs = prompt(tiny, rows=1)
     _, keep, layer = pruned_call(tiny, model, inputs)
     with torch.no_grad():

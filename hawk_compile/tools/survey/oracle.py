@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hawk_compile.capture.modalities import required_arguments
 
@@ -125,9 +125,12 @@ def pruned_forward(
         }  # fmt: skip
         return {**kwargs, **missing, "position_ids": positions[..., keep]}
 
+    # Without a cache, positions with gaps are taken for those of several texts in one row.
+    cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad(), changed(seen.decoder, change):
-        output = from_tokens(model)(**gathered(given, length, keep, visual), use_cache=True)
-    return output, output.past_key_values
+        output = from_tokens(model)(
+            **gathered(given, length, keep, visual), past_key_values=cache, use_cache=True)
+    return output, cache
 
 
 def from_tokens(model: PreTrainedModel) -> PreTrainedModel:
