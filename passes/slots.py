@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from hawk_compile.passes.errors import GraphError
-from hawk_compile.passes.graph import dependents, expr, is_call, op_name, same, sizes_equal_to, tensor
+from hawk_compile.passes.graph import dependents, expr, is_call, op_name, same, shape_of, sizes_equal_to, tensor
 
 POSITIONS = "position_ids"
 """Every Hugging Face model calls its positions [..., S] so."""
@@ -39,8 +39,14 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
             current = stack.pop()
             if current in beside and current not in chain and is_row_of_positions(current, length):
                 chain.add(current)
-                stack.extend(current.users)
+                # A row [1, S] goes on as one of [axes, rows, S] or of [rows, 1, S]: it is left to the graph as it is.
+                stack.extend(user for user in current.users if len(shape_of(current)) == 1 or is_flat(user))
     return chain
+
+
+def is_flat(node: fx.Node) -> bool:
+    found = tensor(node)
+    return found is not None and found.ndim <= 2
 
 
 def uncompared(node: fx.Node, after: set[fx.Node], length: Any) -> set[fx.Node]:

@@ -39,7 +39,7 @@ class Decoder(nn.Module):
             hidden = hidden.masked_scatter((ids == IMAGE - merge).unsqueeze(-1), part)
         if self.own_positions:
             positions = torch.arange(ids.shape[1]).unsqueeze(0)
-        angle = positions.unsqueeze(-1).float() / 10  # [B, S, 1]
+        angle = (positions[:, None, :].float() / 10).transpose(1, 2)  # [B, S, 1]
         cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
         normed = self.norm(hidden)
         query, key, value = (
