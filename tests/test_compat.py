@@ -175,7 +175,12 @@ def test_models_and_their_configurations() -> None:
     assert models.attention_of(config) == "sdpa"
     models.set_attention(config, "eager")
     assert models.attention_of(config) == "eager" == model.config.get_text_config()._attn_implementation
+    before = models.let_configs_answer(lambda: "asked")
+    assert models.attention_of(config) == "asked"
+    models.put_answer(before)
+    assert models.attention_of(config) == "eager"
     models.set_attention(config, "sdpa")
+    assert models.attention_of(config) == "sdpa" and models.supports_sdpa(model.base_model.get_decoder())
     assert models.compile_settings_of(model).to_dict()["fullgraph"] is not None
     assert models.device_mesh_of(model) is None and (model.tp_size or 1) == 1
     inputs = zoo.inputs("llava", model, rows=[zoo.sizes("llava")[0]])

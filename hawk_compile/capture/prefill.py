@@ -15,6 +15,7 @@ from torch import SymInt, Tensor, fx
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
 from hawk_compile.capture.experts import experts_stood_for
@@ -171,7 +172,7 @@ def capture_prefill(
     experts_stood_for.begin(function, model)
     try:
         body.update(overrides)
-        with capture_settings(), torch.no_grad(), diagnosed(model):
+        with capture_settings(), torch.no_grad(), diagnosed(model), capturing(model):
             function(model.forward, dict(sorted(inputs.items())), past_mask, planned)
     except CompilerFailed:  # by GraphTaken, unless there is no graph
         if not taken:

@@ -67,6 +67,28 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
+def supports_sdpa(module: PreTrainedModel) -> bool:
+    """Whether a module can attend by scaled_dot_product_attention: with its softcaps and sinks, if it has any."""
+    return bool(module._supports_sdpa)
+
+
+def let_configs_answer(ask: Callable[[], str | None]) -> property:
+    """Let configurations name the attention that `ask` gives, where it gives one. Returns what answered before."""
+    before: property = vars(PretrainedConfig)["_attn_implementation"]
+
+    def attention(self: PretrainedConfig) -> Any:
+        asked = ask()
+        return before.fget(self) if asked is None else asked  # type: ignore[misc]
+
+    put_answer(property(attention, before.fset))
+    return before
+
+
+def put_answer(answer: property) -> None:
+    """Let configurations name their attention by this property."""
+    PretrainedConfig._attn_implementation = answer  # type: ignore[assignment]
+
+
 def let_recorders_ask(is_captured: Callable[[], bool]) -> Callable[[], bool]:
     """What the recorders of hidden states ask whether the code that runs is captured; then they record in one place of
     the process, else in one of each thread. Returns what they asked before."""

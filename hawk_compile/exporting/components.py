@@ -6,16 +6,18 @@
     decode    input_ids [B, T], past keys and values [B, Hkv, P, d] -> logits, keys and values [B, Hkv, P + T, d]
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.patches import exporting
 from hawk_compile.compat.exporters import broadcast_masks
@@ -119,6 +121,13 @@ class Component:
         )  # fmt: skip
         with self.around(), exporting(), diagnosed(self.module, f"the component {self.name}", REMEDY):
             return exporter().export_program(self.module, dict(self.sample), made)[0]
+
+
+@contextlib.contextmanager
+def attending(model: PreTrainedModel) -> Iterator[None]:
+    """What tracing the decoder needs: no gradients, and an attention that can be exported."""
+    with torch.no_grad(), capturing(model):
+        yield
 
 
 def cache_tensors(cache: DynamicCache) -> dict[str, Tensor]:

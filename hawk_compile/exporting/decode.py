@@ -61,4 +61,4 @@ def decode_component(model: PreTrainedModel, prefill: Component) -> Component:
             _, heads, _, width = made.shape
             sample[name.format(layer)] = made.new_zeros((rows, heads, past, width))
             shapes[name.format(layer)] = ("batch", heads, "past", width)
-    return Component(DECODE, Decode(model, original(model, "forward")).eval(), sample, shapes)
+    return Component(DECODE, Decode(model, original(model, "forward")).eval(), sample, shapes, prefill.around)

@@ -5,6 +5,7 @@ by `hawk_compile.plan.question`. S' enters as the length of `kept_slots` (and V'
 shape depends on data.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from hawk_compile.capture.modalities import placeholder_ids, token_kinds
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.errors import ExportError
-from hawk_compile.exporting.components import PREFILL, Component, Shape, cache_tensors
+from hawk_compile.exporting.components import PREFILL, Component, Shape, attending, cache_tensors
 from hawk_compile.kernels.compat import check
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.plan.ids import SpecialIds, is_any, special_ids
@@ -121,7 +122,8 @@ def prefill_component(
     weights = head_weights.to(prompt["input_ids"].device)
     module = Prefill(model, original(model, "forward"), weights, outputs)
     # Features of later layers are added to at least two tokens: one row would broadcast.
-    return Component(PREFILL, module.eval(), sample, shapes, least={"visual": 2} if layered else {})
+    around = functools.partial(attending, model)
+    return Component(PREFILL, module.eval(), sample, shapes, around, least={"visual": 2} if layered else {})
 
 
 def encoded_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.experts import experts_stood_for
+from hawk_compile.capture.attention import answered_for_captures
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
@@ -87,6 +88,7 @@ def restore(model: Model) -> Model:
         recorded_by_thread.end(runtime)
         mixers_stood_for.end(runtime)
         experts_stood_for.end(runtime)
+        answered_for_captures.end(runtime)
     return model
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import takes
-from hawk_compile.compat.models import attention_of, supports_encoded_images
+from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.runtime.parts import class_of, goes_around_forward, text_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig
@@ -43,12 +43,6 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
         raise UnsupportedModelError(
             f"{name}.generate does not run the model's forward, nor lets a part of it generate, so nothing would be "
             "pruned there: give a model whose generate is that of transformers"
-        )
-    implementation = attention_of(model.config.get_text_config())
-    if implementation != "sdpa":
-        raise UnsupportedModelError(
-            f'{name} uses attn_implementation="{implementation}", and only "sdpa" can be located in a graph: call '
-            'model.set_attn_implementation("sdpa") first'
         )
 
 

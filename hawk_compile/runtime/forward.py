@@ -15,6 +15,7 @@ from hawk_compile.capture.modalities import (
     takes,
     tokens_of,
 )
+from hawk_compile.compat.models import attention_of
 from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.generation import running
@@ -115,9 +116,11 @@ def unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -
         reason = "the prompt has no visual features"
     awaited = {} if present else awaited_features(model, kwargs.get("input_ids"))
     nothing = [0] * rows
+    attention = attention_of(model.config.get_text_config()) or ""
     return PrefillRecord(
-        nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length, awaited=awaited
-    )
+        nothing, nothing, None, None, None, reason, None, runtime.head_weights.origin, length, awaited=awaited,
+        prefill_attention=attention, attention=attention,
+    )  # fmt: skip
 
 
 def awaited_features(model: PreTrainedModel, input_ids: Tensor | None) -> dict[str, Tensor]:

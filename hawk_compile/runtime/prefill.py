@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.features import by_argument, feature_count
 from hawk_compile.capture.modalities import (
@@ -115,12 +116,12 @@ def run_graph(
     }  # fmt: skip
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
-    with diagnosed(model):
+    with diagnosed(model), capturing(model, runtime) as attention:
         result, keep, valid, scores = runtime.prefill.run(
             forward, taken, inputs.past_mask, plan, weights, inputs.along)
     record = PrefillRecord(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
-        origin, scoring_layer=runtime.prefill.scoring_layer)
+        origin, runtime.prefill.scoring_layer, attention.here, attention.elsewhere)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
     with opened(inputs.cache):
         cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)

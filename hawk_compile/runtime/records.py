@@ -31,6 +31,9 @@ class Report:
         kept_tokens: S', the length the decoder ran at, from the layer that scores on.
         scoring_layer: the decoder layer whose queries and keys scored, counted from 0: the first with attention that
             has keys. Layers before it, which keep states, ran at S.
+        prefill_attention: the attention implementation that this prefill ran with: "sdpa" where tokens could be pruned,
+            or "eager" for a decoder that has no SDPA.
+        attention: the one that the model uses elsewhere, in decode steps and prompts without images.
     """
 
     visual_tokens: Tensor
@@ -45,6 +48,8 @@ class Report:
     question_rule: list[str]
     chat_template: str
     scoring_layer: int
+    prefill_attention: str
+    attention: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class PrefillRecord:
     prompt_tokens: int
     chat_template: str = ""
     scoring_layer: int = 0
+    prefill_attention: str = ""
+    attention: str = ""
     awaited: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
@@ -98,6 +105,8 @@ class PrefillRecord:
             question_rule=[] if question is None else [rule.name.lower() for rule in question.rule],
             chat_template=self.chat_template,
             scoring_layer=self.scoring_layer,
+            prefill_attention=self.prefill_attention,
+            attention=self.attention,
             head_weights=self.head_weights,
             prompt_tokens=self.prompt_tokens,
             kept_tokens=self.prompt_tokens if self.keep is None else self.keep.shape[1],

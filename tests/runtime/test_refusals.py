@@ -129,16 +129,9 @@ def florence() -> Any:
     (florence, "Florence2ForConditionalGeneration is an encoder-decoder"),
     (lambda: BlipForConditionalGeneration(BlipConfig(text_config=TEXT, vision_config=TOWER)), "Blip"),
     (lambda: torch.nn.Linear(2, 2), "must be a transformers.PreTrainedModel, got Linear"),
-    (lambda: llava_with("eager"), 'uses attn_implementation="eager", and only "sdpa"'),
 ])  # fmt: skip
 def test_models(make: Callable[[], Any], match: str) -> None:
     refused(make(), ModelError, match)
-
-
-def llava_with(implementation: str) -> Any:
-    model = zoo.build("llava", layers=2)
-    model.set_attn_implementation(implementation)
-    return model
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.compat.models import attention_of
+from hawk_compile.errors import ConfigError, InputError, UnsupportedModelError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
-from hawk_compile.tools.calibration.ablation import ABLATIONS, SCORE
+from hawk_compile.tools.calibration.ablation import ABLATIONS, FUNCTION, SCORE
 from hawk_compile.tools.calibration.batch import Batch, heads_of
 from hawk_compile.tools.calibration.likelihood import LIKELIHOOD
 from hawk_compile.tools.calibration.processes import Processes
@@ -85,11 +86,13 @@ def calibrate(
 
     Raises:
         ConfigError: an unknown ablation, metric or ratio.
+        UnsupportedModelError: a model that cannot be pruned, or whose heads cannot be left out in this way.
         InputError: samples that cannot be used, a progress file of something else, no head that matters, several
             processes without accelerate, or one of them that fails.
     """
     check_model(model)
     settled = settled_config(config, settings, ratios)
+    check_attention(model, ablation)
     score = None if metric == LIKELIHOOD else metric_of(metric, LIKELIHOOD)
     check_numbers(ablation, batch, heads_at_once, max_new_tokens, seed)
     processes = Processes(model.device)
@@ -149,6 +152,17 @@ def check_numbers(ablation: str, batch: int, heads_at_once: int, max_new_tokens:
         raise ConfigError(
             f'heads_at_once must be 1 with ablation "{SCORE}", whose head weights are those of all rows, got '
             f"{heads_at_once}: leave it out"
+        )
+
+
+def check_attention(model: PreTrainedModel, ablation: str) -> None:
+    """Heads are left out in SDPA's inputs and outputs, and masks are changed as they are made for it."""
+    attention = attention_of(model.config.get_text_config())
+    if ablation != SCORE and attention != FUNCTION:
+        raise UnsupportedModelError(
+            f'ablation="{ablation}" leaves heads out of scaled_dot_product_attention, and {type(model).__name__} uses '
+            f'attn_implementation="{attention}": call model.set_attn_implementation("{FUNCTION}") first, or give '
+            f'ablation="{SCORE}"'
         )
 
 
