@@ -18,8 +18,9 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from hawk_compile.passes.attention import attends
 from hawk_compile.passes.compat import invoke_subgraph, tree_flatten
-from hawk_compile.passes.graph import expr, is_call, memories, op_name, tensor, value, written_by
+from hawk_compile.passes.graph import expr, memories, op_name, tensor, value, written_by
 from hawk_compile.passes.site import Split, read
 
 NAME = "hawk_layer"
@@ -68,7 +69,7 @@ def between_attentions(graph: fx.Graph, boundary: fx.Node) -> Iterator[list[fx.N
         behind = behind or node is boundary
         if nodes is not None:
             nodes.append(node)
-        if behind and is_call(node, "scaled_dot_product_attention"):
+        if behind and attends(node):
             if nodes is not None:
                 yield nodes
             nodes = []

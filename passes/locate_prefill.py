@@ -18,6 +18,7 @@ from typing import Any
 from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from hawk_compile.passes.attention import OPERATOR, query_and_key
 from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.entry import find_entry, layer_of
 from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
@@ -48,8 +49,8 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
 
     Raises:
         MergeNotFoundError: no masked_scatter into [B, S, D] embeddings.
-        AttentionNotFoundError: no scaled_dot_product_attention follows the merge, or its query or key cannot be traced
-            back to the merged embeddings.
+        AttentionNotFoundError: no attention over the prompt's tokens follows the merge, or its query or key cannot be
+            traced back to the merged embeddings.
         GraphError: its query or key is read from an input of the graph that is written in place.
         ShapeError: the sizes of the graph are specialised in a way that makes S ambiguous.
     """
@@ -60,10 +61,10 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     rows, length, _ = shape_of(merged)
     check_length(gm.graph, merged, length)
     after = dependents(merged)
-    attention = find_attention(gm.graph, after)
+    attention, attending_query, attending_key = find_attention(gm.graph, after, length)
     entry = find_entry(merged, attention)
-    query, query_rotated = before_position(gm.graph, entry, attention_input(attention, 0, "query"), length)
-    key, key_rotated = before_position(gm.graph, entry, attention_input(attention, 1, "key"), length)
+    query, query_rotated = before_position(gm.graph, entry, attending_query, length)
+    key, key_rotated = before_position(gm.graph, entry, attending_key, length)
     refuse_unfollowed_writes(gm.graph, ancestors(query, key))
     heads, head_dim = heads_of(query, length)
     kv_heads, _ = heads_of(key, length)
@@ -176,22 +177,17 @@ def check_length(graph: fx.Graph, merged: fx.Node, length: Any) -> None:
         )
 
 
-def find_attention(graph: fx.Graph, after: set[fx.Node]) -> fx.Node:
+def find_attention(graph: fx.Graph, after: set[fx.Node], length: Any) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """The first attention over the prompt's tokens behind the merge, its queries and its keys."""
     for node in graph.nodes:
-        if node in after and is_call(node, "scaled_dot_product_attention"):
-            return node
+        if node in after and (pair := query_and_key(node, length)) is not None:
+            return node, *pair
     raise AttentionNotFoundError(
-        "no scaled_dot_product_attention follows the merge in this graph. Either the model uses another attention "
-        '(load it with attn_implementation="sdpa"), or the graph breaks between merge and decoder (run the vision '
-        "encoder first and pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
+        "no attention over the prompt's tokens follows the merge in this graph, neither scaled_dot_product_attention "
+        "nor a softmax of the product of queries and keys. Either the model attends in another way (load it with "
+        'attn_implementation="sdpa"), or the graph breaks between merge and decoder (run the vision encoder first and '
+        "pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
     )
-
-
-def attention_input(attention: fx.Node, index: int, name: str) -> fx.Node:
-    found = attention.kwargs.get(name) if len(attention.args) <= index else attention.args[index]
-    if not isinstance(found, fx.Node):
-        raise AttentionNotFoundError(f"the first attention after the merge, {attention.name}, has no {name} input")
-    return found
 
 
 def refuse_unfollowed_writes(graph: fx.Graph, needed: set[fx.Node]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import fx
 
+from hawk_compile.passes.attention import attends
 from hawk_compile.passes.errors import ShapeError
 from hawk_compile.passes.graph import (
     Builder,
     dependents,
     expr,
-    is_call,
     output_node,
     run_on_values,
     same,
@@ -34,7 +34,7 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     """
     boundary, length = read(gm, Split).boundary, read(gm, Budgeted).kept_length
     located = read(gm, Located)
-    attentions = [node for node in dependents(located.entry) if is_call(node, "scaled_dot_product_attention")]
+    attentions = [node for node in dependents(located.entry) if attends(node)]
     queries = {node: value(node).shape[-2] for node in attentions}
     read(gm, Gathered)  # before which every shape still says S
     build = Builder(gm, boundary)

@@ -1,8 +1,10 @@
 """What cannot be pruned is refused at `optimize`, before anything is changed."""
 
+import inspect
+import re
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hawk_compile.capture.modalities import takes
 from hawk_compile.compat.models import supports_encoded_images
@@ -10,6 +12,13 @@ from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.runtime.parts import class_of, goes_around_forward, text_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig
 from hawk_compile.versions import check_model_release, installed, warn_unsupported
+
+CROSS = re.compile("cross_?att")
+"""In the name of a module that attends to what does not stand in the prompt, or of its class."""
+PLACEHOLDER = re.compile("(image|video|vision|media).*token_(id|index)$")
+OTHER_MODEL = (
+    "give a model that holds visual tokens in its prompt; docs/support.md lists them, and `hawk-compile inspect` tells"
+)
 
 
 def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities) -> None:
@@ -57,11 +66,63 @@ def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
         )
     parts = [part for part, module in model.named_children() if isinstance(module, PreTrainedModel)
              and any(takes(module, each) for each in MODALITIES)]
-    remedy = (
-        f"its part model.{parts[0]} has: give that"
-        if parts
-        else "give a model that takes images, such as AutoModelForImageTextToText.from_pretrained returns"
-    )
-    raise UnsupportedModelError(
-        f"{name} takes no images, videos or audio, so it has no visual tokens to prune; {remedy}"
-    )
+    if parts:
+        raise UnsupportedModelError(
+            f"{name} takes no images, videos or audio, so it has no visual tokens to prune; its part model.{parts[0]} "
+            "has: give that"
+        )
+    raise UnsupportedModelError(f"{name} {why_nothing_merges(model)}; {OTHER_MODEL}")
+
+
+def why_nothing_merges(model: PreTrainedModel) -> str:
+    """What stands against pruning a model that merges no features into its prompt in a way that can be captured."""
+    sees = " and ".join(f"{each}s" if each != "audio" else each for each in modalities_named_by(model))
+    takes_them = f"takes {sees}" if sees else "takes no images, videos or audio"
+    across = cross_attention_of(model)
+    if across:
+        read = f", which its decoder reads through cross-attention ({across})" if sees else (
+            f", and reads what it takes beside text through cross-attention ({across})")  # fmt: skip
+        return f"{takes_them}{read}: none of it is a token of the prompt, so there is nothing in there to prune"
+    if not sees:
+        return f"{takes_them}, so it has no visual tokens to prune"
+    parameters = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in parameters:
+        return (
+            f"{takes_them}, which it reads with the prompt in an encoder, and decodes apart from them: only decoders "
+            "that hold visual tokens in their own prompt can be pruned"
+        )
+    if not model.can_generate():
+        return f"{takes_them}, but cannot generate text, so it has no prompt that asks about them"
+    reason = f"{takes_them}, but its forward does not take them encoded (mm_encoder_outputs)"
+    if not has_placeholders(model.config):
+        reason += (
+            ", and no id in its prompt says where visual tokens stand: the model puts them in front of the text, or "
+            "where a mask beside the prompt says"
+        )
+    return f"{reason}, so its merge cannot be captured apart from its vision encoder"
+
+
+def modalities_named_by(model: PreTrainedModel) -> list[str]:
+    """What the model's class says that it takes, beside text."""
+    named: Any = getattr(model, "input_modalities", None) or ()
+    return [each for each in MODALITIES if each in ((named,) if isinstance(named, str) else named)]
+
+
+def cross_attention_of(model: PreTrainedModel) -> str | None:
+    """The path of a module of the decoder that attends to what is not in the prompt; None if there is none."""
+    try:
+        decoder: Any = model.base_model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    for path, module in decoder.named_modules():
+        if any(CROSS.search(name.lower()) for name in (path.rpartition(".")[2], type(module).__name__)):
+            return next((whole for whole, part in model.named_modules() if part is module), path)
+    return None
+
+
+def has_placeholders(config: PretrainedConfig) -> bool:
+    """Whether a configuration, or one in it, names an id that stands for visual tokens."""
+    held = vars(config)
+    inner = [value for value in held.values() if isinstance(value, PretrainedConfig)]
+    named = any(PLACEHOLDER.search(name) and value is not None for name, value in held.items())
+    return named or any(map(has_placeholders, inner))

@@ -23,7 +23,6 @@ from hawk_compile.passes.graph import is_call
 from hawk_compile.runtime import compiled
 from tests import zoo
 from tests.runtime.models import LAYERS, RATIO, fresh, generate, new_tokens, picture, plain, prompt
-from tests.zoo import Row
 
 KERNEL = "kernel-of-a-test"
 EAGER = "eager"

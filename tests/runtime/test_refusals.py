@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import (
     BlipConfig,
@@ -25,11 +26,14 @@ from transformers import (
 import hawk_compile
 from hawk_compile.errors import ConfigError, HawkError, HeadWeightsError, InputError, UnsupportedCallError
 from hawk_compile.errors import UnsupportedModelError as ModelError
+from hawk_compile.tools.survey.tiny import read
 from tests import zoo
 from tests.runtime.models import ROUNDING, conversation, fresh, generate, picture, plain, prompt, pruned
 from tests.runtime.test_optimize import state
 from tests.runtime.test_turns import follow_up, turn
 from tests.zoo import Row, common
+
+FOLDER = Path(__file__).parents[1] / "architectures"
 
 
 def refused(model: Any, error: type[Exception], match: str, *args: Any, **settings: Any) -> None:
@@ -122,7 +126,7 @@ def florence() -> Any:
 
 
 @pytest.mark.parametrize(("make", "match"), [
-    (lambda: LlamaForCausalLM(LlamaConfig(**TEXT)), "LlamaForCausalLM takes no images, .*; give a model that takes"),
+    (lambda: LlamaForCausalLM(LlamaConfig(**TEXT)), "LlamaForCausalLM takes no images, .*; give a model that holds"),
     (lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)), "CLIPVisionModel takes no images|cannot generate"),
     (lambda: plain("llava").base_model.vision_tower, "cannot generate|takes no images, videos or audio"),
     (lambda: plain("llava").base_model, "LlavaModel cannot generate"),
@@ -132,6 +136,27 @@ def florence() -> Any:
 ])  # fmt: skip
 def test_models(make: Callable[[], Any], match: str) -> None:
     refused(make(), ModelError, match)
+
+
+@pytest.mark.parametrize(("name", "match"), [
+    ("mllama", r"images, which its decoder reads through cross-attention \(model.language_model.layers.1\): none"),
+    ("idefics", r"images, which its decoder reads through cross-attention \(model.gated_cross_attn_layers\): none"),
+    ("blip", r"takes images, which its decoder reads through cross-attention \(text_decoder.*crossattention\): none"),
+    ("evolla", r"what it takes beside text through cross-attention \(model.layers.0.adapter\): none"),
+    ("git", r"takes images, but its forward .* \(mm_encoder_outputs\), and no id in its prompt says where"),
+    ("kosmos-2", r"takes images, but its forward .* \(mm_encoder_outputs\), and no id .* a mask beside the prompt"),
+    ("phi4_multimodal", r"takes images and audio, but its forward does not take them encoded .*, so its merge"),
+    ("diffusion_gemma", "takes images, which it reads with the prompt in an encoder"),
+    ("pi0", "takes images, but cannot generate text"),
+    ("mistral4", "takes no images, videos or audio, so it has no visual tokens to prune"),
+])  # fmt: skip
+def test_why_nothing_merges(name: str, match: str) -> None:
+    """Said of the model itself: what it does with pictures in place of holding them in its prompt."""
+    tiny = read(FOLDER / f"{name}.json")
+    with torch.device("meta"):
+        config = getattr(transformers, tiny.config_class)(**tiny.config)
+        model = getattr(transformers, tiny.model_class)(config).eval()
+    refused(model, ModelError, match)
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
