@@ -18,7 +18,7 @@ from typing import Any
 from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from hawk_compile.passes.attention import OPERATOR, query_and_key
+from hawk_compile.passes.attention import query_and_key
 from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.entry import find_entry, layer_of
 from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
@@ -36,12 +36,9 @@ from hawk_compile.passes.graph import (
     value,
     written_by,
 )
-from hawk_compile.passes.position import before_position
+from hawk_compile.passes.position import PADDING_MASK, before_position
 from hawk_compile.passes.site import Located, find, note
 from hawk_compile.passes.slots import find_position_chain, refuse_positions_as_slots
-
-PADDING_MASK = "attention_mask"
-"""The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
 
 
 def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:

@@ -18,8 +18,11 @@ from typing import Any
 
 from torch import fx
 
+from hawk_compile.passes.compat import TO_COPY
+from hawk_compile.passes.entry import works_on_elements
 from hawk_compile.passes.errors import AttentionNotFoundError
 from hawk_compile.passes.graph import (
+    LAYOUT_OPS,
     ancestors,
     dependents,
     in_order,
@@ -30,6 +33,10 @@ from hawk_compile.passes.graph import (
     sizes_equal_to,
     tensor,
 )
+
+PADDING_MASK = "attention_mask"
+"""The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
+FORMS_OF_A_MASK = ("getitem", "unsqueeze", "expand", "to", "bool", "float", TO_COPY)
 
 
 def position_free(merged: fx.Node, within: set[fx.Node], graph: fx.Graph, length: Any) -> set[fx.Node]:
@@ -47,9 +54,23 @@ def position_free(merged: fx.Node, within: set[fx.Node], graph: fx.Graph, length
 def holds_positions(node: fx.Node, length: Any) -> bool:
     """Whether a value may differ by position: it has a dimension S, and is not filled with one number, or none."""
     found = tensor(node)
-    if found is None or not sizes_equal_to(found.shape, length):
+    if found is None or not sizes_equal_to(found.shape, length) or marks_padding(node, length):
         return False
     return op_name(node).removeprefix("new_").removesuffix("_like") not in ("empty", "zeros", "ones", "full")
+
+
+def marks_padding(node: fx.Node, length: Any) -> bool:
+    """Whether a value is the mask of real tokens in another form: it says what is a token, not where it stands."""
+    for source in ancestors(node):
+        found = tensor(source)
+        if found is None or not sizes_equal_to(found.shape, length):
+            continue
+        if source.op == "placeholder":
+            if PADDING_MASK not in source.name:
+                return False
+        elif not is_call(source, *FORMS_OF_A_MASK, *LAYOUT_OPS) and not works_on_elements(op_name(source)):
+            return False
+    return True
 
 
 def before_position(

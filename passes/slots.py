@@ -6,7 +6,6 @@ masks are built. Positions stay at full length until they are gathered; slots ar
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from hawk_compile.passes.errors import GraphError
@@ -21,8 +20,8 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
     """The positions ([S] or [1, ..., S]) that the graph counts itself and that do more than build masks.
 
     An arange over S that reaches the decoder only as an attention's mask, or compared with that of the keys (an
-    indexer's mask), counts slots, and is counted anew at the pruned length; one that reaches anything else counts
-    positions, which stay at full length until they are gathered.
+    indexer's mask, a bias by distance), counts slots, and is counted anew at the pruned length; one that reaches
+    anything else counts positions, which stay at full length until they are gathered.
     """
     after = dependents(merged)
     chain: set[fx.Node] = set()
@@ -61,9 +60,9 @@ def uncompared(node: fx.Node, after: set[fx.Node], length: Any) -> set[fx.Node]:
 
 
 def compares_slots(node: fx.Node, length: Any) -> bool:
-    """Whether a value is [..., S, P + S] of bools: P slots may be filled."""
+    """Whether a value is [..., S, P + S] of bools or of distances: P slots may be filled, and a cache counts slots."""
     found = tensor(node)
-    if found is None or found.dtype != torch.bool or found.ndim < 2 or not same(found.shape[-2], length):
+    if found is None or found.is_floating_point() or found.ndim < 2 or not same(found.shape[-2], length):
         return False
     symbols: set[Any] = getattr(expr(length), "free_symbols", set())
     return same(found.shape[-1], length) or bool(symbols & getattr(expr(found.shape[-1]), "free_symbols", set()))

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.attention import answered_for_captures
+from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
