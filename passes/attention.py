@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import fx
 
-from hawk_compile.passes.compat import TO_COPY
+from hawk_compile.passes.compat import ATEN_SOFTMAX, TO_COPY
 from hawk_compile.passes.entry import works_on_elements
 from hawk_compile.passes.graph import expr, is_call, op_name, same, tensor
 
 OPERATOR = "scaled_dot_product_attention"
-SOFTMAX = ("softmax", "_softmax")
+SOFTMAX = ("softmax", ATEN_SOFTMAX)
 PRODUCTS = ("matmul", "bmm")
 TRANSPOSITIONS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "getattr")
 """The last one reads `mT`."""

@@ -25,7 +25,7 @@ CHECK_NAMES = ("_assert", "_check")
 GUARDS = "_guards_fn"
 """The submodule in which a graph of torch.export keeps its checks of the inputs."""
 
-TO_COPY, UNSAFE_VIEW = "_to_copy", "_unsafe_view"
+TO_COPY, UNSAFE_VIEW, ATEN_SOFTMAX = "_to_copy", "_unsafe_view", "_softmax"
 """Operators of ATen: `to`, and `view` of what nobody else holds."""
 
 

@@ -61,7 +61,7 @@ def test_what_passes_use() -> None:
 
 def test_names_of_operators_in_graphs() -> None:
     """ATen's, or functions of torch; graphs of torch.export keep their guards where we look for them."""
-    for name in (*passes.ASSERTIONS, *passes.CHECK_NAMES, passes.TO_COPY, passes.UNSAFE_VIEW):
+    for name in (*passes.ASSERTIONS, *passes.CHECK_NAMES, passes.TO_COPY, passes.UNSAFE_VIEW, passes.ATEN_SOFTMAX):
         assert hasattr(torch.ops.aten, name) or hasattr(torch, name), name
 
     class Small(torch.nn.Module):
