@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hawk_compile.capture.modalities import takes
+from hawk_compile.capture.modalities import encoder_of, placeholders_by_modality, takes
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.runtime.parts import class_of, goes_around_forward, text_part
@@ -64,6 +64,7 @@ def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
             f"modalities={asked} asks for tokens that {name} does not have: it takes {' and '.join(taken)}, so give "
             f"modalities={taken}"
         )
+    refuse_unplaced(model)
     parts = [part for part, module in model.named_children() if isinstance(module, PreTrainedModel)
              and any(takes(module, each) for each in MODALITIES)]
     if parts:
@@ -126,3 +127,19 @@ def has_placeholders(config: PretrainedConfig) -> bool:
     inner = [value for value in held.values() if isinstance(value, PretrainedConfig)]
     named = any(PLACEHOLDER.search(name) and value is not None for name, value in held.items())
     return named or any(map(has_placeholders, inner))
+
+
+def refuse_unplaced(model: PreTrainedModel) -> None:
+    """Refuse a model that encodes something for which no id of its prompt waits.
+
+    Raises:
+        UnsupportedModelError: as said.
+    """
+    ids = placeholders_by_modality(model)
+    for modality in MODALITIES:
+        if ids[modality] is None and encoder_of(model, modality) is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no id that waits for {modality} in its prompt ({modality}_token_id): what "
+                "it encodes is added to tokens of text, or stands where no id says, so that none of its tokens can be "
+                f"removed; give a model whose config names {modality}_token_id"
+            )

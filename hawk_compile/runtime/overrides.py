@@ -14,7 +14,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.modalities import modalities_of, positions_by_images
+from hawk_compile.capture.modalities import modalities_of, placeholder_ids, positions_by_images
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.capture.segments import name_of_rest
 from hawk_compile.compat.models import (
@@ -26,7 +26,7 @@ from hawk_compile.compat.models import (
     UPLOAD,
     compile_settings_of,
 )
-from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
 from hawk_compile.runtime.conversation import note, physical_length
 from hawk_compile.runtime.forward import run
@@ -145,6 +145,7 @@ def call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
 
     Raises:
         UnsupportedCallError: images without ids, which tell where they stand.
+        InputError: ids among which no image stands.
     """
     part, runtime = text_part(model), model.__dict__.get(RUNTIME)
     if part is None or runtime is None:
@@ -157,6 +158,11 @@ def call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         raise UnsupportedCallError(
             "images were given to generate without input_ids [B, S], or beside inputs_embeds, so that it cannot be "
             "told which tokens are theirs: give what the model's processor returns for images and text"
+        )
+    if not torch.isin(ids, torch.tensor(placeholder_ids(model), device=ids.device)).any():
+        raise InputError(
+            f"images were given to generate, but none of their placeholders ({placeholder_ids(model)}) stands in "
+            "input_ids: give what the model's processor returns for images and text"
         )
     return HandedOn(model, part[1], ids, functools.partial(run_prefill, model, runtime, original(model, "forward")))
 

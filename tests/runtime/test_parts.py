@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import hawk_compile
-from hawk_compile.errors import HawkError, UnsupportedCallError, UnsupportedModelError
+from hawk_compile.errors import HawkError, InputError, UnsupportedCallError, UnsupportedModelError
 from hawk_compile.runtime.parts import goes_around_forward
 from hawk_compile.tools.survey.checks import CHECKS, batches, generated, prefill, steps
 from hawk_compile.tools.survey.tiny import build, prompt, spread_weights
@@ -80,6 +80,8 @@ def test_images_without_ids_are_refused(blip):
     inputs = prompt(tiny("blip-2"), rows=1)
     with pytest.raises(UnsupportedCallError, match=r"without input_ids \[B, S\]"):
         blip.generate(pixel_values=inputs["pixel_values"])
+    with pytest.raises(InputError, match=r"none of their placeholders \(\[4\]\) stands in input_ids"):
+        blip.generate(pixel_values=inputs["pixel_values"], input_ids=torch.tensor([[5, 6]]))
     with pytest.raises(UnsupportedCallError, match="does not run its language model on the prompt"):
         blip.generate(**inputs, prefill_chunk_size=4, max_new_tokens=2)
 
@@ -92,6 +94,14 @@ def test_a_language_model_that_is_an_encoder_decoder_is_refused():
         hawk_compile.optimize(model, **SETTINGS)
 
 
+def test_audio_that_is_added_to_tokens_of_text_is_refused():
+    with torch.device("meta"):
+        model = transformers.VoxtralRealtimeForConditionalGeneration(
+            transformers.VoxtralRealtimeConfig(**tiny("voxtral_realtime").config))
+    with pytest.raises(UnsupportedModelError, match=r"no id that waits for audio in its prompt \(audio_token_id\)"):
+        hawk_compile.optimize(model, **SETTINGS, modalities=("audio",))
+
+
 def omni() -> Any:
     thinker = tiny("qwen2_5_omni_thinker").config
     torch.manual_seed(0)
@@ -102,6 +112,26 @@ def omni() -> Any:
     model.thinker.generation_config.eos_token_id = None
     model.speaker_map = {"Chelsie": {"bos_token": 7, "cond": torch.zeros(1, 8), "ref_mel": torch.zeros(1, 8, 8)}}
     return model
+
+
+@pytest.mark.slow
+def test_a_whole_omni_model_without_a_talker_makes_text():
+    thinker, given = tiny("qwen3_omni_moe_thinker"), prompt(tiny("qwen3_omni_moe_thinker"), rows=1)
+    torch.manual_seed(0)
+    model = transformers.Qwen3OmniMoeForConditionalGeneration(
+        transformers.Qwen3OmniMoeConfig(thinker_config=thinker.config, enable_audio_output=False)).eval()
+    spread_weights(model.thinker)
+    asked = {"thinker_max_new_tokens": 4, "thinker_eos_token_id": None}
+    plain = model.generate(**given, **asked)
+    hawk_compile.optimize(model, **{**SETTINGS, "ratio": 0.0})
+    assert torch.equal(model.generate(**given, **asked), plain)
+    hawk_compile.optimize(model, **SETTINGS)
+    pruned = model.generate(**given, **asked)
+    report = hawk_compile.report(model)
+    assert report.kept_visual_tokens.item() == report.visual_tokens.item() // 2
+    hawk_compile.restore(model)
+    alone = hawk_compile.optimize(model.thinker, **SETTINGS)
+    assert torch.equal(pruned, alone.generate(**given, max_new_tokens=4, eos_token_id=None))
 
 
 @pytest.fixture(scope="module")

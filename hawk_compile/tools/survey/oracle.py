@@ -247,6 +247,7 @@ def positions_of_steps(model: PreTrainedModel, inputs: dict[str, Any], tokens: l
 
     def look(kwargs: dict[str, Any]) -> dict[str, Any]:
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        assert tokens is not None
         if tokens.shape[1] == 1:
             positions = kwargs.get("position_ids")
             seen.append(torch.tensor([[length + len(seen)]]) if positions is None else positions.clone())
