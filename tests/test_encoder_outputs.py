@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoderModelOutput
 from transformers.utils import ModelOutput
 
 import hawk_compile
@@ -156,6 +155,7 @@ def test_audio_features_that_a_mask_leaves_out_are_not_merged():
 
 def test_audio_that_is_merged_by_more_than_its_features_is_refused():
     """Gemma 3n pads what its encoder masks out."""
-    given = Gemma3nAudioEncoderModelOutput(pooler_output=rows(1, 2, WIDTH), audio_mel_mask=torch.ones(1, 2).bool())
+    kind = transformers.models.gemma3n.modeling_gemma3n.Gemma3nAudioEncoderModelOutput
+    given = kind(pooler_output=rows(1, 2, WIDTH), audio_mel_mask=torch.ones(1, 2).bool())
     with pytest.raises(UnsupportedCallError, match="merges audio by audio_mel_mask of its encoder too"):
         refuse_more_than_features(build(tiny("fuyu")), given)
