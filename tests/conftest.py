@@ -20,7 +20,9 @@ import pytest
 
 from hawk_compile.errors import ExportError, UnsupportedModelError
 from hawk_compile.versions import installed, release
+from tests.timm_at_hand import declare_operators
 
+declare_operators()
 gc.set_threshold(200_000, 100, 100)
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
