@@ -42,6 +42,8 @@ class ExportedPrefill:
     """Runs the exported prefill where an optimised model would run its compiled one."""
 
     compilations = 0
+    scoring_layer = 0
+    """What scores with a later layer is not exported: see `check_cache`."""
 
     def __init__(self, model: PreTrainedModel, session: Session, part: Part):
         self.model = model
