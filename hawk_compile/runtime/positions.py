@@ -26,7 +26,7 @@ LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 def axes_of(model: PreTrainedModel) -> int:
     """How many positions a token has: of time, height and width, and of some models more."""
     rope: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return len(rope.get("mrope_section") or AXES)
+    return max(len(AXES), len(rope.get("mrope_section") or ()))  # a section may leave the last axes out
 
 
 def next_positions(model: PreTrainedModel, cache: TrackedCache, mask: Tensor | None, new_tokens: int) -> Tensor:

@@ -7,9 +7,10 @@ import pytest
 from hawk_compile.tools.survey.checks import CHECKS, survey
 from hawk_compile.tools.survey.table import read_types, standing
 from hawk_compile.tools.survey.tiny import read
+from tests import timm_at_hand
 
 FOLDER = Path(__file__).parents[2] / "architectures"
-QUICK = ("llava", "qwen2_5_vl", "qwen3_5.linear_first", "unlimited_ocr", "mllama")
+QUICK = ("llava", "qwen3_5.linear_first", "mllama")
 TYPES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
@@ -20,6 +21,8 @@ def test_a_type_is_as_the_shipped_survey_says(name: str) -> None:
     """Right, or refused by the same words; never wrong, never pruned without a word."""
     shipped = read_types().surveys[name]
     found = survey(read(FOLDER / f"{name}.json"), CHECKS)
+    if (reason := timm_at_hand.reason()) and "timm" in (found.trouble or ""):
+        pytest.skip(reason)
     assert (standing(found), found.layer) == (standing(shipped), shipped.layer), found.trouble
     assert all(outcome.status != "wrong" for outcome in found.outcomes.values()), found.trouble
 
