@@ -235,6 +235,7 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
         began = time.perf_counter()
         try:
             model = build(tiny) if model is None else restore(model)
+            restore(optimize(model, **settings(tiny, 0.5)))  # what is refused at once is not tried
             status, detail = "right", check(tiny, model)
             with contextlib.suppress(HawkError):  # restored
                 result.layer = layer_of(report(model))
