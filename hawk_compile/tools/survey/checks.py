@@ -305,7 +305,8 @@ def generated(model: PreTrainedModel, inputs: dict[str, Any], tokens: list[int] 
 
 def padded(tiny: Tiny, model: PreTrainedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(two rows of which the second is shorter and padded on the left, each of them alone)."""
-    inputs = prompt(tiny, rows=2)
+    rows = [0, 1] if runs_alone(model, prompt(tiny, rows=[1])) else [0, 0]
+    inputs = prompt(tiny, rows)
     length = inputs["input_ids"].shape[1]
     visual = set(placeholder_ids(model))
     words = [each for each in inputs["input_ids"][0].tolist() if each not in visual][-1]
@@ -318,4 +319,14 @@ def padded(tiny: Tiny, model: PreTrainedModel) -> tuple[dict[str, Any], list[dic
         filler = {"input_ids": words}.get(name, 0)
         batch[name] = torch.cat([longer, torch.cat([value.new_full((1, LONGER), filler), value[1:]], 1)])
         first[name] = longer
-    return batch, [first, prompt(tiny, rows=[1])]
+    return batch, [first, prompt(tiny, rows[1:])]
+
+
+def runs_alone(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Whether the model takes a row without those before it: indices of patches may count over all rows."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except IndexError:
+        return False
+    return True

@@ -4,6 +4,7 @@ One JSON file describes one model; see `read`. Weights are random, and scaled so
 token moves the logits.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
     if not is_finite(model, prompt(tiny, rows=1)):
         model.load_state_dict(before)
     # A tiny vocabulary holds the end of a text every few tokens.
-    model.generation_config.eos_token_id = None
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
     return model
 
 
@@ -80,14 +82,15 @@ def spread_weights(model: PreTrainedModel) -> None:
             if parameter.ndim >= 2 and parameter.is_floating_point():
                 fan_in = parameter.shape[1] if parameter.ndim == 3 else parameter[0].numel()  # 3: experts
                 parameter.normal_(0, fan_in**-0.5)
-        embeddings = model.get_input_embeddings()
-        if embeddings is not None:
-            embeddings.weight.normal_(0, 1)  # type: ignore[union-attr, operator]
+        with contextlib.suppress(NotImplementedError):  # of encoder-decoders without embeddings of their own
+            if (embeddings := model.get_input_embeddings()) is not None:
+                embeddings.weight.normal_(0, 1)  # type: ignore[union-attr, operator]
 
 
 def is_finite(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     with torch.no_grad():
-        return bool(model(**inputs).logits.isfinite().all())
+        logits = getattr(model(**inputs), "logits", None)
+    return logits is None or bool(logits.isfinite().all())
 
 
 def prompt(tiny: Tiny, rows: int | Sequence[int], seed: int = 0) -> dict[str, Any]:
