@@ -1,6 +1,7 @@
 """Is a model pruned rightly? Each check holds an optimised model to the plain one."""
 
 import contextlib
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -248,8 +249,13 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             status, detail = "failed", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
-        result.outcomes[name] = Outcome(status, detail, time.perf_counter() - began)
+        result.outcomes[name] = Outcome(status, without_folders(detail), round(time.perf_counter() - began, 1))
     return result
+
+
+def without_folders(text: str) -> str:
+    """A text that names files of packages as every machine does."""
+    return re.sub(r"[^\s(]*/site-packages/", "", text)
 
 
 def pruned_call(tiny: Tiny, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor, int]:
