@@ -38,6 +38,10 @@ capture_lock = threading.RLock()
 it traces. What is compiled already runs without it."""
 
 
+thread = threading.local()
+"""`captures`: whether this thread captures."""
+
+
 @contextlib.contextmanager
 def capture_settings() -> Iterator[None]:
     """Dynamo's settings for what is captured inside. Each thread has its own."""
@@ -51,7 +55,16 @@ def capture_settings() -> Iterator[None]:
         shape_settings(use_duck_shape=False),
         sizes_named_in_texts(),
     ):
-        yield
+        before, thread.captures = is_capturing(), True
+        try:
+            yield
+        finally:
+            thread.captures = before
+
+
+def is_capturing() -> bool:
+    """Whether this thread is inside `capture_settings`."""
+    return getattr(thread, "captures", False)
 
 
 def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

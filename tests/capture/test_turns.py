@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hawk_compile.capture import turns
+from hawk_compile.capture.dynamo import capture_lock, capture_settings
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn
+from hawk_compile.capture.while_used import WhileUsed
 
 
 class CountedLock:
@@ -126,3 +128,32 @@ def test_without_dynamo_no_turn_is_taken(lock: CountedLock) -> None:
     with torch.compiler.set_stance("force_eager"):
         assert double(torch.ones(2)).equal(torch.full((2,), 2.0))
     assert not lock.taken
+
+
+def test_what_a_collected_model_needed_is_put_back_behind_a_capture() -> None:
+    """Code that changes in the middle of a capture would be guarded by halves."""
+
+    class Noted(WhileUsed):
+        changed = False
+
+        def change(self) -> None:
+            self.changed = True
+
+        def undo(self) -> None:
+            self.changed = False
+
+    class User:
+        pass
+
+    noted, user, other = Noted(), User(), User()
+    noted.begin(user)
+    with capture_lock, capture_settings():
+        del user
+        assert noted.changed
+    noted.begin(other)
+    noted.end(other)
+    assert not noted.changed
+    last = User()
+    noted.begin(last)
+    del last
+    assert not noted.changed
