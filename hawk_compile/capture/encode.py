@@ -19,6 +19,7 @@ from hawk_compile.capture.modalities import (
     MERGED_BY_NAME,
     PER_TOKEN_INPUTS,
     encoder_of,
+    positions_by_images,
     raw_inputs,
     raw_modalities,
 )
@@ -40,7 +41,7 @@ def run_encoders(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, An
     """
     kwargs = {**kwargs, "mm_encoder_outputs": dict(kwargs.get("mm_encoder_outputs") or {})}
     base: Any = model.base_model
-    if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
+    if kwargs.get("position_ids") is None and positions_by_images(model):
         kwargs["position_ids"] = positions_of(base, kwargs)
     raw = raw_modalities(model, kwargs)
     if AUDIO in raw and hasattr(base, "get_audio_features"):

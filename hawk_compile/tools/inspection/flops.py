@@ -4,6 +4,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.modalities import positions_by_images
+from hawk_compile.runtime.positions import axes_of
 from hawk_compile.tools.inspection.sample import embedding_weight
 from hawk_compile.tools.inspection.without_weights import META
 
@@ -15,8 +17,8 @@ def count_flops(model: PreTrainedModel, length: int) -> int | None:
     # A mask over queries and keys is taken as it is; any other would be looked into, and meta tensors hold no values.
     mask = torch.ones((1, 1, length, length), dtype=torch.bool, device=META)
     positions = torch.zeros((1, length), dtype=torch.long, device=META)
-    if hasattr(model.base_model, "compute_3d_position_ids"):
-        positions = positions.expand(3, 1, length)
+    if positions_by_images(model):
+        positions = positions.expand(axes_of(model), 1, length)
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:

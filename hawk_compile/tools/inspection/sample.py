@@ -11,9 +11,11 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.diagnosis import user_stack
 from hawk_compile.capture.features import EXTRA_ROWS, FEATURES, LAYER_FEATURES
+from hawk_compile.capture.modalities import positions_by_images
 from hawk_compile.capture.prefill import CapturedPrefill, capture_prefill
 from hawk_compile.errors import CaptureError
 from hawk_compile.kernels.plan.op import slots
+from hawk_compile.runtime.positions import axes_of
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.inspection.without_weights import META
 
@@ -72,8 +74,8 @@ def prompt(model: PreTrainedModel, length: int) -> dict[str, Any]:
     """The other arguments of a prefill of one row without padding."""
     ids = torch.zeros((1, length), dtype=torch.long, device=META)
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if hasattr(model.base_model, "compute_3d_position_ids"):
-        given["position_ids"] = ids.expand(3, 1, length).clone()
+    if positions_by_images(model):
+        given["position_ids"] = ids.expand(axes_of(model), 1, length).clone()
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         given["token_type_ids"] = ids.clone()
     return given
