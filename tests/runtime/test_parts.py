@@ -84,7 +84,9 @@ def test_a_language_model_that_is_an_encoder_decoder_is_refused():
     t5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 99}
     try:
         model = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(**{**config, "text_config": t5}))
-    except ValueError:
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
         pytest.skip("this transformers makes no BLIP-2 with an encoder-decoder of its own accord")
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         hawk_compile.optimize(model, **SETTINGS)
