@@ -19,7 +19,8 @@ from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.tools.calibration.calibrate import fingerprint
 from hawk_compile.tools.inspection.inspect import inspect_model
 from hawk_compile.tools.survey import oracle
-from hawk_compile.tools.survey.checks import at_ratio_zero, batches, prefill, steps, visual_of
+from hawk_compile.tools.survey.checks import at_ratio_zero, batches, prefill, steps
+from hawk_compile.tools.survey.prompts import visual_of
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
 
 FOLDER = Path(__file__).parent / "architectures"
@@ -150,7 +151,7 @@ def by_hand(name: str, inputs: dict[str, Any], tokens: list[int]) -> Tensor:
             return {**kwargs, "position_ids": torch.cat(places[start : start + count], -1)}
 
         ids = torch.tensor([tokens[start : start + count]])
-        with torch.no_grad(), oracle.changed(oracle.places_of(model), change):
+        with torch.no_grad(), oracle.changed(oracle.decoder_of(model), change):
             output = model(
                 input_ids=ids, past_key_values=held, attention_mask=torch.ones(1, kept).long(), use_cache=True)
         logits.append(output.logits[0])
@@ -283,7 +284,7 @@ def second_by_hand(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(oracle.changed(oracle.places_of(model), place))
+        stack.enter_context(oracle.changed(oracle.decoder_of(model), place))
         for part in oracle.layers_of(model)[layer:]:
             stack.enter_context(oracle.changed(part, change))
         whole = torch.ones(1, past + length, dtype=torch.long)

@@ -1,11 +1,9 @@
 """Is a model pruned rightly? Each check holds an optimised model to the plain one."""
 
 import contextlib
-import re
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,75 +14,13 @@ from hawk_compile.capture.modalities import placeholder_ids, required_arguments
 from hawk_compile.errors import HawkError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.tools.survey import oracle
+from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, without_folders
+from hawk_compile.tools.survey.prompts import LONGER, at_places_of, padded, rows_in, visual_of
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt
 
 STEPS = 5
-LONGER = 3
-"""Text that one row has more than others where rows are padded."""
 ROUNDING = 1e-5
 """Rows of a batch are multiplied together, in another order than alone."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a check gave.
-
-    Attributes:
-        status: "right", "wrong", "refused" (by an error of ours that says what cannot be done), "failed", or "unasked"
-            where the tiny model has nothing to check it with.
-        detail: the largest difference, or the error.
-        seconds: it took.
-    """
-
-    status: str
-    detail: str
-    seconds: float
-
-
-@dataclass
-class Survey:
-    """The outcomes of one model's checks by name, in the order they ran.
-
-    Attributes:
-        model_class: the model's class in transformers.
-        layer: the decoder layer that scores.
-    """
-
-    name: str
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    model_class: str = ""
-    layer: int = 0
-
-    @property
-    def right(self) -> bool:
-        statuses = {outcome.status for outcome in self.outcomes.values()}
-        return statuses <= {"right", "unasked"} and "right" in statuses
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the model is refused; None unless every call that would prune is."""
-        asked = [outcome for outcome in self.outcomes.values() if outcome.status != "unasked"]
-        refused = asked and all(outcome.status == "refused" for outcome in asked)
-        return asked[0].detail.partition(": ")[2] if refused else None
-
-    @property
-    def trouble(self) -> str | None:
-        """What is not right first."""
-        wrong = (f"{name}: {each.detail}" for name, each in self.outcomes.items()
-                 if each.status not in ("right", "unasked"))
-        return next(wrong, None)
-
-    @property
-    def seconds(self) -> float:
-        return sum(outcome.seconds for outcome in self.outcomes.values())
-
-
-class Unasked(Exception):
-    """The tiny model has nothing to check this with."""
-
-
-class Wrong(Exception):
-    """Two results differ that must not."""
 
 
 Check = Callable[[Tiny, PreTrainedModel], str]
@@ -95,17 +31,6 @@ def settings(tiny: Tiny, ratio: float) -> dict[str, Any]:
         "ratio": ratio, "backend": "eager", "head_weights": "uniform",
         **({} if tiny.modalities is None else {"modalities": tiny.modalities}),
     }  # fmt: skip
-
-
-def equal(what: str, left: Tensor, right: Tensor, tolerance: float = 0.0) -> float:
-    if left.shape != right.shape:
-        raise Wrong(f"{what}: shape {tuple(left.shape)} instead of {tuple(right.shape)}")
-    if left.isnan().any() or right.isnan().any():
-        raise Wrong(f"{what}: NaN")
-    difference = float((left.double() - right.double()).abs().max()) if left.numel() else 0.0
-    if difference > tolerance * max(1.0, float(right.abs().max())):
-        raise Wrong(f"{what}: off by {difference:.2g} where the largest is {float(right.abs().max()):.2g}")
-    return difference
 
 
 def at_ratio_zero(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -139,7 +64,7 @@ def steps(tiny: Tiny, model: PreTrainedModel) -> str:
     restore(model)
     keep = record.keep_indices[0]
     tokens = result.sequences[0, -STEPS - 1 :].tolist()[:STEPS]
-    output, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer_of(record))
+    output, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), record.scoring_layer)
     expected = [output.logits[0, -1], *oracle.decode(model, inputs, cache, tokens, len(keep))]
     return f"{equal('logits of steps', torch.stack(result.logits)[:, 0], torch.stack(expected), ROUNDING):.2g}"
 
@@ -149,9 +74,9 @@ def turns(tiny: Tiny, model: PreTrainedModel) -> str:
     if required := sorted(required_arguments(model) - {"input_ids"}):
         raise Unasked(f"no turn of text: the forward requires {' and '.join(required)}")
     inputs = prompt(tiny, rows=1)
-    _, keep, layer = pruned_call(tiny, model, inputs)
+    pruned, keep, layer = pruned_call(tiny, model, inputs)
+    cache = pruned.past_key_values
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
         words = [each for each in inputs["input_ids"][0].tolist() if each not in placeholder_ids(model)][-LONGER:]
         ids, length = torch.tensor([words]), inputs["input_ids"].shape[1]
         turn = model(
@@ -201,15 +126,6 @@ def rows_alone(
     return worst
 
 
-def at_places_of(model: PreTrainedModel, inputs: dict[str, Any], row: int, single: dict[str, Any]) -> dict[str, Any]:
-    """One row alone, at the positions that it has in a batch: some models count images over all rows."""
-    together, apart = (oracle.positions_seen(model, given) for given in (inputs, single))
-    if together is None or apart is None or together.ndim != 3:
-        return single
-    places = together[:, row : row + 1, -single["input_ids"].shape[1] :]
-    return single if places.equal(apart) else {**single, "position_ids": places}
-
-
 def restored(tiny: Tiny, model: PreTrainedModel) -> str:
     """After `restore` the model is as it was."""
     inputs = prompt(tiny, rows=1)
@@ -239,7 +155,7 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
             restore(optimize(model, **settings(tiny, 0.5)))  # what is refused at once is not tried
             status, detail = "right", check(tiny, model)
             with contextlib.suppress(HawkError):  # restored
-                result.layer = layer_of(report(model))
+                result.layer = report(model).scoring_layer
         except Unasked as error:
             status, detail = "unasked", str(error)
         except Wrong as error:
@@ -253,21 +169,16 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
     return result
 
 
-def without_folders(text: str) -> str:
-    """A text that names files of packages as every machine does."""
-    return re.sub(r"[^\s(]*/site-packages/", "", text)
-
-
 def pruned_call(tiny: Tiny, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor, int]:
     """(output, kept positions [S'], layer that scores) of one row at ratio 0.5."""
     optimize(model, **settings(tiny, 0.5))
     with torch.no_grad():
-        output = model(**inputs)
+        output = model(**inputs, use_cache=True)
     record = pruned_record(model)
     keep, visual = record.keep_indices[0], int(visual_of(model, inputs).sum())
     if (removed := inputs["input_ids"].shape[1] - len(keep)) != visual // 2:
         raise Wrong(f"{removed} of {visual} visual tokens removed at ratio 0.5")
-    return output, keep, layer_of(record)
+    return output, keep, record.scoring_layer
 
 
 def pruned_record(model: PreTrainedModel) -> Any:
@@ -281,58 +192,10 @@ def pruned_record(model: PreTrainedModel) -> Any:
     return record
 
 
-def layer_of(record: Any) -> int:
-    return int(getattr(record, "scoring_layer", 0) or 0)
-
-
-def visual_of(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """[S] bool: the visual tokens of a one-row prompt."""
-    return torch.isin(inputs["input_ids"][0], torch.tensor(placeholder_ids(model)))
-
-
-def rows_in(tiny: Tiny) -> int:
-    return len(prompt(tiny, rows=[0])["input_ids"]) and len(tiny.inputs["input_ids"]["values"])
-
-
 def generated(model: PreTrainedModel, inputs: dict[str, Any], tokens: list[int] | None = None) -> Any:
     """Greedy generation with logits; `tokens` are what is chosen instead."""
-    forced = iter(tokens or [])
-
-    def force(_: Tensor, scores: Tensor) -> Tensor:
-        token = next(forced, None)
-        return scores if token is None else torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0)
-
     with torch.no_grad():
         return model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=STEPS + 1, do_sample=False, output_logits=True, return_dict_in_generate=True,
-            logits_processor=[force], use_cache=True,
+            logits_processor=[oracle.forced(tokens or [])], use_cache=True,
         )  # fmt: skip
-
-
-def padded(tiny: Tiny, model: PreTrainedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(two rows of which the second is shorter and padded on the left, each of them alone)."""
-    rows = [0, 1] if runs_alone(model, prompt(tiny, rows=[1])) else [0, 0]
-    inputs = prompt(tiny, rows)
-    length = inputs["input_ids"].shape[1]
-    visual = set(placeholder_ids(model))
-    words = [each for each in inputs["input_ids"][0].tolist() if each not in visual][-1]
-    batch, first = dict(inputs), dict(prompt(tiny, rows=[0]))
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor) or value.ndim != 2 or value.shape != (2, length):
-            continue
-        text = {"input_ids": words, "attention_mask": 1}.get(name, 0)
-        longer = torch.cat([value[:1], value.new_full((1, LONGER), text)], 1)
-        filler = {"input_ids": words}.get(name, 0)
-        batch[name] = torch.cat([longer, torch.cat([value.new_full((1, LONGER), filler), value[1:]], 1)])
-        first[name] = longer
-    return batch, [first, prompt(tiny, rows[1:])]
-
-
-def runs_alone(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Whether the model takes a row without those before it: indices of patches may count over all rows."""
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except IndexError:
-        return False
-    return True

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from hawk_compile.exporting.check import compare
 from hawk_compile.exporting.runner import load
 from hawk_compile.exporting.write import export
-from hawk_compile.tools.survey.checks import STEPS, Check, Wrong
+from hawk_compile.tools.survey.checks import STEPS, Check
+from hawk_compile.tools.survey.outcome import Wrong
 from hawk_compile.tools.survey.tiny import Tiny, prompt
 
 

@@ -189,8 +189,7 @@ def masks_of_kept(
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers."""
-    decoder: Any = model.base_model.get_decoder()  # type: ignore[operator]
-    return next(part for part in decoder.modules() if isinstance(part, nn.ModuleList))
+    return next(part for part in decoder_of(model).modules() if isinstance(part, nn.ModuleList))
 
 
 def decode(
@@ -204,39 +203,34 @@ def decode(
         tokens: one for each step.
         kept: S'.
     """
-    steps = []
-    for places, token in zip(positions_of_steps(model, inputs, tokens), tokens, strict=True):
-        kept += 1
-
-        def change(kwargs: dict[str, Any], places: Tensor = places) -> dict[str, Any]:
-            return {**kwargs, "position_ids": places}
-
-        decoder = places_of(model)
-        with torch.no_grad(), changed(decoder, change):
-            output = from_tokens(model)(
-                input_ids=torch.tensor([[token]]), past_key_values=cache, attention_mask=torch.ones(1, kept).long(),
-                use_cache=True,
-            )  # fmt: skip
-        steps.append(output.logits[0, -1])
-    return steps
+    places = positions_of_steps(model, inputs, tokens)
+    return [
+        behind(model, cache, [token], place, kept + number)
+        for number, (token, place) in enumerate(zip(tokens, places, strict=True), start=1)
+    ]
 
 
 def turn(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, tokens: list[int], kept: int) -> Tensor:
     """Logits [vocabulary] behind a turn of text on a pruned prompt; arguments as for `decode`."""
     places = torch.cat(positions_of_steps(model, inputs, tokens), -1)
+    return behind(model, cache, tokens, places, kept + len(tokens))
+
+
+def behind(model: PreTrainedModel, cache: Cache, tokens: list[int], places: Tensor, slots: int) -> Tensor:
+    """Logits [vocabulary] of the last of some tokens at these places, which fill a cache up to so many slots."""
 
     def change(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**kwargs, "position_ids": places}
 
-    with torch.no_grad(), changed(places_of(model), change):
-        output = model(
-            input_ids=torch.tensor([tokens]), past_key_values=cache,
-            attention_mask=torch.ones(1, kept + len(tokens)).long(), use_cache=True,
+    with torch.no_grad(), changed(decoder_of(model), change):
+        output = from_tokens(model)(
+            input_ids=torch.tensor([tokens]), past_key_values=cache, attention_mask=torch.ones(1, slots).long(),
+            use_cache=True,
         )  # fmt: skip
     return output.logits[0, -1]  # type: ignore[no-any-return]
 
 
-def places_of(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     return model.base_model.get_decoder()  # type: ignore[operator, no-any-return]
 
 
@@ -253,14 +247,19 @@ def positions_of_steps(model: PreTrainedModel, inputs: dict[str, Any], tokens: l
             seen.append(torch.tensor([[length + len(seen)]]) if positions is None else positions.clone())
         return kwargs
 
-    forced = iter(tokens)
-
-    def force(_: Tensor, scores: Tensor) -> Tensor:
-        token = next(forced, None)
-        return scores if token is None else torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0)
-
-    with torch.no_grad(), changed(places_of(model), look):
+    with torch.no_grad(), changed(decoder_of(model), look):
         model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=len(tokens) + 1, do_sample=False, use_cache=True, logits_processor=[force]
+            **inputs, max_new_tokens=len(tokens) + 1, do_sample=False, use_cache=True, logits_processor=[forced(tokens)]
         )  # fmt: skip
     return seen[: len(tokens)]
+
+
+def forced(tokens: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor of generate that lets it choose these tokens, and then what it likes."""
+    remaining = iter(tokens)
+
+    def force(_: Tensor, scores: Tensor) -> Tensor:
+        token = next(remaining, None)
+        return scores if token is None else torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0)
+
+    return force

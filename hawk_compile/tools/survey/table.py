@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from hawk_compile.errors import InputError
-from hawk_compile.tools.survey.checks import Outcome, Survey
+from hawk_compile.tools.survey.outcome import Outcome, Survey
 
 SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
 """The survey of the release that this package was tested with."""

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from hawk_compile.errors import InputError
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.survey import checks
-from hawk_compile.tools.survey.checks import Outcome, Survey, Wrong, equal, survey
+from hawk_compile.tools.survey.checks import survey
+from hawk_compile.tools.survey.outcome import Outcome, Survey, Wrong, equal
 from hawk_compile.tools.survey.table import Types, changes, page, read_types
 from hawk_compile.tools.survey.tiny import build, prompt, read
 
