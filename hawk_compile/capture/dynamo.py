@@ -6,6 +6,7 @@ graph is captured, and only then.
 
 import contextlib
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,9 +69,25 @@ def is_capturing() -> bool:
 
 
 def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """torch.compile with graphs that count towards no other model's limit. Its annotations do not know them all."""
-    ours = {"dynamic": True, "isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
-    return torch.compile(function, **{**ours, **settings})
+    """torch.compile with graphs that count towards no other function's limit.
+
+    `isolate_recompiles` counts alone too, but by a number that is one for the whole process: a call that ends in one
+    thread changes it for what begins in another, which finds no graph then and is compiled again.
+    """
+    ours = {"dynamic": True, "recompile_limit": RECOMPILE_LIMIT}
+    return torch.compile(with_own_code(function), **{**ours, **settings})
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function or method: Dynamo keeps and counts graphs by code, and remembers sizes by its name."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(with_own_code(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name=function.__name__)
+    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def equate_lengths(inputs: dict[str, Any], question_mask: Tensor, along: tuple[str, ...] = ()) -> None:

@@ -13,7 +13,6 @@ export waits for while it holds this one.
 
 import contextlib
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -61,10 +60,8 @@ class CompiledInTurns:
             while_traced(ask_for_turn)
             return function(*args, **kwargs)
 
-        # Dynamo counts, and remembers sizes, by a function's code and its name.
-        code = begun.__code__.replace(co_name=getattr(function, "__name__", type(function).__name__))
-        asking = types.FunctionType(code, begun.__globals__, code.co_name, None, begun.__closure__)
-        self.function = compile_alone(asking, **settings)
+        begun.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.function = compile_alone(begun, **settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.suppress(TurnNeeded):

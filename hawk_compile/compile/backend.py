@@ -90,4 +90,14 @@ def holds_prefill(gm: fx.GraphModule) -> bool:
 
 
 def inner_compiler(name: str) -> Callable[..., Any]:
-    return lookup_backend(name)
+    """The compiler of a backend's name."""
+    compiler = lookup_backend(name)
+
+    def compile_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        compiled = compiler(gm, example_inputs)
+        # A graph module writes its code when it is first run or asked for it; two threads that run it first, at the
+        # same time, would write it twice at once, and one run broken code.
+        _ = gm.code
+        return compiled
+
+    return compile_graph

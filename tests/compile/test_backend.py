@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import hawk_compile
-from hawk_compile.compile.backend import compile_graph
+from hawk_compile.compile.backend import compile_graph, inner_compiler
 from hawk_compile.compile.pipeline import PassOptions
 from hawk_compile.errors import MergeNotFoundError
 from tests import zoo
@@ -153,3 +153,16 @@ def test_a_break_between_merge_and_decoder_is_refused_with_the_remedy():
     inputs = zoo.inputs("qwen2_5_vl", model, rows=[zoo.sizes("qwen2_5_vl")[2]])
     with pytest.raises(BackendCompilerFailed, match="mm_encoder_outputs"):
         through_the_door(model, inputs, dynamic=True)
+
+
+def test_a_graph_that_is_compiled_has_its_code(monkeypatch):
+    """It would be written by the first run, by two at once where two threads come first."""
+    kept = []
+
+    def keep(gm, example_inputs):
+        kept.append(inner_compiler("eager")(gm, example_inputs))
+        return lambda *args: args  # the graph itself has not run
+
+    torch.compile(lambda x: x.sin(), backend=keep, dynamic=False)(torch.ones(3))
+    monkeypatch.delattr(torch.fx.Graph, "python_code")
+    assert torch.equal(kept[0](torch.ones(3))[0], torch.ones(3).sin())
