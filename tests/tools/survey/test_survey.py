@@ -97,6 +97,13 @@ def test_the_command_surveys_a_folder_and_inspect_knows_its_types(tmp_path: Path
     assert result.exit_code == 0 and "0 of 1 are right" in result.output
     assert json.loads(out.read_text())["types"].keys() == {"mllama"}
     assert "| mllama | " in table.read_text()
+    result = run(app, ["survey", str(FOLDER), "pp_formulanet", "--out", str(out), "--table", str(table)])
+    assert result.exit_code == 0 and "0 of 1 are right" in result.output, "counts those that were asked for"
+    assert json.loads(out.read_text())["types"].keys() == {"mllama", "pp_formulanet"}
+    assert "| mllama | " in table.read_text() and "| pp_formulanet | " in table.read_text()
+    out.write_text(out.read_text().replace(torch.__version__, "1.0"))
+    result = run(app, ["survey", str(FOLDER), "mllama", "--out", str(out)])
+    assert result.exit_code == 2 and "'torch': '1.0'" in " ".join(result.output.split())
     result = run(app, ["inspect", "llava"])
     assert result.exit_code == 0 and "LlavaForConditionalGeneration" in result.output
     result = run(app, ["survey", str(tmp_path / "none")])
