@@ -29,6 +29,20 @@ PER_SCENE = 4
 Score = Callable[["Prepared"], Tensor]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where tokens are removed, and by whose scores.
+
+    Attributes:
+        relevance: raw relevance [B, H, V] of the decoder's input embeddings [B, S, D] and positions [3, B, S], the
+            question's words and the visual tokens.
+        decode: the decoder's last hidden states [B, D], of the same and of the places to keep [B, S'], all if None.
+    """
+
+    relevance: Callable[[Any, Tensor, Tensor, slice, slice], Tensor]
+    decode: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+
+
 @dataclass
 class Prepared:
     """Questions about pictures of one size, up to the decoder's input. Visual tokens stand in one run, so each row has
@@ -44,7 +58,7 @@ class Prepared:
     chance: Tensor  # [B, V] uniform noise, the same in every run
 
 
-def relevance(model: Any, embeds: Tensor, text: slice, visual: slice) -> Tensor:
+def relevance(model: Any, embeds: Tensor, positions: Tensor, text: slice, visual: slice) -> Tensor:
     """mean over the question's words of q . k / sqrt(d), before RoPE, per query head: [B, H, V]."""
     layer = model.model.language_model.layers[0]
     x, heads = layer.input_layernorm(embeds), layer.self_attn
@@ -54,13 +68,32 @@ def relevance(model: Any, embeds: Tensor, text: slice, visual: slice) -> Tensor:
     return torch.einsum("bhd,bvhd->bhv", q, k) / math.sqrt(heads.head_dim)
 
 
+def gathered(values: Tensor, keep: Tensor) -> Tensor:
+    """Places [B, S'] of values [B, S, D]."""
+    return values.gather(1, keep.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def decode(model: Any, embeds: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
+    """The decoder on what is kept of its input."""
+    if keep is not None:
+        embeds, positions = gathered(embeds, keep), positions.gather(2, keep.expand(3, -1, -1))
+    out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    return out.last_hidden_state[:, -1]
+
+
+AT_MERGE = Cut(relevance, decode)
+"""In front of the decoder, by its first layer."""
+
+
 def what(answer: str) -> str:
     """The kind of an answer."""
     return "color" if answer in COLORS else "digit" if answer in DIGITS else "shape"
 
 
 @torch.no_grad()
-def prepare(model: Any, processor: Any, split: str, count: int, batch: int = 32) -> list[Prepared]:
+def prepare(
+    model: Any, processor: Any, split: str, count: int, batch: int = 32, cut: Cut = AT_MERGE
+) -> list[Prepared]:
     """`count` questions of `split`, batched by picture size; a scene's `PER_SCENE` questions stand side by side in a
     batch."""
     pairs = pick_questions(split, count - count % PER_SCENE, PER_SCENE)
@@ -100,7 +133,7 @@ def prepare(model: Any, processor: Any, split: str, count: int, batch: int = 32)
                     embeds,
                     positions,
                     first,
-                    relevance(model, embeds, text, slice(first, first + visual)).float(),
+                    cut.relevance(model, embeds, positions, text, slice(first, first + visual)).float(),
                     torch.tensor(cover, dtype=torch.float32, device=device),
                     torch.tensor(answers, device=device),
                     [(f"{size[0]} x {size[1]}", what(question.answer)) for _, question in part],
@@ -111,23 +144,23 @@ def prepare(model: Any, processor: Any, split: str, count: int, batch: int = 32)
 
 
 @torch.no_grad()
-def right_answers(model: Any, data: list[Prepared], ratio: float, score: Score | None) -> np.ndarray:
+def right_answers(
+    model: Any, data: list[Prepared], ratio: float, score: Score | None, cut: Cut = AT_MERGE
+) -> np.ndarray:
     """Which questions are answered rightly with `ratio` of the visual tokens removed, those with the lowest `score`
     [B, V]: bool [N]."""
     right = []
     for part in data:
-        embeds, positions = part.embeds, part.positions
+        keep = None
         if ratio and score is not None:
             visual = part.raw.shape[-1]
             keep = score(part).topk(math.ceil(visual * (1 - ratio)), dim=1).indices.sort(1).values + part.first
-            length, rows = embeds.shape[1], len(embeds)
+            rows, length = part.embeds.shape[:2]
             before = torch.arange(part.first, device=keep.device).expand(rows, -1)
             after = torch.arange(part.first + visual, length, device=keep.device).expand(rows, -1)
             keep = torch.cat([before, keep, after], 1)
-            embeds = embeds.gather(1, keep.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
-            positions = positions.gather(2, keep.expand(3, -1, -1))
-        out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
-        right.append((model.lm_head(out.last_hidden_state[:, -1]).argmax(-1) == part.answers).cpu())
+        last = cut.decode(model, part.embeds, part.positions, keep)
+        right.append((model.lm_head(last).argmax(-1) == part.answers).cpu())
     return torch.cat(right).numpy()
 
 
@@ -153,14 +186,14 @@ def oracle(part: Prepared) -> Tensor:
     return part.cover + 1e-3 * part.chance
 
 
-def calibrate(model: Any, data: list[Prepared]) -> dict[str, Any]:
+def calibrate(model: Any, data: list[Prepared], cut: Cut = AT_MERGE) -> dict[str, Any]:
     """Head weights: what accuracy under pruning loses, averaged over `RATIOS`, when one head is left out of the score;
     below 0 counts as 0."""
     heads = data[0].raw.shape[1]
     everyone = torch.ones(heads)
 
     def accuracy(weights: Tensor) -> float:
-        return float(np.mean([right_answers(model, data, ratio, hawk(weights)).mean() for ratio in RATIOS]))
+        return float(np.mean([right_answers(model, data, ratio, hawk(weights), cut).mean() for ratio in RATIOS]))
 
     base = accuracy(everyone)
     drops = [base - accuracy(everyone - torch.eye(heads)[head]) for head in range(heads)]
@@ -190,10 +223,10 @@ class Measurement:
     parts: dict[str, float]
 
 
-def measure(model: Any, processor: Any, questions: int, calibration: int) -> Measurement:
+def measure(model: Any, processor: Any, questions: int, calibration: int, cut: Cut = AT_MERGE) -> Measurement:
     """Calibrate on the calibration split, measure on the test split."""
-    weights = calibrate(model, prepare(model, processor, "calibration", calibration))
-    data = prepare(model, processor, "test", questions)
+    weights = calibrate(model, prepare(model, processor, "calibration", calibration, cut=cut), cut)
+    data = prepare(model, processor, "test", questions, cut=cut)
     equal, tuned = hawk(torch.ones(len(weights["weights"]))), hawk(torch.tensor(weights["weights"]))
     rows = {
         "HAWK, calibrated weights": tuned,
@@ -202,7 +235,7 @@ def measure(model: Any, processor: Any, questions: int, calibration: int) -> Mea
         "random": random_choice,
         "oracle (the object's own tokens)": oracle,
     }
-    right = right_answers(model, data, 0, None)
+    right = right_answers(model, data, 0, None, cut)
     groups = [group for part in data for group in part.groups]
     parts = {
         name: float(np.mean([r for r, group in zip(right, groups, strict=True) if name in group]))
@@ -210,7 +243,7 @@ def measure(model: Any, processor: Any, questions: int, calibration: int) -> Mea
     }
     table = {"unpruned": [float(right.mean())]}
     for name, score in rows.items():
-        table[name] = [float(right_answers(model, data, ratio, score).mean()) for ratio in RATIOS]
+        table[name] = [float(right_answers(model, data, ratio, score, cut).mean()) for ratio in RATIOS]
     return Measurement(weights, table, parts)
 
 

@@ -26,6 +26,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,30 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from hawk_compile.tools.demo.scenes import SIZES, TOKEN, all_questions, lay_out, make_scene, token_cover
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the models that are trained this way.
+
+    Attributes:
+        make: the untrained model, of options.
+        see: the vision tower's features [B, V, D] of images [B, H, W, 3].
+        answer_loss: the loss and the share of right answers, of features and a batch.
+        check: raises where `see` or `answer_loss` are not what the model itself computes.
+    """
+
+    make: Callable[[argparse.Namespace], Any]
+    see: Callable[[Any, Tensor], Tensor]
+    answer_loss: Callable[[Any, Tensor, dict[str, Tensor], bool], tuple[Tensor, Tensor]]
+    check: Callable[[Any, dict[str, Tensor]], None]
+
+
+def make_demo(options: argparse.Namespace) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration(make_config(options.layers))
+
+
+DEMO = Family(make_demo, see, answer_loss, check_against_model)
 
 
 @dataclass(frozen=True)
@@ -137,7 +162,8 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 def step_loss(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: Any,
+    family: Family,
     batch: dict[str, Tensor],
     stage: str,
     options: argparse.Namespace,
@@ -148,21 +174,21 @@ def step_loss(
     by_words = np.random.default_rng([options.seed, step, 1]).random() < options.by_words
     if stage == "language":
         torch.manual_seed(options.seed * 1_000_003 + step)
-        loss, right = answer_loss(model, told(batch["captions"], embeddings, noise=0.3), batch, by_words)
+        loss, right = family.answer_loss(model, told(batch["captions"], embeddings, noise=0.3), batch, by_words)
         return loss, f"{right.item():.0%} right"
-    features = see(model.model.visual, batch["images"])
+    features = family.see(model.model.visual, batch["images"])
     align = alignment_loss(features, batch["captions"], embeddings)
     if stage == "alignment":
         return align, f"loss {align.item():.3f}"
-    loss, right = answer_loss(model, features, batch, by_words)
+    loss, right = family.answer_loss(model, features, batch, by_words)
     return loss + options.align_weight * align, f"alignment loss {align.item():.3f}, {right.item():.0%} right"
 
 
-def train(options: argparse.Namespace) -> tuple[Qwen2_5_VLForConditionalGeneration, dict[str, Any]]:
+def train(options: argparse.Namespace, family: Family = DEMO) -> tuple[Any, dict[str, Any]]:
     """All stages; returns the model and a record of the run."""
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    model = Qwen2_5_VLForConditionalGeneration(make_config(options.layers))
+    model = family.make(options)
     nn.init.normal_(word_embeddings(model).weight, std=0.2)
     model.to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.02)
@@ -192,10 +218,10 @@ def train(options: argparse.Namespace) -> tuple[Qwen2_5_VLForConditionalGenerati
         batch = {key: value.to(options.device, non_blocking=True) for key, value in batch.items()}
         stage = owners[step]
         if step == max(first, starts[stages[1]]):
-            check_against_model(model, batch)
+            family.check(model, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - starts[stage], stage)
-        loss, shown = step_loss(model, batch, stage.name, options, step)
+        loss, shown = step_loss(model, family, batch, stage.name, options, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,8 +262,9 @@ def train(options: argparse.Namespace) -> tuple[Qwen2_5_VLForConditionalGenerati
     return model, record
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of a training."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="hawk_compile/tools/demo/model", help="folder of the finished checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the last training checkpoint")
@@ -257,7 +284,11 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--show-every", type=int, default=50)
     parser.add_argument("--no-measure", action="store_true", help="do not measure and write the model card at the end")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
     model, record = train(options)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
