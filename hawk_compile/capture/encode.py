@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hawk_compile.capture.features import FEATURES, UNPOOLED
+from hawk_compile.capture.merging import encode_in_forward
 from hawk_compile.capture.modalities import (
     AUDIO,
     MERGED_BY_NAME,
     PER_TOKEN_INPUTS,
     encoder_of,
+    merges_itself,
     positions_by_images,
     raw_inputs,
     raw_modalities,
@@ -38,7 +40,10 @@ def run_encoders(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, An
 
     Raises:
         UnsupportedCallError: audio whose merge needs more than its features.
+        UnsupportedModelError: a model that merges itself, in a way that cannot be seen.
     """
+    if merges_itself(model):
+        return encode_in_forward(model, kwargs)
     kwargs = {**kwargs, "mm_encoder_outputs": dict(kwargs.get("mm_encoder_outputs") or {})}
     base: Any = model.base_model
     if kwargs.get("position_ids") is None and positions_by_images(model):

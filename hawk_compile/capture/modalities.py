@@ -31,6 +31,9 @@ PER_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_id
 WORK_OUT_POSITIONS = "compute_3d_position_ids"
 """The method of bodies whose positions depend on images."""
 
+RAW_ENDINGS = {"image": "pixel_values", "video": "pixel_values_videos", AUDIO: AUDIO_INPUT}
+"""How the names of pixels and frames end in forwards that encode them themselves."""
+
 AT_ONCE = 2**22
 """Elements of embeddings that are hashed at once: 32 MB as int64."""
 
@@ -140,8 +143,29 @@ def raw_inputs_of(kind: Any, body: Any) -> dict[str, tuple[str, ...]]:
     for modality in MODALITIES:
         # A video's encoder may take `pixel_values`, which are no image's then.
         others = [name for name in RAW_INPUTS[modality] if name not in own.values()]
-        inputs[modality] = tuple(dict.fromkeys([*([own[modality]] if modality in own else []), *others]))
+        ours = [own[modality]] if modality in own else []
+        named = named_by_forward(kind, modality) if merges_in_forward(kind, body) else []
+        inputs[modality] = tuple(dict.fromkeys([*ours, *others, *named]))
     return inputs
+
+
+def named_by_forward(kind: Any, modality: str) -> list[str]:
+    """The arguments under which a forward takes a modality that is not encoded."""
+    taken = inspect.signature(kind.forward).parameters
+    return [name for name in taken if name.endswith(RAW_ENDINGS[modality])]
+
+
+def merges_itself(model: PreTrainedModel) -> bool:
+    """Whether a model encodes and merges in the middle of its forward, see `hawk_compile.capture.merging`."""
+    return merges_in_forward(*classes_of(model)) and not encodes_audio_itself(model)
+
+
+@functools.cache
+def merges_in_forward(kind: Any, body: Any) -> bool:
+    taken = inspect.signature(kind.forward).parameters
+    if "mm_encoder_outputs" in taken or any(encoder_name(kind, body, modality) for modality in MODALITIES):
+        return False
+    return "inputs_embeds" in taken and any(named_by_forward(kind, each) for each in MODALITIES)
 
 
 def required_arguments(model: PreTrainedModel) -> set[str]:
@@ -171,6 +195,9 @@ def modalities_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> set[str]:
 def takes(model: PreTrainedModel, modality: str) -> bool:
     """Whether the model merges features of a modality into its prompt."""
     encodes = encoder_of(model, modality) is not None
+    if merges_itself(model):
+        named = named_by_forward(classes_of(model)[0], modality)
+        return bool(named) and placeholders_by_modality(model)[modality] is not None
     if modality != AUDIO:
         return encodes
     return getattr(model.config, "audio_token_id", None) is not None and (encodes or encodes_audio_itself(model))
@@ -183,8 +210,15 @@ def encodes_audio_itself(model: PreTrainedModel) -> bool:
 
 
 def placeholders_by_modality(model: Any, modalities: Iterable[str] = MODALITIES) -> dict[str, int | None]:
-    """modality -> the id that waits for its features."""
-    return {modality: getattr(model.config, f"{modality}_token_id", None) for modality in modalities}
+    """modality -> the id that waits for its features: the config's, or that of the config of what encodes it."""
+    return {modality: placeholder_of(model.config, modality) for modality in modalities}
+
+
+def placeholder_of(config: Any, modality: str) -> int | None:
+    name = f"{modality}_token_id"
+    number = getattr(config, name, None)
+    encoder = getattr(config, "audio_config" if modality == AUDIO else "vision_config", None)
+    return getattr(encoder, name, None) if number is None else number
 
 
 def placeholder_ids(model: Any, modalities: Iterable[str] = MODALITIES) -> list[int]:

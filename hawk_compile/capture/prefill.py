@@ -20,6 +20,7 @@ from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
 from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.features import arguments_of, cut_extra_rows
+from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.compat.dynamo import mark_static
@@ -173,7 +174,7 @@ def capture_prefill(
     try:
         body.update(overrides)
         with capture_settings(), torch.no_grad(), diagnosed(model), capturing(model):
-            function(model.forward, dict(sorted(inputs.items())), past_mask, planned)
+            function(taking_features(model, model.forward), dict(sorted(inputs.items())), past_mask, planned)
     except CompilerFailed:  # by GraphTaken, unless there is no graph
         if not taken:
             raise

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hawk_compile.capture.dynamo import capture_lock
-from hawk_compile.capture.modalities import AUDIO, modalities_of, placeholder_ids, raw_modalities, takes
+from hawk_compile.capture.modalities import AUDIO, merges_itself, modalities_of, placeholder_ids, raw_modalities, takes
 from hawk_compile.errors import ExportError, InputError
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.decode import decode_component
@@ -82,6 +82,7 @@ def export(
     check_exporters()
     check_modality(model, inputs)
     check_model(model)
+    check_encoder(model)
     check_cache(model)
     check_dtype(model, target, format)
     chat = chat_of_export(model, made, processor)
@@ -105,6 +106,15 @@ def check_modality(model: Any, inputs: dict[str, Any]) -> None:
         raise ExportError(
             f"{type(model).__name__} with audio cannot be exported: no format writes an audio encoder yet; export from "
             "inputs with images alone, or run the model with hawk_compile.optimize"
+        )
+
+
+def check_encoder(model: PreTrainedModel) -> None:
+    """Refuse a model of which no encoder can be written apart from its forward."""
+    if merges_itself(model):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: it encodes images in the middle of its forward, and an export "
+            "writes the encoder as a component of its own; run the model with hawk_compile.optimize"
         )
 
 

@@ -16,7 +16,7 @@ from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
-from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.checks import check_model, check_vision
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.parts import PART, hold, let_go, whole_part
 from hawk_compile.runtime.records import PrefillRecord, Report
@@ -52,6 +52,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         hold(model, inner[0])
         return model
     check_model(model, made.modalities)
+    check_vision(model, made)
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hawk_compile.capture.modalities import encoder_of, placeholders_by_modality, takes
+from hawk_compile.capture.modalities import encoder_of, merges_itself, placeholders_by_modality, takes
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.runtime.parts import class_of, goes_around_forward, text_part
@@ -42,7 +42,7 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
             f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
         )
     sees = takes(model, "image") or takes(model, "video")
-    if sees and not supports_encoded_images(model):
+    if sees and not supports_encoded_images(model) and not merges_itself(model):
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
             "its vision encoder; a later transformers may have this model in such a form "
@@ -55,8 +55,23 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
         )
 
 
+def check_vision(model: PreTrainedModel, config: HawkConfig) -> None:
+    """Refuse to compile an encoder that is not to be had apart from the forward.
+
+    Raises:
+        UnsupportedModelError: as said.
+    """
+    if config.compile_vision and merges_itself(model):
+        raise UnsupportedModelError(
+            f"compile_vision: {type(model).__name__} encodes images in the middle of its forward, so that its encoder "
+            "cannot be compiled apart: leave compile_vision out"
+        )
+
+
 def check_modalities(model: PreTrainedModel, asked: tuple[str, ...]) -> None:
     name, taken = type(model).__name__, tuple(each for each in MODALITIES if takes(model, each))
+    if merges_itself(model) and cross_attention_of(model):
+        raise UnsupportedModelError(f"{name} {why_nothing_merges(model)}; {OTHER_MODEL}")
     if set(taken) & set(asked):
         return
     if taken:

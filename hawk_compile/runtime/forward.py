@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.encode import positions_of
+from hawk_compile.capture.merging import without_unawaited
 from hawk_compile.capture.modalities import (
     modalities_of,
     placeholders_by_modality,
@@ -37,6 +38,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
+    kwargs = without_unawaited(model, kwargs)
     if modalities_of(model, kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     take_question(kwargs)  # which nothing but pruning asks for

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.features import by_argument, feature_count
+from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.modalities import (
     asks_for,
     known_ids,
@@ -118,7 +119,7 @@ def run_graph(
     weights = runtime.weights(inputs.tokens.device)
     with diagnosed(model), capturing(model, runtime) as attention:
         result, keep, valid, scores = runtime.prefill.run(
-            forward, taken, inputs.past_mask, plan, weights, inputs.along)
+            taking_features(model, forward), taken, inputs.past_mask, plan, weights, inputs.along)
     record = PrefillRecord(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
         origin, runtime.prefill.scoring_layer, attention.here, attention.elsewhere)

@@ -40,8 +40,8 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("inputs_embeds") is not None and not supports_encoded_images(model):
         raise UnsupportedCallError(
-            f"inputs_embeds were given beside audio, which {type(model).__name__} merges into input_ids only: give "
-            "input_ids [B, S]"
+            f"inputs_embeds were given beside images or audio, which {type(model).__name__} merges into "
+            "input_ids only: give input_ids [B, S]"
         )
     cache = kwargs.get("past_key_values")
     if physical_length(cache) and (names := token_kinds(model, kwargs)):

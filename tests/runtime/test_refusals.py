@@ -145,7 +145,6 @@ def test_models(make: Callable[[], Any], match: str) -> None:
     ("evolla", r"what it takes beside text through cross-attention \(model.layers.0.adapter\): none"),
     ("git", r"takes images, but its forward .* \(mm_encoder_outputs\), and no id in its prompt says where"),
     ("kosmos-2", r"takes images, but its forward .* \(mm_encoder_outputs\), and no id .* a mask beside the prompt"),
-    ("phi4_multimodal", r"takes images and audio, but its forward does not take them encoded .*, so its merge"),
     ("diffusion_gemma", "takes images, which it reads with the prompt in an encoder"),
     ("pi0", "takes images, but cannot generate text"),
     ("mistral4", "takes no images, videos or audio, so it has no visual tokens to prune"),

@@ -6,11 +6,11 @@ from typing import Any
 from torch import fx
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.modalities import placeholders_by_modality
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
 from hawk_compile.passes.site import Gathered as Gathering
 from hawk_compile.passes.site import Located, Selected, read
 from hawk_compile.plan.ids import SpecialIds
-from hawk_compile.settings.config import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def width_of(located: Located) -> int:
 
 
 def identifiers(model: PreTrainedModel, ids: SpecialIds) -> dict[str, Any]:
-    named = [getattr(model.config, f"{modality}_token_id", None) for modality in MODALITIES]
+    named = placeholders_by_modality(model).values()
     return {
         "placeholders": tuple(dict.fromkeys(each for each in named if each is not None)),
         "vision_end": ids.vision_end,
