@@ -22,8 +22,8 @@ from tests import zoo
 from tests.zoo import Row, common, rows
 
 MIXED = "qwen2_5_omni"
-SLOW = [("qwen2_audio", ("audio",)), (MIXED, ("audio",)), (MIXED, ("image",))]
-CASES = [("voxtral", ("audio",)), (MIXED, ("audio", "image"))]
+SLOW = [("voxtral", ("audio",)), ("qwen2_audio", ("audio",)), (MIXED, ("audio",)), (MIXED, ("image",))]
+CASES = [(MIXED, ("audio", "image"))]
 PROMPTS = (Row(audio=(16,)), Row(audio=(8,), after=9), Row(audio=(16, 8), before=1), Row(audio=(8, 8), tail=0))
 IDS = {"image": common.IMAGE, "video": common.VIDEO, "audio": common.AUDIO}
 GRAPHS = {("qwen2_audio", ("audio",)): 2, (MIXED, ("audio",)): 2}
@@ -146,7 +146,8 @@ def test_kept_tokens_logits_cache_and_generated_ids_equal_the_hand_gathered_eage
     assert out[0, cases[1][0].inputs["input_ids"].shape[1] :].tolist() == continued(name, cases[1][0], 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_audio", pytest.param(MIXED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_audio", MIXED])
 def test_rows_of_a_padded_batch_equal_the_rows_alone(name):
     model = pruned(name, "audio")
     inputs = zoo.inputs(name, model, rows=[Row(audio=(8,)), Row(audio=(16, 8), after=2)])

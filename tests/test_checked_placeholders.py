@@ -9,20 +9,14 @@ import torch
 
 import hawk_compile
 from hawk_compile.errors import InputError
-from hawk_compile.tools.survey.checks import Check, at_ratio_zero, batches, settings, steps
+from hawk_compile.tools.survey.checks import Check, settings, steps
 from hawk_compile.tools.survey.tiny import build, prompt, read
 
 FOLDER = Path(__file__).parent / "architectures"
-SLOW = (
-    "granite_docling",  # features of three dimensions, of which the check divides by one size
-    "video_llava",  # features that the check flattens
-    "gemma4",  # the check in the forward itself; the last layers run over the last position alone
-)
 CASES = [
     ("exaone4_5", steps),  # a place for position offsets, and positions that count like any other's
     ("step3p7", steps),  # experts in a loop over those that tokens have chosen
     ("hunyuan_vl", steps),  # a check by `if`; four positions a token
-    *(pytest.param(name, check, marks=pytest.mark.slow) for name in SLOW for check in (at_ratio_zero, steps, batches)),
 ]
 
 
@@ -32,7 +26,7 @@ def test_equals_the_plain_model_on_what_is_kept(name: str, check: Check) -> None
     check(tiny, build(tiny))
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("ratio", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("llava", marks=pytest.mark.slow)])
 def test_visual_tokens_that_are_masked_out(name: str, ratio: float) -> None:
     """They take no part, features of later layers neither: as in the plain model with what was removed masked out."""
@@ -77,7 +71,8 @@ def test_an_image_without_its_size_is_refused_by_name() -> None:
         model(**inputs)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
 def test_a_batch_of_embeddings_beside_pixels(name: str) -> None:
     """No ids say where images stand, and no positions: the model counts its own, the same for all rows."""
     tiny = read(FOLDER / f"{name}.json")

@@ -23,6 +23,7 @@ def new_memory_is_nan(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_nothing_removed_is_the_plain_model():
     model = zoo.build(NAME)
     inputs = zoo.inputs(NAME, model, rows=[zoo.sizes(NAME)[2], zoo.sizes(NAME)[3]])
@@ -52,6 +53,7 @@ def test_equal_calls_keep_the_same(backend):
     torch.testing.assert_close(reports[0].scores[0, visual].double(), scores, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_new_image_on_a_filled_cache_is_scored_by_its_own_keys():
     """The latents of the first turn stand in front of its own; scores are those of the same image alone."""
     model = hawk_compile.optimize(zoo.build(NAME, layers=2), ratio=0.5, backend="eager", head_weights="uniform")

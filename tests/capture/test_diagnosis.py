@@ -114,7 +114,9 @@ def test_what_we_refuse_ourselves_stays_what_it_is() -> None:
         model(**{**picture(NAME), "inputs_embeds": torch.zeros(1, 4, 64)})
 
 
-@pytest.mark.parametrize("forward", [branches, reads_a_value], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "forward", [pytest.param(branches, marks=pytest.mark.slow), reads_a_value], ids=["branches", "reads_a_value"]
+)
 def test_export_names_the_line_too(forward: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="the component prefill cannot be captured") as caught:
         hawk_compile.export(broken(forward), picture(NAME), tmp_path / "out", ratio=0.5)

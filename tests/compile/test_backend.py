@@ -75,6 +75,7 @@ def test_a_model_given_pixels_and_no_positions():
         assert expected.shape[1] < inputs["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_a_model_given_encoded_images_and_positions():
     name = "qwen2_5_vl"
     model = zoo.build(name, layers=1)
@@ -89,6 +90,7 @@ def encoded(model, *given):
     return rows.encoded(model, zoo.inputs("llava", model, rows=given))
 
 
+@pytest.mark.slow
 def test_a_batch_with_equal_visual_counts():
     """With 9 tokens behind the image S = V = 32, which Dynamo gives one symbol."""
     model = zoo.build("llava", layers=1)

@@ -11,6 +11,10 @@ NORMALIZATIONS = ("l2", "softmax", "minmax")
 SMALL = SIZES["two KV heads, width 24"]
 
 
+FEW, NONE = "one head, one visual token", "three rows, one without visual tokens"
+LARGE = ("28 heads, 4 KV heads", "width 1,100")
+
+
 @pytest.fixture(params=["reference", "kernel"])
 def score(request):
     """`score("folded", *arguments)` by the plain definition or by the kernels."""
@@ -22,9 +26,12 @@ def score(request):
 
 @pytest.mark.parametrize(
     ("name", "normalization"),
-    [(name, "l2") for name in SIZES]
     # The normalisations differ in what they make of few visual tokens, or none.
-    + [(name, n) for name in SIZES if name.startswith(("one", "three")) for n in ("softmax", "minmax")],
+    [
+        *((name, "l2") for name in SIZES),
+        *((FEW, n) for n in ("softmax", "minmax")),
+        *(pytest.param(NONE, n, marks=pytest.mark.slow) for n in ("softmax", "minmax")),
+    ],
 )
 def test_sizes_and_normalizations(score, name, normalization):
     sizes = SIZES[name]
@@ -34,14 +41,14 @@ def test_sizes_and_normalizations(score, name, normalization):
     oracle.score_projected(*arguments).check(score("projected", *arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_arithmetic_is_fp32_for_every_dtype(score, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("name", [FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_arithmetic_is_fp32_for_every_dtype(score, name, dtype):
     """The oracle's tolerance knows only fp32's epsilon: a product or sum rounded to bf16 or fp16 exceeds it."""
-    for sizes in (SIZES["28 heads, 4 KV heads"], SIZES["width 1,100"]):
-        arguments = folded(sizes, dtype, "l2")
-        oracle.score_folded(*arguments).check(score("folded", *arguments))
-        arguments = projected(sizes, dtype, "l2")
-        oracle.score_projected(*arguments).check(score("projected", *arguments))
+    arguments = folded(SIZES[name], dtype, "l2")
+    oracle.score_folded(*arguments).check(score("folded", *arguments))
+    arguments = projected(SIZES[name], dtype, "l2")
+    oracle.score_projected(*arguments).check(score("projected", *arguments))
 
 
 def test_no_bias(score):
@@ -70,7 +77,7 @@ def test_a_row_without_voters_or_visual_tokens_scores_zero(score, normalization)
     assert scores[1].abs().max() > 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), pytest.param(float("-inf"), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_a_non_finite_visual_token_has_raw_score_zero(score, normalization, value):
     arguments = folded(SMALL, torch.float32, normalization)

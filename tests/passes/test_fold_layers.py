@@ -94,7 +94,7 @@ def into_an_earlier_layer(hidden, layer, kept):
     return F.relu(kept[0], inplace=True) + hidden if kept else kept.append(hidden) or hidden
 
 
-@pytest.mark.parametrize("between", [in_place, into_an_earlier_layer])
+@pytest.mark.parametrize("between", [pytest.param(in_place, marks=pytest.mark.slow), into_an_earlier_layer])
 def test_writes_in_place_are_values_and_no_obstacle(between, monkeypatch):
     decoder, inputs = Decoder(between), graphs.prompt()
     assert len(calls_of(folded(decoder))) > 1
@@ -107,7 +107,7 @@ def test_writes_in_place_are_values_and_no_obstacle(between, monkeypatch):
     assert torch.equal(hidden, expected[0]) and all(map(torch.equal, kept, expected[1]))
 
 
-@pytest.mark.parametrize("widths", [(16,) * LAYERS, (16, 32) * 2])
+@pytest.mark.parametrize("widths", [pytest.param((16,) * LAYERS, marks=pytest.mark.slow), (16, 32) * 2])
 def test_what_is_computed_stays(widths, monkeypatch):
     """Bit for bit, with layers of one kind and of two."""
     decoder, results = Decoder(gelu, widths), []
@@ -120,6 +120,7 @@ def test_what_is_computed_stays(widths, monkeypatch):
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_with_gradients_all_weights_get_theirs():
     """Also where equal layers differ in what is trained, which calls of one graph would share."""
     decoder = Decoder(gelu).requires_grad_(False)

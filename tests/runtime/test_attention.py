@@ -71,7 +71,7 @@ def prefill(model: Any, inputs: dict[str, Any]) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("attention", [EAGER, KERNEL])
+@pytest.mark.parametrize("attention", [EAGER, pytest.param(KERNEL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prefill_is_that_of_the_model_loaded_with_sdpa(name: str, attention: str) -> None:
     """Bit for bit, with nothing removed and with most of it, one row and a padded batch."""
@@ -105,6 +105,7 @@ def test_decoding_keeps_the_model_s_own(name: str) -> None:
         assert report.kept_visual_tokens.sum() < report.visual_tokens.sum()
 
 
+@pytest.mark.slow
 def test_later_turns_and_prompts_without_images_keep_it_too() -> None:
     model = loaded("llava", KERNEL)
     inputs = picture("llava")
@@ -124,6 +125,7 @@ def test_later_turns_and_prompts_without_images_keep_it_too() -> None:
     assert len(calls) == LAYERS and (report.prefill_attention, report.attention) == (KERNEL, KERNEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [EAGER, KERNEL])
 def test_static_caches(attention: str) -> None:
     options = {"cache_implementation": "static", "tokens": 4}
@@ -132,6 +134,7 @@ def test_static_caches(attention: str) -> None:
     assert torch.equal(out.sequences, expected.sequences)
 
 
+@pytest.mark.slow
 def test_compiled_decode_steps_keep_it() -> None:
     model = loaded("llava", EAGER, compile_decode=True)
     graphs: list[torch.fx.GraphModule] = []
@@ -194,6 +197,7 @@ def test_a_thread_that_decodes_is_not_told_of_one_that_captures(monkeypatch: pyt
     assert answers == ["sdpa", KERNEL, LAYERS]
 
 
+@pytest.mark.slow
 def test_what_configurations_answer_is_put_back() -> None:
     """As soon as no model needs it; models that use SDPA everywhere never change it."""
     gc.collect()  # models of other tests

@@ -13,7 +13,7 @@ from tests.runtime.models import MAIN, ROUNDING, generate, new_tokens, plain, pr
 from tests.zoo import Row, rows
 
 TILES = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next", "smolvlm"))
-LAYOUTS = ("qwen2_5_vl", "qwen3_vl", "gemma3", *TILES)
+LAYOUTS = ("qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "gemma3")), *TILES)
 """One architecture of each way to hand images over, and of each kind of mask."""
 
 
@@ -51,7 +51,10 @@ def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "mm_encoder_outputs": outputs}
 
 
-@pytest.mark.parametrize("name", (*MAIN, *TILES))
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "qwen3_vl")), *TILES],
+)
 def test_ratio_0_is_the_plain_model(name: str) -> None:
     """Bit for bit: a batch padded on the left through generate; a row, or through forward one padded on the right."""
     model = hawk_compile.optimize(pruned(name), ratio=0, backend="eager")

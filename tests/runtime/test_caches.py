@@ -150,7 +150,7 @@ def test_quantized_cache() -> None:
     assert not torch.allclose(out.logits[-1], unrounded.logits[-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "paligemma"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", pytest.param("paligemma", marks=pytest.mark.slow)])
 def test_without_cache(name: str) -> None:
     """Each step prefills anew; what was generated must not vote, so the same tokens are kept each time."""
     row = zoo.Row(images=zoo.sizes(name)[4].images, tail=None)  # no end of turn keeps generated text from voting

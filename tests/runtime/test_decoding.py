@@ -89,7 +89,7 @@ def test_sampling(name: str) -> None:
             each.feed([token])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_beams(name: str) -> None:
     """Every beam's score is that of its tokens, forced through the hand-written loop; the best leads."""
     inputs = picture(name)

@@ -47,7 +47,7 @@ def scored(model: Any, inputs: dict[str, Tensor], **asked: Any) -> tuple[Tensor,
     return report.scores[0][inputs["input_ids"][0] == c.IMAGE], report
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def named_model(request: pytest.FixtureRequest) -> tuple[str, Any]:
     return request.param, fresh(request.param)
 
@@ -97,7 +97,7 @@ def test_a_call_says_who_votes(named_model: tuple[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "settings"), [
-    ("llava", {}), ("qwen3_vl", {}), ("llava", {"query": "content"}),
+    pytest.param("llava", {}, marks=pytest.mark.slow), ("qwen3_vl", {}), ("llava", {"query": "content"}),
 ])  # fmt: skip
 def test_own_questions(name: str, settings: dict[str, Any]) -> None:
     """Each image is scored as where it stands alone with its question: folded, projected and by single tokens."""

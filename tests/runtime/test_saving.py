@@ -65,7 +65,7 @@ def test_published_weights_survive_another_name(tmp_path: Path, monkeypatch: pyt
     check_alike(model, reloaded(tmp_path / "mine"))
 
 
-@pytest.mark.parametrize("selector", ["uniform", "fastv"])
+@pytest.mark.parametrize("selector", [pytest.param("uniform", marks=pytest.mark.slow), "fastv"])
 def test_a_selector_with_weights_of_its_own_does_not_overwrite_those_of_the_checkpoint(
     tmp_path: Path, selector: str
 ) -> None:

@@ -111,7 +111,7 @@ def test_prefills_overlap(graphs: Graphs, models: int, name: str) -> None:
     check(results, expected)
 
 
-@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_first_calls_overlap(graphs: Graphs, models: int) -> None:
     """A graph runs without the lock in the call that captured it, too."""
     used = [fresh("llava") for _ in range(models)]
@@ -131,7 +131,7 @@ def test_an_eager_call_beside_a_capture_is_no_capture(monkeypatch: pytest.Monkey
         model.model.get_placeholder_mask(inputs["input_ids"], embeds, image_features=embeds[0, :1])
 
 
-@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_decode_steps_overlap(graphs: Graphs, models: int) -> None:
     used = [fresh("llava", compile_decode=True) for _ in range(models)]
     pairs = [(used[0], 2), (used[-1], 4)]

@@ -10,7 +10,7 @@ from hawk_compile.tools.survey.tiny import read
 from tests import timm_at_hand
 
 FOLDER = Path(__file__).parents[2] / "architectures"
-QUICK = ("llava", "qwen3_5.linear_first", "mllama")
+QUICK = ("qwen3_5.linear_first", "mllama")
 TYPES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
