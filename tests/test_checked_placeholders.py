@@ -49,6 +49,21 @@ def test_visual_tokens_that_are_masked_out(name: str, ratio: float) -> None:
         torch.testing.assert_close(logits[row, -len(keep) :], expected[row, keep], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [None, hawk_compile.Adaptive()])
+def test_every_visual_token_is_masked_out(budget: hawk_compile.Adaptive | None) -> None:
+    """Of features of later layers none is left."""
+    tiny = read(FOLDER / "qwen3_vl.json")
+    model, inputs = build(tiny), prompt(tiny, rows=1)
+    mask = (inputs["input_ids"] != model.config.image_token_id).long()
+    inputs |= {"attention_mask": mask, "position_ids": torch.arange(mask.shape[1]).expand(3, 1, -1)}
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+        hawk_compile.optimize(model, ratio=0.0 if budget else 0.5, budget=budget, backend="eager")
+        logits = model(**inputs).logits[:, -1]
+    assert hawk_compile.report(model).kept_visual_tokens.tolist() == [0]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
 def test_hidden_states_that_the_configuration_asks_for() -> None:
     tiny = read(FOLDER / "llava.json")
     model, inputs = build(tiny), prompt(tiny, rows=1)

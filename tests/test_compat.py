@@ -114,6 +114,17 @@ def test_backends_errors_and_trees_of_torch_compile() -> None:
     dynamo.mark_static(weights)
 
 
+def test_what_torch_compile_was_told_to_leave_uncompiled() -> None:
+    assert dynamo.compiles_all()
+    for stance in ("force_eager", "eager_on_recompile", "eager_then_compile"):
+        with torch.compiler.set_stance(stance):
+            assert not dynamo.compiles_all()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        assert not dynamo.compiles_all()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert dynamo.compiles_all()
+
+
 traced: list[str] = []
 
 

@@ -240,7 +240,8 @@ def known_ids(model: Any, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tenso
     if not len(numbers):
         return torch.full(inputs_embeds.shape[:2], -1, dtype=torch.int64, device=device)
     rows = max(1, AT_ONCE // max(1, channels))
-    factors = torch.randint(2**62, (channels,), generator=torch.Generator().manual_seed(0)).to(device) * 2 + 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(2**62, (channels,), generator=generator, device="cpu").to(device) * 2 + 1
     hashes, order = torch.cat([
         hashes_of(embed(some).to(inputs_embeds.dtype), factors) for some in numbers.split(rows)
     ]).sort(stable=True)  # fmt: skip

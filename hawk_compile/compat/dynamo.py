@@ -72,6 +72,13 @@ def sizes_named_in_texts() -> Iterator[None]:
         texts.name_sizes = False
 
 
+def compiles_all() -> bool:
+    """Whether torch.compile compiles whatever it meets, by the backend that was asked for: `torch.compiler.set_stance`
+    may let some or all of it run uncompiled, or by another backend."""
+    stance = torch._dynamo.eval_frame._stance
+    return stance.stance in ("default", "fail_on_recompile") and stance.backend is None
+
+
 def write_package(program: torch.export.ExportedProgram, path: str, settings: dict[str, Any]) -> str:
     """Compile a program by AOTInductor into one .pt2 file."""
     return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)

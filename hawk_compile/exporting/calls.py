@@ -71,7 +71,7 @@ class ExportedPrefill:
         feed["question_mask"] = plan.question_mask.long()
         feed |= {"budget": plan.budget, "kept_slots": torch.arange(plan.length)}
         if "kept_visual_slots" in self.inputs:
-            feed["kept_visual_slots"] = torch.arange(sum(plan.kept))
+            feed["kept_visual_slots"] = torch.arange(plan.visual_slots)
         found = self.session(feed)
         for layer in range(sum(name.startswith("key_") for name in found)):
             inputs["past_key_values"].update(found[KEY.format(layer)], found[VALUE.format(layer)], layer)

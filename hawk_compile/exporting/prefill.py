@@ -170,7 +170,7 @@ def plan_sample(
     sample = {"question_mask": plan.question_mask.long(), "budget": plan.budget}
     sample["kept_slots"] = torch.arange(plan.length, device=ids.device)
     if layered:
-        sample["kept_visual_slots"] = torch.arange(sum(plan.kept), device=ids.device)
+        sample["kept_visual_slots"] = torch.arange(plan.visual_slots, device=ids.device)
     return sample
 
 

@@ -52,6 +52,12 @@ class Plan:
     filled: bool
     candidates: Tensor | None
 
+    @property
+    def visual_slots(self) -> int:
+        """V', the visual tokens kept over all rows; 1 where all are masked out, for an index that nothing reads, since
+        an empty tensor cannot be indexed."""
+        return max(sum(self.kept), 1)
+
     def to(self, device: torch.device) -> "Plan":
         """The plan with its tensors on a device."""
         if device.type == "cpu":
@@ -105,7 +111,7 @@ def make_plan(
         InputError: features and placeholders differ in number, or a row has visual tokens and no text to score them.
     """
     real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
-    asked = real if prompt is None else real & (torch.arange(real.shape[1]) < prompt)
+    asked = real if prompt is None else real & (torch.arange(real.shape[1], device="cpu") < prompt)
     if question_mask is not None:
         question = given_question(input_ids, visual, asked, question_mask)
     else:
@@ -123,8 +129,8 @@ def make_plan(
         question_mask=counted(question.mask, config.used_query),
         question_images=question.images,
         question=question,
-        budget=torch.tensor(kept),
-        least=None if config.budget is None else torch.tensor(fewest),
+        budget=torch.tensor(kept, device="cpu"),
+        least=None if config.budget is None else torch.tensor(fewest, device="cpu"),
         quotas=images,
         visual=tokens,
         text=[total - count for total, count in zip(present, tokens, strict=True)],

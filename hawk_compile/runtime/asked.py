@@ -58,7 +58,7 @@ class AskedQuestion:
         rows, length = ids.shape
         covered = length if prompt is None else prompt
         if self.mask is None:
-            return mask_of_ids(ids, real & (torch.arange(length) < covered), self.ids, special)
+            return mask_of_ids(ids, real & (torch.arange(length, device="cpu") < covered), self.ids, special)
         if tuple(self.mask.shape) not in ((rows, covered), (rows, earlier + covered)):
             whole = f", or [{rows}, {earlier + covered}] like the whole conversation" if earlier else ""
             raise InputError(

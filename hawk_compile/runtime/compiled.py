@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn
+from hawk_compile.compat.dynamo import compiles_all
 from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.insert_scoring import Ranks
@@ -55,10 +56,13 @@ class CompiledPrefill:
         device = head_weights.device
         image, floor = (None, None) if plan.quotas is None else (plan.quotas.image, plan.quotas.floor)
         planned = (
-            plan.question_mask, plan.budget, head_weights, *slots(plan.length, sum(plan.kept), device), plan.candidates,
-            plan.least, image, floor, plan.question_images,
+            plan.question_mask, plan.budget, head_weights, *slots(plan.length, plan.visual_slots, device),
+            plan.candidates, plan.least, image, floor, plan.question_images,
         )  # fmt: skip
-        return self.function(forward, inputs, past_mask, planned, along)
+        if compiles_all():
+            return self.function(forward, inputs, past_mask, planned, along)
+        with torch.compiler.set_stance("default"):  # uncompiled there is no pruned prefill
+            return self.function(forward, inputs, past_mask, planned, along)
 
 
 class CompiledStep:

@@ -16,7 +16,8 @@ def refuse_gradients(result: ModelOutput) -> None:
 
     result["logits"] = refusing(result["logits"])
     if "hidden_states" in result:
-        result["hidden_states"] = tuple(refusing(each) for each in result["hidden_states"])
+        result["hidden_states"] = tuple(
+            each if each is None else refusing(each) for each in result["hidden_states"])  # None: a layer not asked for
 
 
 class RefuseBackward(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """One pruned prefill: sort the inputs, plan, run the compiled graph, hand its keys and values to the caller's cache."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,17 +129,19 @@ def run_graph(
         cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
     if cache is not None:
         track(cache, keep, valid if plan.filled else None, inputs.past, inputs.length, inputs.deltas)
-    give_cache(result, cache)
-    return result, record
+    return with_cache(result, cache), record
 
 
-def give_cache(result: ModelOutput, cache: Cache | None) -> None:
-    """Put the caller's cache in the place of the graph's, in an output and in those of parts within it."""
-    for name, value in list(result.items()):
-        if name == "past_key_values":
-            result[name] = cache
-        elif isinstance(value, ModelOutput):
-            give_cache(value, cache)
+def with_cache(result: ModelOutput, cache: Cache | None) -> ModelOutput:
+    """An output with the caller's cache in the place of the graph's, in itself and in those of parts within it.
+
+    Where the caller has none, nor has the output: beam search reorders whatever it finds there.
+    """
+    changed: dict[str, Any] = {
+        name: cache if name == "past_key_values" else with_cache(value, cache) for name, value in result.items()
+        if name == "past_key_values" or isinstance(value, ModelOutput)
+    }  # fmt: skip
+    return replace(result, **changed)  # type: ignore[type-var]
 
 
 def mask_for(inputs: PromptInputs, plan: Plan) -> Tensor | None:

@@ -81,7 +81,7 @@ class PrefillRecord:
 
     def report(self) -> Report:
         if self.keep is None or self.valid is None:
-            indices = [torch.arange(self.prompt_tokens) for _ in self.visual_tokens]
+            indices = [torch.arange(self.prompt_tokens, device="cpu") for _ in self.visual_tokens]
         else:
             pairs = zip(self.keep.cpu(), self.valid.cpu(), strict=True)
             indices = [keep[valid] for keep, valid in pairs]
@@ -96,8 +96,8 @@ class PrefillRecord:
             reason += f" {total} visual tokens"
         question = self.question
         return Report(
-            visual_tokens=torch.tensor(self.visual_tokens, dtype=torch.int64),
-            kept_visual_tokens=torch.tensor(kept, dtype=torch.int64),
+            visual_tokens=torch.tensor(self.visual_tokens, dtype=torch.int64, device="cpu"),
+            kept_visual_tokens=torch.tensor(kept, dtype=torch.int64, device="cpu"),
             keep_indices=indices,
             scores=None if self.scores is None else self.scores.cpu(),
             reason=reason,

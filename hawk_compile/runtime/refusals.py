@@ -12,6 +12,10 @@ from hawk_compile.capture.modalities import asks_for, positions_by_images, token
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
+from hawk_compile.runtime.positions import axes_of
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""Arguments of transformers' models that say where prompts begin within a row."""
 
 
 def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -43,6 +47,7 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             f"inputs_embeds were given beside images or audio, which {type(model).__name__} merges into "
             "input_ids only: give input_ids [B, S]"
         )
+    refuse_packed_rows(model, kwargs)
     cache = kwargs.get("past_key_values")
     if physical_length(cache) and (names := token_kinds(model, kwargs)):
         raise UnsupportedCallError(
@@ -53,6 +58,30 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would "
             "give them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
+        )
+
+
+def refuse_packed_rows(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse several prompts in one row, told apart by where each begins: a pruned prefill scores one prompt a row.
+
+    Without a mask and a cache, transformers reads that off the positions. They are looked at in such calls alone, since
+    it takes a word from the device.
+    """
+    given = [name for name in PACKING if kwargs.get(name) is not None]
+    positions, use_cache = kwargs.get("position_ids"), kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(model.config.get_text_config(), "use_cache", True)
+    if not given and isinstance(positions, Tensor) and not use_cache and all(
+        kwargs.get(name) is None for name in ("attention_mask", "past_key_values")
+    ):
+        if positions.ndim == 3:  # those of text stand ahead of the axes'; without them nothing tells
+            positions = positions[0] if positions.shape[0] > axes_of(model) else None
+        if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+            given = ["position_ids that begin anew in the middle of a row"]
+    if given:
+        raise UnsupportedCallError(
+            f"{' and '.join(given)} were given, which pack several prompts into one row, and a pruned prefill scores "
+            "one prompt a row: give each a row of its own, padded, with attention_mask [B, S]"
         )
 
 

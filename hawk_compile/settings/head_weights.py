@@ -48,7 +48,7 @@ def resolve(setting: Any, model: PreTrainedModel) -> HeadWeights:
         if known and len(known[0]) == heads:
             return normalised(*known, heads)
         unfit = f" ({len(known[0])} weights, {known[1]}, do not fit {heads} heads)" if known else ""
-        return HeadWeights(torch.full((heads,), 1.0 / heads), f"uniform{unfit}")
+        return HeadWeights(torch.full((heads,), 1.0 / heads, device="cpu"), f"uniform{unfit}")
     return normalised(*named_or_numbers(setting), heads)
 
 
@@ -114,7 +114,7 @@ def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
     if name and beside.is_file():
         return read(beside), f"beside the checkpoint ({beside})"
     entry = published().get(name.rstrip("/").rsplit("/", 1)[-1].lower())
-    return (torch.tensor(entry["weights"]), f"published ({entry['source']})") if entry else None
+    return (torch.tensor(entry["weights"], device="cpu"), f"published ({entry['source']})") if entry else None
 
 
 @cache
@@ -165,7 +165,7 @@ def as_tensor(weights: Any) -> Tensor:
         raise HeadWeightsError(
             f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {kind}'
         )
-    return torch.tensor(list(weights), dtype=torch.float32)
+    return torch.tensor(list(weights), dtype=torch.float32, device="cpu")
 
 
 def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:

@@ -36,8 +36,8 @@ def longest_row(candidate: Tensor, token_mask: Tensor, budget: Tensor) -> int:
 
 
 def kept_of_all(budget: Tensor) -> int:
-    """V': the visual tokens kept over all rows, read from the device."""
-    count = budget.sum().item()
+    """V': the visual tokens kept over all rows, read from the device; 1 where there are none, which can be indexed."""
+    count = budget.sum().clamp_min(1).item()
     check(count >= 1)
     return count  # type: ignore[return-value]
 

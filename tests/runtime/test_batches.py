@@ -83,5 +83,8 @@ def test_ratio_0_beams_are_the_plain_beams(name: str) -> None:
         options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
         out, wanted = generate(model, inputs, 5, **options), generate(plain(name), inputs, 5, **options)
         assert out.sequences.equal(wanted.sequences) and out.sequences_scores.equal(wanted.sequences_scores)
+        options["use_cache"] = False  # beams find no cache to reorder then
+        out, wanted = generate(model, inputs, 2, **options), generate(plain(name), inputs, 2, **options)
+        assert out.sequences.equal(wanted.sequences) and out.past_key_values is None
     finally:
         hawk_compile.optimize(model, ratio=0.6, backend="eager")

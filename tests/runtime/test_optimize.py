@@ -204,3 +204,22 @@ def test_an_optimized_model_inside_torch_compile() -> None:
     assert 0 < report.kept_visual_tokens.item() < report.visual_tokens.item()
     assert torch.equal(model(**inputs).logits, expected)
     assert model._hawk_runtime.compilations == 1
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_compiled_whatever_torch_compile_was_told(stance: str) -> None:
+    """What is not compiled is not pruned."""
+    model = fresh("llava")
+    with torch.compiler.set_stance(stance):
+        logits = model(**picture("llava")).logits
+    torch.testing.assert_close(logits, pruned("llava")(**picture("llava")).logits, rtol=0, atol=0)
+    assert model._hawk_runtime.compilations == 1
+
+
+def test_a_default_device_of_the_process() -> None:
+    """What is planned on the host stays there."""
+    model, inputs = zoo.build("llava", layers=2), picture("llava")
+    with torch.device("meta"):
+        hawk_compile.optimize(model, ratio=0.6, backend="eager")
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits, pruned("llava")(**picture("llava")).logits, rtol=0, atol=0)

@@ -22,10 +22,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils import ModelOutput
 
 import hawk_compile
 from hawk_compile.errors import ConfigError, HawkError, HeadWeightsError, InputError, UnsupportedCallError
 from hawk_compile.errors import UnsupportedModelError as ModelError
+from hawk_compile.runtime.gradients import refuse_gradients
 from hawk_compile.tools.survey.tiny import read
 from tests import zoo
 from tests.runtime.models import ROUNDING, conversation, fresh, generate, picture, plain, prompt, pruned
@@ -215,6 +217,30 @@ def test_training() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():
         assert not model(**picture("llava")).logits.requires_grad
+
+
+def test_gradients_of_chosen_hidden_states() -> None:
+    """Of layers that were not asked for transformers gives None."""
+    result = ModelOutput(logits=torch.ones(1, 2, 3), hidden_states=(None, torch.ones(1, 2, 4)))
+    refuse_gradients(result)
+    assert result.hidden_states[0] is None
+    with pytest.raises(UnsupportedCallError, match="gradients were asked of a pruned prefill"):
+        result.hidden_states[1].sum().backward()
+
+
+def test_prompts_packed_into_one_row() -> None:
+    """Their positions begin anew, which tells prompts apart only where there is neither a mask nor a cache."""
+    for name, axes in (("llava", 0), ("qwen2_5_vl", 4)):
+        inputs = {key: value for key, value in picture(name).items() if key != "attention_mask"}
+        length = inputs["input_ids"].shape[1]
+        places = torch.cat([torch.arange(length - 4), torch.arange(4)])[None]
+        places = places.expand(axes, -1, -1) if axes else places
+        with pytest.raises(UnsupportedCallError, match=r"position_ids that begin anew .* give each a row of its own"):
+            pruned(name)(**inputs, position_ids=places, use_cache=False)
+        straight = torch.arange(length).expand(axes or 1, 1, -1) if axes else torch.arange(length)[None]
+        for given, cached in ((places, True), (straight, False)):
+            assert pruned(name)(**inputs, position_ids=given, use_cache=cached).logits.isfinite().all()
+    call("cu_seq_lens_q and cu_seq_lens_k were given", cu_seq_lens_q=torch.tensor([0, 4]), cu_seq_lens_k=[0, 4])
 
 
 def test_ids_and_embeddings_at_once() -> None:
