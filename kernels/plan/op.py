@@ -58,7 +58,8 @@ def plan(
     """
     raise MarkerError(
         "hawk::plan was run, but it only marks a graph for the passes: compile the function that calls it with the "
-        "'hawk' backend, which replaces it"
+        "'hawk' backend, which replaces it; an optimised model does so itself, unless torch.compile is switched off "
+        "(TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE): switch it on, or hawk_compile.restore the model"
     )
 
 
