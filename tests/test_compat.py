@@ -308,3 +308,4 @@ def test_what_caches_hold_beside_keys_and_values() -> None:
         layer = kind(max_cache_len=9)
         getattr(layer, models.EXTRA_KEYS[name])(torch.ones(1, 1, 3, 4) if name == "idx_keys" else torch.ones(1, 3, 4))
         assert getattr(layer, name).shape[-2] >= 3
+    assert hasattr(DynamicIndexedLayer(), models.EXTRA_POSITIONS)

@@ -20,6 +20,7 @@ from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
 from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.features import arguments_of, cut_extra_rows
+from hawk_compile.capture.indexers import indexers_stood_for
 from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import body_overrides
@@ -171,6 +172,7 @@ def capture_prefill(
     function = compile_alone(planned_forward, backend=take, fullgraph=True)
     mixers_stood_for.begin(function, model)
     experts_stood_for.begin(function, model)
+    indexers_stood_for.begin(function, model)
     try:
         body.update(overrides)
         with capture_settings(), torch.no_grad(), diagnosed(model), capturing(model):
@@ -181,6 +183,7 @@ def capture_prefill(
     finally:
         mixers_stood_for.end(function)
         experts_stood_for.end(function)
+        indexers_stood_for.end(function)
         for name in overrides:
             del body[name]
         body.update(before)

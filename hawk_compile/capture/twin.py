@@ -9,12 +9,12 @@ import copy
 import inspect
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hawk_compile.compat.models import MODULES, is_tensors_or_hooks
+from hawk_compile.compat.models import MODULES, PARAMETERS, is_tensors_or_hooks
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
@@ -58,4 +58,16 @@ def with_children(module: nn.Module, children: dict[str, nn.Module]) -> Any:
         name: types.MethodType(value.__func__, shell) if inspect.ismethod(value) and value.__self__ is module else value
         for name, value in attributes.items()
     })
+    return shell
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """A module of the same class and attributes with these weights alone, by their dotted names."""
+    shell = with_children(module, {
+        name: with_tensors(child, {
+            path.removeprefix(f"{name}."): tensor for path, tensor in tensors.items() if path.startswith(f"{name}.")
+        })
+        for name, child in module.named_children()
+    })  # fmt: skip
+    shell.__dict__[PARAMETERS] = {name: tensors.get(name) for name in getattr(module, PARAMETERS)}
     return shell

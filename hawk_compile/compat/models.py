@@ -119,3 +119,5 @@ PROMPT_LENGTH = "prefill_length"
 """The attribute of layers of a cache that keep a prompt apart from what follows: its length, where they were told."""
 EXTRA_KEYS = {"indexer_keys": "update_indexer", "idx_keys": "update_index"}
 """What layers of a cache hold beside keys and values for each token, and the method that adds to it."""
+EXTRA_POSITIONS = "indexer_position_ids"
+"""The attribute of layers of a cache that remember the positions of all tokens, [axes, B, length]; None elsewhere."""

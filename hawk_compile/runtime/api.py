@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import answered_for_captures
 from hawk_compile.capture.experts import experts_stood_for
+from hawk_compile.capture.indexers import indexers_stood_for
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
@@ -70,6 +71,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     recorded_by_thread.begin(runtime)
     mixers_stood_for.begin(runtime, model)
     experts_stood_for.begin(runtime, model)
+    indexers_stood_for.begin(runtime, model)
     model.__dict__[RUNTIME] = runtime
     return model
 
@@ -89,6 +91,7 @@ def restore(model: Model) -> Model:
         recorded_by_thread.end(runtime)
         mixers_stood_for.end(runtime)
         experts_stood_for.end(runtime)
+        indexers_stood_for.end(runtime)
         answered_for_captures.end(runtime)
     return model
 

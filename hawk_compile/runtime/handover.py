@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.cache_utils import (
@@ -13,7 +14,7 @@ from transformers.cache_utils import (
 )
 
 from hawk_compile.compat.dynamo import mark_static
-from hawk_compile.compat.models import EXTRA_KEYS, PROMPT_LENGTH
+from hawk_compile.compat.models import EXTRA_KEYS, EXTRA_POSITIONS, PROMPT_LENGTH
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
 
@@ -82,6 +83,22 @@ def of_known_sizes(state: Tensor) -> Tensor:
     return state
 
 
+def keep_positions(scratch: DynamicCache, keep: Tensor, past: int, length: int) -> None:
+    """Cut what layers remember of the prompt's positions to the kept ones, where the graph hands its input on as it is.
+
+    Args:
+        keep: [B, S'], positions within the prompt.
+        past: tokens that the layers held before it.
+        length: S.
+    """
+    for layer in scratch.layers:
+        held = getattr(layer, EXTRA_POSITIONS, None)
+        if held is not None and held.shape[-1] == past + length:
+            prompt = held[..., past:]
+            kept = prompt.gather(-1, keep.expand(*prompt.shape[:-1], -1))
+            setattr(layer, EXTRA_POSITIONS, torch.cat([held[..., :past], kept], -1))
+
+
 def fill_cache(
     model: PreTrainedModel, target: Cache | None, scratch: DynamicCache, past: int, use_cache: bool | None
 ) -> Cache | None:
@@ -124,6 +141,8 @@ def fill_layer(target: Cache, index: int, layer: Any, past: int) -> None:
             if not hasattr(into, method):
                 raise unfit(target, index, "the keys of its indexer")
             getattr(into, method)(keys[..., past:, :])
+    if getattr(layer, EXTRA_POSITIONS, None) is not None:
+        setattr(into, EXTRA_POSITIONS, getattr(layer, EXTRA_POSITIONS))
 
 
 def unfit(cache: Cache, index: int, what: str) -> UnsupportedCallError:

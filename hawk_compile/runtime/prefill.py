@@ -29,7 +29,7 @@ from hawk_compile.plan.quotas import quotas
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
-from hawk_compile.runtime.handover import fill_cache, scratch_cache, scratch_layers, shrink
+from hawk_compile.runtime.handover import fill_cache, keep_positions, scratch_cache, scratch_layers, shrink
 from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import (
@@ -125,6 +125,7 @@ def run_graph(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
         origin, runtime.prefill.scoring_layer, attention.here, attention.elsewhere)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
+    keep_positions(scratch, keep, inputs.past, inputs.length)
     with opened(inputs.cache):
         cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
     if cache is not None:

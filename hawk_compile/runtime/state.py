@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.experts import experts_stood_for
+from hawk_compile.capture.indexers import indexers_stood_for
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.capture.vision import CompiledVision
@@ -72,6 +73,7 @@ class Runtime:
         recorded_by_thread.begin(copied)
         mixers_stood_for.begin(copied)
         experts_stood_for.begin(copied)
+        indexers_stood_for.begin(copied)
         return copied
 
     @property

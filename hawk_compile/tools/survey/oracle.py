@@ -106,7 +106,7 @@ def pruned_forward(
     """
     length = inputs["input_ids"].shape[1]
     seen = None if layer else seen_by_decoder(model, inputs)
-    if seen is None:
+    if seen is None or needs_ids(model, seen):
         return pruned_at_layer(model, inputs, keep, visual, layer)
     positions = seen.arguments.get("position_ids")
     if positions is None:
@@ -140,6 +140,15 @@ def from_tokens(model: PreTrainedModel) -> PreTrainedModel:
     return next(part for part in model.children() if isinstance(part, PreTrainedModel) and part.can_generate())
 
 
+def needs_ids(model: PreTrainedModel, seen: Seen) -> bool:
+    """Whether the decoder is given integers that the model works out of ids and does not take itself."""
+    taken = {*inspect.signature(model.forward).parameters, "attention_mask", "position_ids"}
+    return any(
+        isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == 2
+        for name, value in seen.arguments.items() if name not in taken
+    )
+
+
 def beside_embeddings(model: PreTrainedModel, seen: Seen, length: int) -> dict[str, Tensor]:
     """What the model worked out of the ids for its decoder, [B, S, ...], and takes beside them by that name."""
     taken = set(inspect.signature(model.forward).parameters) - {"inputs_embeds", "attention_mask", "position_ids"}
@@ -154,7 +163,7 @@ def pruned_at_layer(
 ) -> tuple[Any, Cache]:
     """As `pruned_forward`, with the residual stream gathered in front of a later layer, and masks as for the kept."""
     length, layers = inputs["input_ids"].shape[1], layers_of(model)
-    masks = masks_of_kept(model, inputs, keep, visual, layers) if layer else None
+    masks = masks_of_kept(model, inputs, keep, visual, layers)
     with contextlib.ExitStack() as stack:
         for number, part in enumerate(layers):
             def change(kwargs: dict[str, Any], number: int = number) -> dict[str, Any]:
@@ -165,7 +174,16 @@ def pruned_at_layer(
                 stack.enter_context(changed(part, change))
         stack.enter_context(torch.no_grad())
         output = model(**inputs, use_cache=True)
+    keep_positions(output.past_key_values, length, keep)
     return output, output.past_key_values
+
+
+def keep_positions(cache: Cache, length: int, keep: Tensor) -> None:
+    """Cut what layers of a cache know of positions, [..., S] integers, to the kept ones."""
+    for layer in cache.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, Tensor) and value.dtype == torch.int64 and value.shape[-1:] == (length,):
+                setattr(layer, name, value[..., keep])
 
 
 def masks_of_kept(
@@ -174,8 +192,14 @@ def masks_of_kept(
     """The attention mask that each layer is given for a prompt of the kept positions alone, where windows count these;
     None where the model merges and decodes in one module."""
     masks: list[Any] = [None] * len(layers)
-    if seen_by_decoder(model, inputs) is None:
+    if (seen := seen_by_decoder(model, inputs)) is None:
         return None
+    length = inputs["input_ids"].shape[1]
+    positions = seen.arguments.get("position_ids")
+    positions = torch.arange(length)[None] if positions is None else positions
+    cache = DynamicCache(config=model.config.get_text_config())
+    kept = gathered(seen.arguments, length, keep, visual) | {
+        "position_ids": positions[..., keep], "past_key_values": cache, "use_cache": True}
     with contextlib.ExitStack() as stack:
         for number, part in enumerate(layers):
             def look(kwargs: dict[str, Any], number: int = number) -> dict[str, Any]:
@@ -183,7 +207,8 @@ def masks_of_kept(
                 return kwargs
 
             stack.enter_context(changed(part, look))
-        pruned_forward(model, inputs, keep, visual)
+        stack.enter_context(torch.no_grad())
+        seen.decoder(**kept)
     return masks
 
 

@@ -1,0 +1,109 @@
+"""Indexers that pick keys by data: the operator that stands for them is what they are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicIndexedLayer
+
+from hawk_compile.capture import indexers
+from hawk_compile.capture.indexers import (
+    Remembered,
+    indexers_stood_for,
+    name_of_shell,
+    names_of_weights,
+    originals,
+    picks_keys_by_data,
+    weight_of,
+)
+from hawk_compile.runtime.handover import keep_positions
+from hawk_compile.tools.survey.tiny import build, read
+
+ARCHITECTURES = Path(__file__).parents[1] / "architectures"
+PAST, LENGTH = 5, 9
+
+
+class User:
+    """What asks for the stand-in."""
+
+
+@pytest.fixture(scope="module")
+def indexer() -> nn.Module:
+    model = build(read(ARCHITECTURES / "qwen4_exp.json"))
+    found = [module for module in model.modules() if picks_keys_by_data(module)]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def user(indexer: nn.Module) -> Any:
+    user = User()
+    indexers_stood_for.begin(user, indexer)
+    yield user
+    indexers_stood_for.end(user)
+
+
+def arguments(past: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Two rows of which the second begins with two masked tokens."""
+    torch.manual_seed(0)
+    angles = torch.rand(2, past + LENGTH, 6)
+    mask = torch.ones(LENGTH, past + LENGTH).tril(past).bool().expand(2, 1, -1, -1).clone()
+    mask[1, :, :, :2] = False
+    return torch.randn(2, LENGTH, 32), (angles.cos(), angles.sin()), mask
+
+
+def run_operator(indexer: nn.Module, past: Tensor | None) -> Any:
+    hidden, (cos, sin), mask = arguments(0 if past is None else past.shape[1])
+    weights = [weight_of(indexer, name) for name in names_of_weights(indexer).split(",")]
+    with torch.no_grad():
+        return torch.ops.hawk.choose_keys(hidden, cos, sin, mask, past, weights, name_of_shell(indexer))
+
+
+@pytest.mark.parametrize("past", [0, PAST])
+def test_the_operator_is_the_indexers_own_forward(indexer: nn.Module, user: Any, past: int) -> None:
+    held = torch.randn(2, past, 8) if past else None
+    remembered = Remembered(held)
+    with torch.no_grad():
+        expected = originals[type(indexer)](indexer, *arguments(past), remembered)
+    chosen, added = run_operator(indexer, held)
+    assert torch.equal(chosen, expected) and torch.equal(added, remembered.added)
+    visible = arguments(past)[2]
+    assert 0 < int(chosen.sum()) < int(visible.sum()), "some keys are left out"
+
+
+def test_shapes_are_known_without_data(indexer: nn.Module, user: Any) -> None:
+    hidden, (cos, sin), mask = arguments(0)
+    weights = [weight_of(indexer, name).detach() for name in names_of_weights(indexer).split(",")]
+    chosen, added = run_operator(indexer, None)
+    with FakeTensorMode() as mode, torch.no_grad():
+        fakes = [mode.from_tensor(each) for each in (hidden, cos, sin, mask)]
+        fake_weights = [mode.from_tensor(weight) for weight in weights]
+        fake = torch.ops.hawk.choose_keys(*fakes, None, fake_weights, name_of_shell(indexer))
+    assert [(each.shape, each.dtype) for each in fake] == [(each.shape, each.dtype) for each in (chosen, added)]
+
+
+def test_a_shell_holds_no_weights_and_the_class_is_put_back(indexer: nn.Module) -> None:
+    kind: Any = type(indexer)
+    user, before = User(), kind.forward
+    indexers_stood_for.begin(user, indexer)
+    shell, names = indexers.shells[name_of_shell(indexer)]
+    assert names and not list(shell.parameters())
+    indexers_stood_for.end(user)
+    assert kind.forward is before
+
+
+def test_positions_that_a_layer_remembers_are_cut_to_the_kept_ones() -> None:
+    layer = DynamicIndexedLayer()
+    layer.indexer_position_ids = torch.arange(8).expand(3, 2, 8).clone()
+    cache = DynamicCache()
+    cache.layers = [layer]
+    keep = torch.tensor([[0, 2, 4], [1, 2, 4]])
+    keep_positions(cache, keep, past=3, length=5)
+    expected = torch.tensor([[0, 1, 2, 3, 5, 7], [0, 1, 2, 4, 5, 7]]).expand(3, 2, 6)
+    assert torch.equal(layer.indexer_position_ids, expected)
+    keep_positions(cache, keep, past=3, length=5)
+    assert torch.equal(layer.indexer_position_ids, expected), "what the graph has gathered stays as it is"
