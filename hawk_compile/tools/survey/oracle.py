@@ -106,7 +106,7 @@ def pruned_forward(
     """
     length = inputs["input_ids"].shape[1]
     seen = None if layer else seen_by_decoder(model, inputs)
-    if seen is None or needs_ids(model, seen):
+    if seen is None or needs_ids(model, seen, inputs["input_ids"]):
         return pruned_at_layer(model, inputs, keep, visual, layer)
     positions = seen.arguments.get("position_ids")
     if positions is None:
@@ -140,11 +140,11 @@ def from_tokens(model: PreTrainedModel) -> PreTrainedModel:
     return next(part for part in model.children() if isinstance(part, PreTrainedModel) and part.can_generate())
 
 
-def needs_ids(model: PreTrainedModel, seen: Seen) -> bool:
-    """Whether the decoder is given integers that the model works out of ids and does not take itself."""
+def needs_ids(model: PreTrainedModel, seen: Seen, input_ids: Tensor) -> bool:
+    """Whether the decoder is given the ids beside their embeddings, by a name that the model does not take itself."""
     taken = {*inspect.signature(model.forward).parameters, "attention_mask", "position_ids"}
     return any(
-        isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == 2
+        isinstance(value, Tensor) and not value.is_floating_point() and torch.equal(value, input_ids)
         for name, value in seen.arguments.items() if name not in taken
     )
 
