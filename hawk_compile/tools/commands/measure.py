@@ -129,6 +129,7 @@ def survey(
     folder: Annotated[Path, typer.Argument(help="Tiny models of architectures, one JSON file each.")],
     types: Annotated[list[str] | None, typer.Argument(help="Names of some of them; all, if left out.")] = None,
     exports: Annotated[str, typer.Option(help="Formats to export to as well, with commas between.")] = "",
+    exports_only: Annotated[bool, typer.Option("--exports-only", help="Export, and check nothing else.")] = False,
     before: Annotated[Path | None, typer.Option(help="An earlier survey to compare with; the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     table: Annotated[Path | None, typer.Option(help="The page of Markdown to write.")] = None,
@@ -137,4 +138,4 @@ def survey(
     from hawk_compile.tools.survey.commands import survey_folder
 
     forms = [each.strip() for each in exports.split(",") if each.strip()]
-    survey_folder(console(), folder, types or [], out, table, before, forms)
+    survey_folder(console(), folder, types or [], out, table, before, forms, exports_only)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from hawk_compile.exporting.check import compare
 from hawk_compile.exporting.runner import load
 from hawk_compile.exporting.write import export
-from hawk_compile.tools.survey.checks import STEPS, Check
+from hawk_compile.tools.survey.checks import STEPS, Check, settings
 from hawk_compile.tools.survey.outcome import Wrong
 from hawk_compile.tools.survey.tiny import Tiny, prompt
 
@@ -20,7 +20,8 @@ def exported_as(form: str) -> Check:
         inputs = prompt(tiny, rows=1)
         with tempfile.TemporaryDirectory() as parent:
             out = Path(parent) / form
-            export(model, inputs, out, format=form, ratio=0.5, head_weights="uniform")
+            chosen = {name: given for name, given in settings(tiny, 0.5).items() if name != "backend"}
+            export(model, inputs, out, format=form, **chosen)
             found = compare(load(out), model, [inputs], max_new_tokens=STEPS)
         if not found.whole:
             raise Wrong(f"{found}")

@@ -1,9 +1,11 @@
 """What a check of a tiny model gives, and how two results are compared."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+
+from hawk_compile.exporting.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Outcome:
 
 @dataclass
 class Survey:
-    """The outcomes of one model's checks by name, in the order they ran.
+    """The outcomes of one model's checks by name, in the order they ran; an export's name is its format.
 
     Attributes:
         model_class: the model's class in transformers.
@@ -37,27 +39,48 @@ class Survey:
     layer: int = 0
 
     @property
+    def pruned(self) -> dict[str, Outcome]:
+        """Those of `optimize`: a model that cannot be exported is right all the same."""
+        return {name: outcome for name, outcome in self.outcomes.items() if name not in FORMATS}
+
+    @property
     def right(self) -> bool:
-        statuses = {outcome.status for outcome in self.outcomes.values()}
+        statuses = {outcome.status for outcome in self.pruned.values()}
         return statuses <= {"right", "unasked"} and "right" in statuses
 
     @property
     def refusal(self) -> str | None:
         """Why the model is refused; None unless every call that would prune is."""
-        asked = [outcome for outcome in self.outcomes.values() if outcome.status != "unasked"]
+        asked = [outcome for outcome in self.pruned.values() if outcome.status != "unasked"]
         refused = asked and all(outcome.status == "refused" for outcome in asked)
         return asked[0].detail.partition(": ")[2] if refused else None
 
     @property
     def trouble(self) -> str | None:
         """What is not right first."""
-        wrong = (f"{name}: {each.detail}" for name, each in self.outcomes.items()
+        wrong = (f"{name}: {each.detail}" for name, each in self.pruned.items()
                  if each.status not in ("right", "unasked"))
         return next(wrong, None)
 
     @property
     def seconds(self) -> float:
-        return sum(outcome.seconds for outcome in self.outcomes.values())
+        """Of all but the exports."""
+        return sum(outcome.seconds for outcome in self.pruned.values())
+
+    @property
+    def unexported(self) -> dict[str, Outcome]:
+        """The formats that it was not written to, or not rightly."""
+        return {
+            name: outcome for name, outcome in self.outcomes.items() if name in FORMATS and outcome.status != "right"
+        }
+
+    def with_earlier(self, earlier: "Survey | None") -> "Survey":
+        """This survey with the outcomes of an earlier one where a check did not run."""
+        if earlier is None:
+            return self
+        return replace(
+            self, outcomes={**earlier.outcomes, **self.outcomes}, layer=self.layer if self.pruned else earlier.layer
+        )
 
 
 class Unasked(Exception):

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from hawk_compile.errors import InputError
+from hawk_compile.exporting.formats import FORMATS
 from hawk_compile.tools.survey.outcome import Outcome, Survey
 
 SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
@@ -18,7 +19,7 @@ SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
 MARKS = {"right": "yes", "refused": "refused", "wrong": "**wrong**", "failed": "**fails**", "unasked": "—"}
 COLUMNS = {
     "ratio 0": "nothing removed", "prefill": "prefill", "decode": "decode", "turns": "several turns",
-    "batch": "padded batches", "restore": "restore", "onnx": "ONNX",
+    "batch": "padded batches", "restore": "restore", "onnx": "ONNX", "openvino": "OpenVINO",
 }  # fmt: skip
 
 
@@ -95,8 +96,9 @@ def page(types: Types, command: str) -> str:
         "of the visual tokens removed, the logits are those of the plain model run on hand-gathered tokens, in the "
         "prefill and over five more tokens of `generate`. *Several turns*: so are those of a text turn on the same "
         "cache. *Padded batches*: every row is as it is alone. *Restore*: afterwards the model is the plain one. "
-        "*Layer*: the decoder layer that scores, in front of which tokens are removed.", "",
-        "## Right", "", *table_of(right),
+        "*Layer*: the decoder layer that scores, in front of which tokens are removed. *ONNX* and *OpenVINO*: the "
+        "exported model generates the ids that the optimised one does, and keeps the same tokens.", "",
+        "## Right", "", *table_of(right), *not_exported(right),
         "", "## Refused", "", "Nothing is changed: `optimize`, or the first prompt, raises an error that says so.", "",
         "| type | why |", "| --- | --- |", *(f"| {each.name} | {cell(each.refusal)} |" for each in refused),
     ]  # fmt: skip
@@ -106,14 +108,32 @@ def page(types: Types, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def not_exported(surveys: list[Survey]) -> list[str]:
+    """Why types that are right are not exported."""
+    rows = [
+        f"| {each.name} | {COLUMNS.get(form, form)} | {cell(outcome.detail)} |"
+        for each in surveys for form, outcome in each.unexported.items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    text = "`hawk_compile.export` raises this error of theirs; `optimize` runs them as the table says."
+    return ["", "### Not exported", "", text, "", "| type | to | why |", "| --- | --- | --- |", *rows]
+
+
 def table_of(surveys: list[Survey]) -> list[str]:
     tried = [name for name in COLUMNS if any(name in each.outcomes for each in surveys)]
     heads = ["type", "layer", *(COLUMNS[name] for name in tried), "seconds"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for each in surveys:
-        marks = [MARKS[each.outcomes[name].status] if name in each.outcomes else "—" for name in tried]
+        marks = [mark(each, name) for name in tried]
         lines.append(f"| {each.name} | {each.layer} | {' | '.join(marks)} | {each.seconds:.0f} |")
     return lines
+
+
+def mark(survey: Survey, check: str) -> str:
+    if check in survey.outcomes:
+        return MARKS[survey.outcomes[check].status]
+    return "not tried" if check in FORMATS else "—"
 
 
 def cell(text: str | None) -> str:

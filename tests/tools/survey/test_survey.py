@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from hawk_compile.errors import InputError
+from hawk_compile.errors import ExportError, InputError
 from hawk_compile.tools.cli import app
-from hawk_compile.tools.survey import checks
+from hawk_compile.tools.survey import checks, exports
 from hawk_compile.tools.survey.checks import survey
 from hawk_compile.tools.survey.outcome import Outcome, Survey, Wrong, equal
-from hawk_compile.tools.survey.table import Types, changes, page, read_types
-from hawk_compile.tools.survey.tiny import build, prompt, read
+from hawk_compile.tools.survey.table import Types, changes, here, page, read_types
+from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
 
 FOLDER = Path(__file__).parents[2] / "architectures"
 
@@ -110,3 +111,30 @@ def test_the_command_surveys_a_folder_and_inspect_knows_its_types(tmp_path: Path
     assert result.exit_code == 2 and "holds none" in result.output
     result = run(app, ["survey", str(FOLDER), "lava"])
     assert result.exit_code == 2 and "got lava" in result.output
+
+
+def test_exports_alone_leave_what_else_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the type that was exported and of others, of which the table says that they were not."""
+
+    def exported_as(form: str) -> checks.Check:
+        def check(tiny: Tiny, model: PreTrainedModel) -> str:
+            raise ExportError("it | cannot")
+
+        return check
+
+    monkeypatch.setattr(exports, "exported_as", exported_as)
+    out, table, run = tmp_path / "types.json", tmp_path / "models.md", CliRunner().invoke
+    known = (result("llava", prefill="right"), result("gone", turns="right"))
+    earlier = Types(here([]).versions, {each.name: each for each in known})
+    earlier.write(out)
+    asked = ["survey", str(FOLDER), "llava", "--exports-only", "--out", str(out), "--table", str(table)]
+    answer = run(app, asked)
+    assert answer.exit_code == 2 and "name formats" in " ".join(answer.output.split())
+    answer = run(app, [*asked, "--exports", "onnx"])
+    assert answer.exit_code == 0 and "llava: onnx refused: ExportError: it | cannot" in answer.output
+    found = read_types(out).surveys
+    assert found["gone"] == earlier.surveys["gone"] and found["llava"].outcomes.keys() == {"prefill", "onnx"}
+    assert found["llava"].right and found["llava"].outcomes["prefill"].status == "right"
+    text = table.read_text()
+    assert "| llava | 0 | yes | — | refused | 1 |" in text and "| gone | 0 | — | yes | not tried | 1 |" in text
+    assert "| llava | ONNX | ExportError: it \\| cannot |" in text
