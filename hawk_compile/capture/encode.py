@@ -6,6 +6,7 @@ place of the frames, and the model's `get_audio_features` hands it on, see `patc
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ READ_BY_NONE = (FEATURES, UNPOOLED, "hidden_states", "attentions")
 """What an audio encoder gives beside its features and no model merges by."""
 
 
-def run_encoders(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def run_encoders(
+    model: PreTrainedModel, kwargs: dict[str, Any], encode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Run the encoders: pixels and frames leave the arguments, `mm_encoder_outputs` enters them.
 
     Models whose positions depend on image sizes (mRoPE) get their position_ids here, while those sizes are at hand;
     all others count positions in their own forward, as they would without us.
+
+    Args:
+        encode: what encodes images and videos; None: the model's own, which may be compiled.
 
     Raises:
         UnsupportedCallError: audio whose merge needs more than its features.
@@ -53,7 +59,7 @@ def run_encoders(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, An
         kwargs = encode_audio(model, kwargs)
     for modality in raw & {*MERGED_BY_NAME}:
         kwargs = by_first_name(model, modality, kwargs)
-    kwargs = run_encoders_of(model, kwargs)
+    kwargs = run_encoders_of(model, kwargs) if encode is None else encode(kwargs)
     for modality in raw_modalities(model, kwargs) & {*MERGED_BY_NAME}:  # videos that the images' encoder takes
         kwargs = encode_frames(model, modality, kwargs)
     return kwargs

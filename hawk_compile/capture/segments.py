@@ -62,12 +62,14 @@ def attention_over_segments(
     scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Any = None, max_length_q: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention [1, H, N, d] within segments.
+    """Attention [1, H, N, d] within segments; of keys and values there may be fewer heads.
 
     `cu_seq_lens_q` holds the patches of each segment [segments, longest], -1 behind its last; `max_length_q` holds the
     place of each patch in that layout [N].
     """
     segments, longest = cu_seq_lens_q.shape
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        key, value = (values.repeat_interleave(group, 1) for values in (key, value))
     if isinstance(segments, int) and segments == 1:  # in a graph of its own; without a mask attention is faster
         return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
     real = cu_seq_lens_q >= 0

@@ -13,7 +13,7 @@ Wrapped, because transformers' exporters or their targets need it:
 import contextlib
 import dataclasses
 import functools
-import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,26 +23,26 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture import segments
-from hawk_compile.capture.features import LAYER_FEATURES, features_of
 from hawk_compile.capture.modalities import placeholder_ids
 from hawk_compile.capture.twin import sharing_copy
 from hawk_compile.compat.exporters import own_vision_attention
-from hawk_compile.compat.models import PREPARE_ENCODERS
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component, Shape
+from hawk_compile.exporting.recording import REMEDY, recorded_calls
 from hawk_compile.plan.ids import is_any
-from hawk_compile.runtime.overrides import original
 
-IMAGE_SIZES = "image_sizes"
+IMAGE_SIZES = re.compile("(grid|shape|size)s?(_|$)")
+"""In the name of whole numbers that say how large images are, by which a module lays out their patches."""
+MERGED = "merged_patches"
 SIZES: dict[str, Shape] = {
     "segments": ("segments", "longest_segment"),
     "segment_places": ("patches",),
     "windows": ("windows", "longest_window"),
     "window_places": ("patches",),
-    segments.WINDOW_INDEX: ("merged_patches",),
+    segments.WINDOW_INDEX: (MERGED,),
 }
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-"""Fields that every encoder's output has, so that a model can set them."""
+"""Fields that every encoder's output has, so that a model can set them; others that it reads are None."""
 
 
 class Encoder(nn.Module):
@@ -91,7 +91,15 @@ def unnamed(tensors: dict[str, Tensor]) -> Any:
 @functools.cache
 def output_class(names: tuple[str, ...]) -> type[ModelOutput]:
     fields = [(name, Any, dataclasses.field(default=None)) for name in names]
-    return dataclasses.make_dataclass("EncoderOutput", fields, bases=(ModelOutput,))
+    return dataclasses.make_dataclass(
+        "EncoderOutput", fields, bases=(ModelOutput,), namespace={"__getattr__": missing_field}
+    )
+
+
+def missing_field(output: ModelOutput, name: str) -> None:
+    """What an encoder left empty when it was exported."""
+    if name.startswith("_"):
+        raise AttributeError(name)
 
 
 def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Component]:
@@ -108,18 +116,16 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
     for name, (arguments, outputs) in calls.items():
         child = model.base_model.get_submodule(name)
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        if not tensors or IMAGE_SIZES in tensors:
-            reason = f"takes {IMAGE_SIZES}, which would be fixed in its graph" if tensors else "takes no tensor"
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be exported: its encoder's {name} {reason}")
+        sizes = [key for key, value in tensors.items() if key != segments.GRID and are_sizes(key, value)]
+        if not tensors or sizes:
+            reason = f"takes {sizes[0]}, which would be fixed in its graph" if sizes else "takes no tensor"
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be exported: its encoder's {name} {reason}; {REMEDY}"
+            )
         fixed = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
         sample = segments.prepared(child, {key: torch.cat([value, value]).detach() for key, value in tensors.items()})
         by_grid = segments.GRID in tensors
-        rows = next(iter(sample.values())).shape[0]
-        shapes: dict[str, Shape] = {
-            key: SIZES.get(key) or (("patches" if by_grid else "tiles"), *value.shape[1:])
-            if key in SIZES or value.shape[0] == rows else tuple(value.shape)
-            for key, value in sample.items()
-        }  # fmt: skip
+        shapes = shapes_of(sample, by_grid)
         if by_grid:
             fixed[segments.GRID] = None
             child = sharing_copy(child)
@@ -132,6 +138,29 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
             check_segments(component, outputs, type(model).__name__)
         components.append(component)
     return components
+
+
+def are_sizes(name: str, value: Tensor) -> bool:
+    """Whether an encoder's argument says how large images are."""
+    return not value.is_floating_point() and IMAGE_SIZES.search(name) is not None
+
+
+def shapes_of(sample: dict[str, Tensor], by_grid: bool) -> dict[str, Shape]:
+    """The symbolic shapes of an encoder's inputs, of which those that are no index run along patches or tiles.
+
+    Args:
+        by_grid: patches are packed, and what has another number of rows is a table of a fixed size. Elsewhere it is
+            there once for each visual token, as indices of the tiles' patches that make it up.
+    """
+    first = next(iter(sample.values())).shape[0]
+    others = {value.shape[0] for key, value in sample.items() if key not in SIZES} - {first}
+    rows: dict[int, str] = {first: "patches" if by_grid else "tiles"}
+    if len(others) == 1 and not by_grid:
+        rows[others.pop()] = MERGED
+    return {
+        key: SIZES[key] if key in SIZES else (rows.get(value.shape[0], value.shape[0]), *value.shape[1:])
+        for key, value in sample.items()
+    }
 
 
 def check_segments(component: Component, expected: dict[str, Tensor], model: str) -> None:
@@ -148,58 +177,5 @@ def check_segments(component: Component, expected: dict[str, Tensor], model: str
         return
     raise UnsupportedModelError(
         f"{model} cannot be exported: its encoder's {component.name} reads the sizes of images elsewhere than in its "
-        f"attention and positions, which an index of patches cannot give it ({reason})"
+        f"attention and positions, which an index of patches cannot give it ({reason}); {REMEDY}"
     )
-
-
-def recorded_calls(
-    model: PreTrainedModel, inputs: dict[str, Any]
-) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Of each module of the body that encodes: its arguments by name, and those of its outputs that are read."""
-    calls: dict[str, dict[str, Any]] = {}
-    results: dict[str, dict[str, Tensor]] = {}
-
-    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if name in calls:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} runs {name} more than once to encode its images, which cannot be exported as "
-                "one component: give inputs with images only"
-            )
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        calls[name] = segments.flat(bound)
-
-    def after(name: str, output: Any) -> None:
-        results[name] = segments.named(output)
-        for value in results[name].values():
-            if value.is_floating_point() and not value.requires_grad:
-                value.requires_grad_()
-
-    handles = []
-    for name, child in model.base_model.named_children():
-        handles.append(
-            child.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: before(name, module, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(child.register_forward_hook(lambda module, args, output, name=name: after(name, output)))
-    try:
-        with torch.enable_grad():
-            # That of an optimised model may run the modules compiled.
-            encode = original(model, PREPARE_ENCODERS)
-            encoded = encode(dict(inputs))["mm_encoder_outputs"]
-            total = sum(part.sum() for output in encoded.values() if output is not None for part in parts_of(output))
-            tensors = [value for result in results.values() for value in result.values()]
-            gradients = torch.autograd.grad(total, tensors, allow_unused=True)  # type: ignore[arg-type]
-    finally:
-        for handle in handles:
-            handle.remove()
-    read = {id(value) for value, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
-    return {
-        name: (given, {key: value.detach() for key, value in results[name].items() if id(value) in read})
-        for name, given in calls.items()
-    }
-
-
-def parts_of(output: ModelOutput) -> list[Tensor]:
-    held = [features_of(output), *(output.get(LAYER_FEATURES) or [])]
-    return [part for parts in held for part in ([parts] if isinstance(parts, Tensor) else parts)]
