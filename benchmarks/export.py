@@ -33,8 +33,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 import hawk_compile
 from hawk_compile.exporting import onnx
+from hawk_compile.exporting.caches import held_by
 from hawk_compile.exporting.check import Agreement, compare
-from hawk_compile.exporting.components import Component, cache_tensors
+from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.parts import write_part
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.tools.benchmarking import prompts
@@ -153,7 +154,7 @@ class Unpruned(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, mm_encoder_outputs=outputs,
             past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True,
         )  # fmt: skip
-        return {"logits": result.logits[:, -1], **cache_tensors(cache)}
+        return {"logits": result.logits[:, -1], **held_by(cache)}
 
 
 def speed(layers: int, width: int, rounds: int) -> None:

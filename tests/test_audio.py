@@ -231,11 +231,15 @@ def test_inspection():
         hawk_compile.inspect(plain("qwen2_audio").config)
 
 
-def test_audio_is_not_exported(tmp_path):
-    for name in ("voxtral", MIXED):
+def test_audio_is_exported_only_where_it_is_asked_for(tmp_path):
+    """`tests/exporting/test_types.py` exports it."""
+    for name, error, match in (
+        ("voxtral", UnsupportedModelError, r"it takes audio, so give modalities=\('audio',\)"),
+        (MIXED, ExportError, "the inputs have audio, and modalities=.* leave that whole"),
+    ):
         model = plain(name)
         inputs = zoo.inputs(name, model, rows=[Row(audio=(8,), images=((3, 4),) if name == MIXED else ())])
-        with pytest.raises(ExportError, match="with audio cannot be exported"):
+        with pytest.raises(error, match=match):
             hawk_compile.export(model, inputs, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -240,13 +240,13 @@ def test_tables_of_the_exporters() -> None:
     from transformers.exporters import exporter_executorch, exporter_onnx, utils  # noqa: F401
 
     assert hasattr(masking_utils, exporters.VMAP) and hasattr(masking_utils, exporters.INDEXING)
-    assert any(name == exporters.VMAP for _, name, _ in utils._PATCHES["onnx"])
+    assert {exporters.VMAP, exporters.COUNTS} <= {name for _, name, _ in utils._PATCHES["onnx"]}
     assert any(getattr(fix, "__name__", "") == exporters.SORT_FIX for fix in utils._FX_NODE_FIXES["onnx"])
     before, vmap = utils._PATCHES["dynamo"], getattr(masking_utils, exporters.VMAP)
     with exporters.own_vision_attention():
         assert 0 < len(utils._PATCHES["dynamo"]) < len(before)
     assert utils._PATCHES["dynamo"] is before
-    with exporters.broadcast_masks():
+    with exporters.traced_portably():
         assert getattr(masking_utils, exporters.VMAP) is not vmap
     with exporters.translated_sort(len):
         assert exporter_onnx._ONNX_TRANSLATION_TABLE[torch.ops.aten.sort.stable] is len
@@ -309,3 +309,24 @@ def test_what_caches_hold_beside_keys_and_values() -> None:
         getattr(layer, models.EXTRA_KEYS[name])(torch.ones(1, 1, 3, 4) if name == "idx_keys" else torch.ones(1, 3, 4))
         assert getattr(layer, name).shape[-2] >= 3
     assert hasattr(DynamicIndexedLayer(), models.EXTRA_POSITIONS)
+
+
+def test_a_scan_is_a_loop_along_the_first_dimension() -> None:
+    values = torch.arange(6.0).view(3, 2)
+    last, sums = dynamo.scan(lambda before, row: (before + row, (before + row).clone()), torch.zeros(2), values)
+    assert torch.equal(sums, values.cumsum(0)) and torch.equal(last, values.sum(0))
+
+
+def test_complex_numbers_get_another_dimension_as_pairs() -> None:
+    graph = fx.Graph()
+    numbers = graph.placeholder("numbers")
+    wider = graph.call_function(torch.ops.aten.unsqueeze.default, (numbers, -2))
+    graph.output(wider)
+    given = torch.randn(3, 4, dtype=torch.complex64)
+    numbers.meta["val"], wider.meta["val"] = given, given.unsqueeze(-2)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    assert exporters.unsqueeze_pairs(module, wider)
+    module.recompile()
+    assert torch.equal(module(given), given.unsqueeze(-2))
+    kept = next(node for node in module.graph.nodes if node.target is torch.ops.aten.unsqueeze.default)
+    assert not kept.meta["val"].is_complex() and not exporters.unsqueeze_pairs(module, kept)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import hawk_compile
-from hawk_compile.errors import ExportError, GraphError, UnsupportedCallError
+from hawk_compile.errors import GraphError, UnsupportedCallError
 from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.tools.calibration.calibrate import fingerprint
 from hawk_compile.tools.inspection.inspect import inspect_model
@@ -95,11 +95,6 @@ def test_a_graph_serves_prompts_of_any_number_of_chunks() -> None:
             hawk_compile.optimize(model, **SETTINGS)
         assert out.logits.isfinite().all()
     assert model.__dict__["_hawk_runtime"].compilations == 1
-
-
-def test_an_export_of_states_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="layers of the kind LinearAttentionLayer"):
-        hawk_compile.export(plain("lfm2_vl.conv_first"), prompt(tiny("lfm2_vl.conv_first"), 1), tmp_path / "out")
 
 
 def test_what_is_known_without_a_graph() -> None:

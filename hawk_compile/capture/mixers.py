@@ -6,7 +6,7 @@ is shorter, it would have more turns than chunks. As an operator it has no loop.
 own function, kernel or not: numerics are the model's.
 
 These functions belong to modeling files, so what stands in for one is seen by every model of that file. It does what
-the function does, makes a difference only to what Dynamo captures without gradients, and goes with the last model that
+the function does, makes a difference only to what is captured without gradients, and goes with the last model that
 needs it.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hawk_compile.capture.patches import is_captured
 from hawk_compile.capture.while_used import WhileUsed
 from hawk_compile.compat.models import CHUNKED_MIXERS
 
@@ -140,7 +141,7 @@ def stand_in(path: str, original: Callable[..., Any], returns_state: str, alone:
 
     @functools.wraps(original)
     def mixer(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
+        if torch.is_grad_enabled() or not is_captured():
             return original(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in kwargs if name in names}}
         asked, given[returns_state] = given.get(returns_state), True

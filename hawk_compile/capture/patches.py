@@ -115,6 +115,21 @@ def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
     return {method.__name__: types.MethodType(method, base) for method in methods}
 
 
+@contextlib.contextmanager
+def overridden(model: PreTrainedModel) -> Iterator[None]:
+    """Put on the methods of a body inside, whether the model is optimised and has them, or not."""
+    body = model.base_model.__dict__
+    overrides = body_overrides(model)
+    before = {name: body[name] for name in overrides if name in body}
+    body.update(overrides)
+    try:
+        yield
+    finally:
+        for name in overrides:
+            del body[name]
+        body.update(before)
+
+
 def install_recorders(module: nn.Module) -> None:
     """Put on the hooks that record hidden states: a model does so at its first such call, under a lock, which no graph
     can take."""

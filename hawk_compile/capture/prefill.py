@@ -23,7 +23,7 @@ from hawk_compile.capture.features import arguments_of, cut_extra_rows
 from hawk_compile.capture.indexers import indexers_stood_for
 from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.mixers import mixers_stood_for
-from hawk_compile.capture.patches import body_overrides
+from hawk_compile.capture.patches import overridden
 from hawk_compile.compat.dynamo import mark_static
 from hawk_compile.errors import InputError
 
@@ -166,16 +166,12 @@ def capture_prefill(
         taken.append((gm, list(example_inputs)))
         raise GraphTaken
 
-    body = model.base_model.__dict__
-    overrides = body_overrides(model)
-    before = {name: body[name] for name in overrides if name in body}
     function = compile_alone(planned_forward, backend=take, fullgraph=True)
     mixers_stood_for.begin(function, model)
     experts_stood_for.begin(function, model)
     indexers_stood_for.begin(function, model)
     try:
-        body.update(overrides)
-        with capture_settings(), torch.no_grad(), diagnosed(model), capturing(model):
+        with capture_settings(), torch.no_grad(), diagnosed(model), overridden(model), capturing(model):
             function(taking_features(model, model.forward), dict(sorted(inputs.items())), past_mask, planned)
     except CompilerFailed:  # by GraphTaken, unless there is no graph
         if not taken:
@@ -184,9 +180,6 @@ def capture_prefill(
         mixers_stood_for.end(function)
         experts_stood_for.end(function)
         indexers_stood_for.end(function)
-        for name in overrides:
-            del body[name]
-        body.update(before)
     gm, example_inputs = taken[0]
     # A graph and its copies number new nodes alike; the captured one counts those that Dynamo has thrown away.
     gm = copy.deepcopy(gm)

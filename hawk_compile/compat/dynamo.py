@@ -15,6 +15,7 @@ from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.exc import Unsupported as Unsupported
 from torch._dynamo.exc import UserError as UserError
 from torch._dynamo.variables.lazy import LazySymNodeFormatString as SizeInText  # what an f-string has of a size
+from torch._higher_order_ops.scan import scan as scan  # (step, state, values): a loop along dimension 0, in graphs too
 from torch.fx.experimental import _config as fx_config
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested lists and dicts
 from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression

@@ -2,24 +2,27 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 VMAP, INDEXING = "_vmap_expansion_sdpa", "TransformGetItemToIndex"
+COUNTS = "histc"
 SORT_FIX = "_fix_sort_stable"
 
 
 @contextlib.contextmanager
-def broadcast_masks() -> Iterator[None]:
+def traced_portably() -> Iterator[None]:
     """Let masks be built by broadcasting, as the ONNX exporter does: no pass can work out vmap's shapes.
 
-    What turns a mask function's indexing into an operator of its own, for vmap's sake, is left out with it.
+    What turns a mask function's indexing into an operator of its own, for vmap's sake, is left out with it. Tokens of
+    experts are counted without histc, as the exporters do, since OpenVINO has none.
     """
     from transformers import masking_utils
     from transformers.exporters import utils
 
-    patches = [(masking_utils, name, make) for _, name, make in utils._PATCHES["onnx"] if name == VMAP]
+    owners = {VMAP: masking_utils, COUNTS: torch}
+    patches = [(owners[name], name, make) for _, name, make in utils._PATCHES["onnx"] if name in owners]
     with utils.patch_attributes([*patches, (masking_utils, INDEXING, lambda original: contextlib.nullcontext)]):
         yield
 
@@ -40,17 +43,40 @@ def own_vision_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated_sort(sort: Callable[..., Any]) -> Iterator[None]:
-    """Let torch.onnx translate aten.sort.stable by a function of ours, and not rewrite it before."""
+    """Let torch.onnx translate aten.sort.stable by a function of ours, and not rewrite it before.
+
+    And let it see no complex number that gets another dimension, for which alone it has no translation.
+    """
     from transformers.exporters import exporter_onnx, utils
 
     fixes, table = utils._FX_NODE_FIXES["onnx"], exporter_onnx._ONNX_TRANSLATION_TABLE
-    utils._FX_NODE_FIXES["onnx"] = [fix for fix in fixes if getattr(fix, "__name__", "") != SORT_FIX]
+    kept = [fix for fix in fixes if getattr(fix, "__name__", "") != SORT_FIX]
+    utils._FX_NODE_FIXES["onnx"] = [*kept, unsqueeze_pairs]
     exporter_onnx._ONNX_TRANSLATION_TABLE = {**table, torch.ops.aten.sort.stable: sort}
     try:
         yield
     finally:
         utils._FX_NODE_FIXES["onnx"] = fixes
         exporter_onnx._ONNX_TRANSLATION_TABLE = table
+
+
+def unsqueeze_pairs(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Unsqueeze complex numbers as the pairs of real ones that they are. Returns whether the node is gone."""
+    aten = torch.ops.aten
+    if node.target is not aten.unsqueeze.default or not node.meta["val"].is_complex():
+        return False
+    numbers, dim = cast(tuple[torch.fx.Node, int], node.args)
+    value = numbers.meta["val"]
+    with graph_module.graph.inserting_before(node):
+        for operator, more in (
+            (aten.view_as_real.default, ()), (aten.unsqueeze.default, (dim % (value.ndim + 1),)),
+            (aten.view_as_complex.default, ()),
+        ):  # fmt: skip
+            numbers = graph_module.graph.call_function(operator, (numbers, *more))
+            value = numbers.meta["val"] = operator(value, *more)
+    node.replace_all_uses_with(numbers)
+    graph_module.graph.erase_node(node)
+    return True
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@
     settings.py    which settings an export takes
     components.py  what a component is, and how it is traced
     encoder.py, prefill.py, decode.py    the components of a model; the passes on the prefill's graph
+    recording.py   which modules encode, and what of them is read
+    caches.py      what a cache holds, as tensors by name
+    mixers.py      linear attention in chunks, as a scan
     parts.py, folder.py    a component written; a folder that is there whole or not at all
     formats.py     which formats there are
     onnx.py, aoti.py, openvino.py, tensorrt.py, executorch.py    one format each: write a component, open it

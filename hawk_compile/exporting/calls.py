@@ -7,21 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture import segments
 from hawk_compile.capture.features import EXTRA_ROWS
-from hawk_compile.capture.modalities import token_kinds
+from hawk_compile.capture.modalities import AUDIO, MERGED_BY_NAME, positions_by_images, token_kinds
 from hawk_compile.errors import InputError, UnsupportedCallError
-from hawk_compile.exporting.components import KEY, PAST_KEY, PAST_VALUE, VALUE
+from hawk_compile.exporting.caches import PAST, fill, held_by, is_held, length_dim, replace
 from hawk_compile.exporting.encoder import unnamed
 from hawk_compile.exporting.manifest import Part, TensorSpec
 from hawk_compile.exporting.prefill import named_features
 from hawk_compile.plan.plan import Plan
 from hawk_compile.runtime.conversation import physical_length
+from hawk_compile.runtime.generation import running
+from hawk_compile.runtime.handover import first_with_keys, scratch_cache, scratch_layers
 
 Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -42,12 +44,11 @@ class ExportedPrefill:
     """Runs the exported prefill where an optimised model would run its compiled one."""
 
     compilations = 0
-    scoring_layer = 0
-    """What scores with a later layer is not exported: see `check_cache`."""
 
     def __init__(self, model: PreTrainedModel, session: Session, part: Part):
         self.model = model
         self.session = session
+        self.scoring_layer = first_with_keys(model)
         self.inputs = {each.name: each for each in part.inputs}
 
     def run(
@@ -63,18 +64,21 @@ class ExportedPrefill:
         ids = inputs["input_ids"]
         rows, length = ids.shape
         feed: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", *token_kinds(self.model, inputs))}
-        feed["position_ids"] = fitted_positions(inputs.get("position_ids"), self.inputs["position_ids"])
+        positions = inputs.get("position_ids")
+        if positions is None and counts_itself(self.model):
+            positions = torch.arange(length).expand(rows, -1)
+        feed["position_ids"] = fitted_positions(positions, self.inputs["position_ids"])
         mask = inputs.get("attention_mask")
         feed["attention_mask"] = ids.new_ones((rows, length)) if mask is None else mask
-        for modality, output in inputs["mm_encoder_outputs"].items():
+        for argument, output in inputs["mm_encoder_outputs"].items():
+            modality = argument if argument in MERGED_BY_NAME else AUDIO
             feed |= {name: joined(features) for name, features in named_features(modality, output).items()}
         feed["question_mask"] = plan.question_mask.long()
         feed |= {"budget": plan.budget, "kept_slots": torch.arange(plan.length)}
         if "kept_visual_slots" in self.inputs:
             feed["kept_visual_slots"] = torch.arange(plan.visual_slots)
         found = self.session(feed)
-        for layer in range(sum(name.startswith("key_") for name in found)):
-            inputs["past_key_values"].update(found[KEY.format(layer)], found[VALUE.format(layer)], layer)
+        fill(inputs["past_key_values"], {name: tensor for name, tensor in found.items() if is_held(name)})
         result = CausalLMOutputWithPast(
             logits=found["logits"].unsqueeze(1),
             past_key_values=inputs["past_key_values"],  # type: ignore[arg-type]
@@ -86,6 +90,12 @@ def joined(features: Any) -> Tensor:
     """[V, D] without the extra rows that a captured graph needs."""
     rows = features[0]  # of one tensor [1, V, D] or of a list [[V, D]], as join_features makes them
     return rows[: rows.shape[0] - EXTRA_ROWS]
+
+
+def counts_itself(model: PreTrainedModel) -> bool:
+    """Whether a model is asked without positions inside generate, which gives them to every other: it then counts all
+    tokens, padding among them."""
+    return running.get() is not None and not positions_by_images(model)
 
 
 def fitted_positions(positions: Tensor | None, spec: TensorSpec) -> Tensor:
@@ -121,14 +131,31 @@ def refuse_caches(kwargs: dict[str, Any]) -> None:
     for name, given in asked.items():
         if given is False or isinstance(given, str):
             raise UnsupportedCallError(
-                f"{name}={given!r}: an exported model keeps its keys and values in a plain DynamicCache(); leave it out"
+                f"{name}={given!r}: an exported model fills a DynamicCache of its own kinds of layers; leave it out"
             )
 
 
-def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
+def check_layers(cache: Cache, kinds: list[type]) -> None:
+    """Refuse a cache that an exported model cannot go on from.
+
+    Args:
+        kinds: of its layers; none where all are plain.
+    """
+    own: list[type] = [type(layer) for layer in cache.layers]
+    if own and own != (kinds or [DynamicLayer] * len(own)):
+        wanted = "DynamicCache(config=model.config.get_text_config())" if kinds else "DynamicCache()"
+        raise UnsupportedCallError(
+            f"an exported model keeps its keys and values in a plain {wanted}, got "
+            f"{', '.join(sorted({kind.__name__ for kind in own}))}: leave past_key_values out"
+        )
+
+
+def decode_call(model: PreTrainedModel, session: Session, part: Part) -> Callable[..., ModelOutput]:
     """The model's forward behind (or without) a cache: text only."""
-    empty = {each.name: each for each in part.inputs if each.name.startswith("past_")}
-    where = next(each for each in part.inputs if each.name == "position_ids")
+    specs = {each.name: each for each in part.inputs}
+    layers = scratch_layers(model)
+    kinds = [type(layer) for layer in layers]
+    one_by_one = specs["input_ids"].shape[1] == 1
 
     def forward(
         input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -136,14 +163,12 @@ def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
     ) -> ModelOutput:  # fmt: skip
         refuse_hidden({"input_ids": input_ids, **kwargs})
         assert input_ids is not None  # tokens_of has seen to it that one of the two is given
-        cache = DynamicCache() if past_key_values is None else past_key_values
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
-            raise UnsupportedCallError(
-                f"an exported model keeps its keys and values in a plain DynamicCache(), got {kinds}"
-            )
-        positions = fitted_positions(position_ids, where)
+        cache = scratch_cache(None, layers) if past_key_values is None else past_key_values
+        check_layers(cache, kinds)
         rows, new = input_ids.shape
+        if position_ids is None and counts_itself(model):
+            position_ids = (torch.arange(new) + int(cache.get_seq_length())).expand(rows, -1)
+        positions = fitted_positions(position_ids, specs["position_ids"])
         asked = kwargs.get("logits_to_keep")
         if new > 1 and (isinstance(asked, Tensor) or asked != 1):
             raise UnsupportedCallError(
@@ -151,21 +176,32 @@ def decode_call(session: Session, part: Part) -> Callable[..., ModelOutput]:
                 f"of {new}: give logits_to_keep=1, and leave out assisted decoding"
             )
         past = physical_length(cache)
-        feed: dict[str, Tensor] = {"input_ids": input_ids, "position_ids": positions}
-        feed["attention_mask"] = input_ids.new_ones((rows, past + new)) if attention_mask is None else attention_mask
-        for layer in range(len(empty) // 2):
-            for name, attribute in ((PAST_KEY.format(layer), "keys"), (PAST_VALUE.format(layer), "values")):
-                spec = empty[name]
-                shape = (rows, spec.shape[1], 0, spec.shape[3])
-                dtype = getattr(torch, spec.dtype)
-                feed[name] = getattr(cache.layers[layer], attribute) if past else torch.zeros(shape, dtype=dtype)  # type: ignore[arg-type]
-        found = session(feed)
-        for layer in range(len(empty) // 2):
-            keys, values = found[KEY.format(layer)], found[VALUE.format(layer)]
-            if past:
-                cache.layers[layer].keys, cache.layers[layer].values = keys, values  # type: ignore[union-attr]
-            else:
-                cache.update(keys, values, layer)
-        return CausalLMOutputWithPast(logits=found["logits"].unsqueeze(1), past_key_values=cache)  # type: ignore[arg-type]
+        mask = input_ids.new_ones((rows, past + new)) if attention_mask is None else attention_mask
+        for first in range(0, new, 1 if one_by_one else new):
+            last = first + 1 if one_by_one else new
+            feed = {"input_ids": input_ids[:, first:last], "position_ids": positions[..., first:last]}
+            logits = step(session, specs, cache, {**feed, "attention_mask": mask[:, : past + last]})
+        return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=cache)  # type: ignore[arg-type]
 
     return forward
+
+
+def step(session: Session, specs: dict[str, TensorSpec], cache: Cache, feed: dict[str, Tensor]) -> Tensor:
+    """Logits [B, vocabulary] behind a cache, which takes what is new."""
+    held, rows = held_by(cache) if physical_length(cache) else {}, len(feed["input_ids"])
+    wanted = {name.removeprefix(PAST): spec for name, spec in specs.items() if name.startswith(PAST)}
+    past = {name: held[name] if held else nothing(spec, rows) for name, spec in wanted.items()}
+    found = session({**feed, **{PAST + name: tensor for name, tensor in past.items()}})
+    made = {name: tensor for name, tensor in found.items() if is_held(name)}
+    real = feed["attention_mask"][:, -1]
+    for name, state in made.items():
+        if length_dim(name) is None:  # padding on the left leaves a state as empty as it was
+            made[name] = state * real.view(rows, *[1] * (state.ndim - 1)).to(state.dtype)
+    (replace if held else fill)(cache, made)
+    return found["logits"]
+
+
+def nothing(spec: TensorSpec, rows: int) -> Tensor:
+    """What a cache holds before the first token."""
+    shape = [size if isinstance(size, int) else rows if size == "batch" else 0 for size in spec.shape]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))

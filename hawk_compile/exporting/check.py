@@ -60,6 +60,7 @@ def compare(
     optimize(model, config if ratio is None else replace(config, ratio=ratio))
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+        "use_cache": True,  # an exported model has no other way; without, each step would be a prefill of its own
     }  # fmt: skip
     model.__dict__[RUNTIME].ids = runner.runtime.ids  # which the export may have been given
     for inputs in prompts:

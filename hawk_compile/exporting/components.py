@@ -4,6 +4,8 @@
     prefill   input_ids and question_mask [B, S], features [V, D], budget [B]
               -> logits [B, vocabulary], keys and values [B, Hkv, S', d]
     decode    input_ids [B, T], past keys and values [B, Hkv, P, d] -> logits, keys and values [B, Hkv, P + T, d]
+
+What models keep beside keys and values is handed on with them, see `caches.py`.
 """
 
 import contextlib
@@ -15,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
-from hawk_compile.capture.patches import exporting
-from hawk_compile.compat.exporters import broadcast_masks
+from hawk_compile.capture.mixers import mixers_stood_for
+from hawk_compile.capture.patches import exporting, overridden
+from hawk_compile.compat.exporters import traced_portably
 from hawk_compile.exporting.quiet import quiet
 
 PREFILL, DECODE = "prefill", "decode"
-KEY, VALUE = "key_{}", "value_{}"
-PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
 
 NAMED = {"batch": 1, "prompt": 2, "visual": 1, "kept": 2, "kept_visual": 1, "new": 1, "past": 0}
 """Sizes that are equal wherever they have the same name, with the least value of each."""
@@ -102,7 +103,7 @@ class Component:
         """The module as an ExportedProgram, by transformers' exporter and its patches."""
         from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-        with quiet(), broadcast_masks():
+        with quiet(), traced_portably():
             return self.program(DynamoExporter, DynamoConfig)
 
     def program(self, exporter: Any, config: Any, **settings: Any) -> Any:
@@ -125,14 +126,15 @@ class Component:
 
 @contextlib.contextmanager
 def attending(model: PreTrainedModel) -> Iterator[None]:
-    """What tracing the decoder needs: no gradients, and an attention that can be exported."""
-    with torch.no_grad(), capturing(model):
-        yield
+    """What tracing the decoder needs: no gradients, an attention that can be exported, and mixers without a loop."""
+    use = Use()
+    mixers_stood_for.begin(use, model)
+    try:
+        with torch.no_grad(), overridden(model), capturing(model):
+            yield
+    finally:
+        mixers_stood_for.end(use)
 
 
-def cache_tensors(cache: DynamicCache) -> dict[str, Tensor]:
-    """The keys and values of every layer by name."""
-    named: dict[str, Tensor] = {}
-    for index, layer in enumerate(cache.layers):
-        named[KEY.format(index)], named[VALUE.format(index)] = layer.keys, layer.values  # type: ignore[assignment,union-attr]
-    return named
+class Use:
+    """Of `mixers_stood_for`, while something is traced."""

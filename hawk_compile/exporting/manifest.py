@@ -12,7 +12,7 @@ from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.selectors import SELECTORS, selector_named
 
 FILE_NAME = "manifest.json"
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Manifest:
         format: 'onnx', 'aoti', 'openvino', 'tensorrt' or 'executorch'.
         ratio: fraction of visual tokens removed unless a request says otherwise.
         selector, selector_options, query, normalization, head_weights, head_weights_origin: how visual tokens
-            are scored and chosen.
+            are scored and chosen; modalities: of what.
         dtype: of weights and activations.
         model: class of the exported model.
         encoders: names of the components that encode images, in the order they run.
@@ -70,6 +70,7 @@ class Manifest:
     selector_options: dict[str, Any]
     query: str
     normalization: str
+    modalities: list[str]
     head_weights: list[float]
     head_weights_origin: str
     dtype: str
@@ -138,6 +139,7 @@ def config_of(manifest: Manifest) -> HawkConfig:
         selector=selector,
         query=manifest.query,
         normalization=manifest.normalization,
+        modalities=tuple(manifest.modalities),
         head_weights="auto" if selector.head_weights else tuple(manifest.head_weights),
         end_of_turn_token_id=tuple(manifest.ids["end_of_turn"]),
     )

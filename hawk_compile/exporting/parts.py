@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hawk_compile.errors import ExportError, HawkError
+from hawk_compile.exporting.caches import is_held, length_dim
 from hawk_compile.exporting.components import DECODE, PREFILL, Component, Shape
 from hawk_compile.exporting.folder import size_of
 from hawk_compile.exporting.manifest import Part, TensorSpec, file_digest
@@ -58,14 +59,12 @@ def spec(name: str, value: Tensor, shape: Shape) -> TensorSpec:
 
 
 def output_shape(component: Component, name: str, value: Tensor) -> Shape:
-    if component.name == PREFILL:
-        along = {"scores": "prompt"}.get(name, "kept")
+    if component.name in (PREFILL, DECODE):
+        along = "total" if component.name == DECODE else "prompt" if name == "scores" else "kept"
+        tokens = length_dim(name) if is_held(name) else None if name == "logits" else 1
         return tuple(
-            {0: "batch"}.get(dim, along if dim == (2 if value.ndim == 4 else 1) and name != "logits" else size)
-            for dim, size in enumerate(value.shape)
+            "batch" if dim == 0 else along if dim == tokens else size for dim, size in enumerate(value.shape)
         )
-    if component.name == DECODE:
-        return tuple("batch" if dim == 0 else "total" if dim == 2 else size for dim, size in enumerate(value.shape))
     first = next(iter(component.shapes.values()))[0]
     rows = component.sample[next(iter(component.sample))].shape[0]
     return tuple(

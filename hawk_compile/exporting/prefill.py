@@ -12,21 +12,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.dynamo import equate_lengths
 from hawk_compile.capture.encode import run_encoders
-from hawk_compile.capture.features import LAYER_FEATURES, class_for, features_of, field_of, is_numbered
+from hawk_compile.capture.features import (
+    LAYER_FEATURES,
+    arguments_of,
+    by_argument,
+    class_for,
+    features_of,
+    field_of,
+    of_layer,
+    of_level,
+)
 from hawk_compile.capture.modalities import placeholder_ids, token_kinds
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
-from hawk_compile.errors import ExportError
-from hawk_compile.exporting.components import PREFILL, Component, Shape, attending, cache_tensors
+from hawk_compile.exporting.caches import held_by
+from hawk_compile.exporting.components import PREFILL, Component, Shape, attending
+from hawk_compile.exporting.mixers import inline_mixers
 from hawk_compile.kernels.compat import check
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.plan.ids import SpecialIds, is_any, special_ids
 from hawk_compile.plan.plan import make_plan, on_host
+from hawk_compile.runtime.handover import scratch_cache, scratch_layers
 from hawk_compile.runtime.overrides import original
 from hawk_compile.runtime.positions import deltas_kept
 from hawk_compile.settings.config import HawkConfig
@@ -52,10 +63,12 @@ class Prefill(nn.Module):
         self.kinds = {modality: class_for(output) for modality, output in outputs.items()}
         self.fields = {modality: field_of(output) for modality, output in outputs.items()}
         self.one_tensor = {modality: isinstance(features_of(output), Tensor) for modality, output in outputs.items()}
+        # Of each later layer: its number, where the encoder says it, and whether its features are one tensor.
         self.levels = {
-            modality: [isinstance(level, Tensor) for level in output.get(LAYER_FEATURES) or ()]
+            modality: [of_layer(level, is_tensor) for level in output.get(LAYER_FEATURES) or ()]
             for modality, output in outputs.items()
         }
+        self.layers = scratch_layers(model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, question_mask: Tensor, budget: Tensor, kept_slots: Tensor,
@@ -69,37 +82,47 @@ class Prefill(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **given}
         equate_lengths(inputs, asked, tuple(given))
         check(budget.shape[0] == asked.shape[0])
-        cache = DynamicCache()
+        cache = scratch_cache(None, self.layers)
         result = self.run(
             **inputs,
-            mm_encoder_outputs=outputs,
+            **arguments_of(by_argument(self.model, outputs)),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
         )
-        return {"logits": result.logits[:, -1], "keep": keep, "valid": valid, "scores": scores, **cache_tensors(cache)}
+        return {"logits": result.logits[:, -1], "keep": keep, "valid": valid, "scores": scores, **held_by(cache)}
 
     def encoded(self, modality: str, given: dict[str, Tensor]) -> ModelOutput:
         """The encoder's output in the structure that the model expects, from features [V, D]."""
-        features = given.pop(FEATURES_INPUT.format(modality))
-        parts: dict[str, Any] = {self.fields[modality]: whole(features, self.one_tensor[modality])}
-        if self.levels[modality]:
-            names = [LAYER_FEATURES_INPUT.format(modality, level) for level in range(len(self.levels[modality]))]
-            levels = [given.pop(name) for name in names]
-            for level in levels:
-                check(level.shape[0] == features.shape[0])
+        names = [LAYER_FEATURES_INPUT.format(modality, level) for level in range(len(self.levels[modality]))]
+        levels, parts = [given.pop(name) for name in names], {}
+        if self.fields[modality] != LAYER_FEATURES:
+            features = given.pop(FEATURES_INPUT.format(modality))
+            parts[self.fields[modality]] = whole(features, self.one_tensor[modality])
+        else:
+            features = levels[0]
+        for level in levels:
+            check(level.shape[0] == features.shape[0])
+        if levels:
             parts[LAYER_FEATURES] = [
-                whole(level, one) for level, one in zip(levels, self.levels[modality], strict=True)
+                of_layer(kind, functools.partial(whole, level))
+                for level, kind in zip(levels, self.levels[modality], strict=True)
             ]
         return self.kinds[modality](**parts)
 
 
 def named_features(modality: str, output: ModelOutput) -> dict[str, Any]:
     """One modality's features, and those for later layers, by the names that they have as inputs of the prefill."""
-    levels = output.get(LAYER_FEATURES) or []
+    levels = [of_level(level) for level in output.get(LAYER_FEATURES) or []]
     named = {LAYER_FEATURES_INPUT.format(modality, level): features for level, features in enumerate(levels)}
+    if field_of(output) == LAYER_FEATURES:
+        return named
     return {FEATURES_INPUT.format(modality): features_of(output), **named}
+
+
+def is_tensor(features: Any) -> bool:
+    return isinstance(features, Tensor)
 
 
 def whole(features: Tensor, one_tensor: bool) -> Any:
@@ -113,10 +136,9 @@ def prefill_component(
     """The prefill with every row of the inputs twice for a sample."""
     encoded = encoded_prompt(model, inputs)
     outputs = {name: output for name, output in encoded["mm_encoder_outputs"].items() if output is not None}
-    refuse_numbered_layers(model, outputs)
     special = special_ids(model, config)
     prompt, features = prompt_sample(model, encoded), features_sample(outputs)
-    layered = len(features) > len(outputs)
+    layered = any(output.get(LAYER_FEATURES) for output in outputs.values())
     sample = {**prompt, **features, **plan_sample(model, prompt, outputs, special, config, layered)}
     shapes = {name: shape_of(name, value) for name, value in sample.items()}
     weights = head_weights.to(prompt["input_ids"].device)
@@ -130,14 +152,6 @@ def encoded_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
     """The inputs with their images encoded; the model is left as it was."""
     with torch.no_grad(), deltas_kept(model):
         return run_encoders(model, dict(inputs))
-
-
-def refuse_numbered_layers(model: PreTrainedModel, outputs: dict[str, ModelOutput]) -> None:
-    if any(is_numbered(level) for output in outputs.values() for level in output.get(LAYER_FEATURES) or ()):
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported: its encoder says which decoder layer each of its features is "
-            "for, which no input of a component can; run it with hawk_compile.optimize"
-        )
 
 
 def prompt_sample(model: PreTrainedModel, encoded: dict[str, Any]) -> dict[str, Tensor]:
@@ -225,4 +239,5 @@ def prune(component: Component, config: HawkConfig, portable: bool, selection: s
     graph = component.trace().module(check_guards=False)
     options = options_of(config, selection=selection)
     graph = run_passes(graph, [], options, (*EXPORT_PASSES, *PORTABLE_PASSES) if portable else EXPORT_PASSES)
+    graph = inline_mixers(graph)
     return replace(component, module=Rewritten(graph))

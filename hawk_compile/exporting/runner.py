@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
@@ -32,6 +38,7 @@ from hawk_compile.exporting.manifest import Manifest, Part, chat_of_manifest, co
 from hawk_compile.exporting.write import HOST_WEIGHTS
 from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.runtime.api import report
+from hawk_compile.runtime.handover import scratch_cache, scratch_layers
 from hawk_compile.runtime.overrides import overrides_of
 from hawk_compile.runtime.records import Report
 from hawk_compile.runtime.state import RUNTIME, Runtime
@@ -64,7 +71,7 @@ class Runner:
         refuse_hidden(kwargs)
         refuse_caches(kwargs)
         if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = DynamicCache()
+            kwargs["past_key_values"] = scratch_cache(None, scratch_layers(self.model))
         settings = self.runtime.settings
         with self.runtime.asking(settings if ratio is None else replace(settings, ratio=ratio)):
             return self.model.generate(*args, **kwargs)
@@ -96,7 +103,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
         child.forward = encoder_call(child, sessions[name])  # type: ignore[method-assign]
     weights = HeadWeights(torch.tensor(manifest.head_weights), manifest.head_weights_origin)
     ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
-    decode = decode_call(sessions[DECODE], manifest.parts[DECODE])
+    decode = decode_call(model, sessions[DECODE], manifest.parts[DECODE])
     runtime = Runtime(config_of(manifest), weights, ids, {"forward": decode})
     runtime.chat, runtime.chat_known = chat_of_manifest(manifest), True
     runtime.prefill = ExportedPrefill(model, sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
@@ -111,7 +118,7 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     dtype = getattr(torch, manifest.dtype)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = made_of(config, dtype=dtype)
     if type(model).__name__ != manifest.model:
         raise ManifestError(
             f"{folder} was exported from {manifest.model}, but its config.json makes {type(model).__name__}"
@@ -126,6 +133,14 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
     kind: Any = type(model)
     model.__class__ = without_weights(kind, device)
     return model
+
+
+def made_of(config: Any, **settings: Any) -> PreTrainedModel:
+    """The model of a configuration, for images or for audio alone."""
+    try:
+        return AutoModelForImageTextToText.from_config(config, **settings)
+    except ValueError:  # it has none for images
+        return AutoModelForMultimodalLM.from_config(config, **settings)
 
 
 @functools.cache

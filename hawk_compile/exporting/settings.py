@@ -8,7 +8,7 @@ from hawk_compile.settings.closest import meant
 from hawk_compile.settings.config import HawkConfig, make_config
 
 TAKEN = (
-    "ratio", "head_weights", "normalization", "selector", "selector_options", "query", "processor",
+    "ratio", "head_weights", "normalization", "selector", "selector_options", "query", "modalities", "processor",
     "vision_end_token_id", "end_of_turn_token_id",
 )  # fmt: skip
 """Settings of `optimize` that an export of any format takes."""

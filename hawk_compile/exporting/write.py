@@ -10,11 +10,18 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from hawk_compile.capture.dynamo import capture_lock
-from hawk_compile.capture.modalities import AUDIO, merges_itself, modalities_of, placeholder_ids, raw_modalities, takes
+from hawk_compile.capture.modalities import (
+    AUDIO,
+    encodes_audio_itself,
+    merges_itself,
+    modalities_of,
+    placeholder_ids,
+    raw_modalities,
+)
 from hawk_compile.errors import ExportError, InputError
+from hawk_compile.exporting.caches import check_cache
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.decode import decode_component
 from hawk_compile.exporting.encoder import encoder_components
@@ -29,7 +36,7 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.plan.template import chat_of, chat_of_settings
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.handover import scratch_layers
+from hawk_compile.runtime.parts import text_part
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights, resolve
 from hawk_compile.versions import check_exporters
@@ -80,9 +87,10 @@ def export(
     target = target_of(format, to_write=True)
     made, options = settings_of(target, format, config, settings)
     check_exporters()
-    check_modality(model, inputs)
-    check_model(model)
+    check_model(model, made.modalities)
+    check_modality(model, inputs, made.modalities)
     check_encoder(model)
+    check_generate(model)
     check_cache(model)
     check_dtype(model, target, format)
     chat = chat_of_export(model, made, processor)
@@ -98,14 +106,20 @@ def export(
     return manifest
 
 
-def check_modality(model: Any, inputs: dict[str, Any]) -> None:
-    """Refuse audio, before the model is refused for taking nothing else."""
-    hears = isinstance(model, PreTrainedModel) and takes(model, AUDIO)
-    sees = hears and (takes(model, "image") or takes(model, "video"))
-    if hears and (AUDIO in modalities_of(model, inputs) or not sees):
+def check_modality(model: PreTrainedModel, inputs: dict[str, Any], asked: tuple[str, ...]) -> None:
+    """Refuse inputs of which something would stay whole, and audio that is encoded within the prefill, whose graph
+    then depends on how long it is."""
+    present = modalities_of(model, inputs)
+    if whole := sorted(present - set(asked)):
         raise ExportError(
-            f"{type(model).__name__} with audio cannot be exported: no format writes an audio encoder yet; export from "
-            "inputs with images alone, or run the model with hawk_compile.optimize"
+            f"the inputs have {' and '.join(whole)}, and modalities={asked} leave that whole: an export prunes all "
+            f"that its inputs have, so give others, or modalities={tuple(sorted(present))}"
+        )
+    if AUDIO in present and encodes_audio_itself(model):
+        raise ExportError(
+            f"{type(model).__name__} with audio cannot be exported: it encodes audio in the middle of its forward, not "
+            "by a method of its own, so the encoder is no component; export from inputs with images alone, or run the "
+            "model with hawk_compile.optimize"
         )
 
 
@@ -118,13 +132,13 @@ def check_encoder(model: PreTrainedModel) -> None:
         )
 
 
-def check_cache(model: PreTrainedModel) -> None:
-    """Refuse a model that keeps more than keys and values: an exported one hands on these alone."""
-    kinds = sorted({type(layer).__name__ for layer in scratch_layers(model)} - {DynamicLayer.__name__})
-    if kinds:
+def check_generate(model: PreTrainedModel) -> None:
+    """Refuse a model whose `generate` does not run its forward: there is no step of it that could be exported."""
+    if (part := text_part(model)) is not None:
         raise ExportError(
-            f"{type(model).__name__} cannot be exported: its cache has layers of the kind {' and '.join(kinds)}, and "
-            "the components of an export hand on keys and values alone; run the model with hawk_compile.optimize"
+            f"{type(model).__name__} cannot be exported: its own generate embeds the prompt and goes on with its "
+            f"{part[0]} from these embeddings, and its forward has no step without images; run the model with "
+            "hawk_compile.optimize"
         )
 
 
@@ -145,7 +159,7 @@ def components(
     if inputs.get("input_ids") is None:
         raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
     if not raw_modalities(model, inputs):
-        raise InputError("inputs must hold a prompt with an image (pixel_values), so that its merge can be traced")
+        raise InputError("inputs must hold a prompt with an image (pixel_values) or audio: its merge is traced")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -186,6 +200,7 @@ def manifest_of(
         selector_options=dict(config.method.options),
         query=config.used_query,
         normalization=config.used_normalization,
+        modalities=list(config.modalities),
         head_weights=weights.values.tolist(),
         head_weights_origin=weights.origin,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import hawk_compile
 from hawk_compile.exporting import aoti
-from hawk_compile.exporting.components import KEY, PAST_KEY, PAST_VALUE, VALUE, Component
+from hawk_compile.exporting.caches import KEY, PAST, VALUE
+from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.decode import decode_component
 from hawk_compile.exporting.manifest import Part
 from hawk_compile.exporting.parts import write_part
@@ -98,9 +99,9 @@ def behind(found: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     ids = found["logits"].argmax(-1, keepdim=True)
     mask = torch.cat([found["valid"].to(torch.int64), torch.ones_like(ids)], 1)
     past = {
-        taken.format(layer): found[made.format(layer)].contiguous()
+        PAST + form.format(layer): found[form.format(layer)].contiguous()
         for layer in range(layers)
-        for taken, made in ((PAST_KEY, KEY), (PAST_VALUE, VALUE))
+        for form in (KEY, VALUE)
     }
     positions = torch.full_like(ids, 99).expand(3, *ids.shape).contiguous()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}

@@ -17,9 +17,12 @@ from hawk_compile.errors import ConfigError, ExportError, HeadWeightsError, Inpu
 from hawk_compile.exporting import aoti, onnx
 from hawk_compile.exporting.prefill import encoded_prompt
 from hawk_compile.exporting.settings import settings_of
+from hawk_compile.tools.survey.tiny import build, read
+from hawk_compile.tools.survey.tiny import prompt as tiny_prompt
 from tests import zoo
 
 NAME = "llava"
+ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 
 
 def prompt() -> dict[str, Any]:
@@ -35,7 +38,6 @@ def prompt() -> dict[str, Any]:
     ({"backend": "eager"}, ConfigError, "backend='eager' cannot be exported: an export takes ratio, head_weights"),
     ({"config": HawkConfig(quota="image")}, ConfigError, "quota='image' cannot be exported"),
     ({"budget": Adaptive(0.9)}, ConfigError, r"budget=Adaptive\(.*\) cannot be exported"),
-    ({"modalities": ("image",)}, ConfigError, r"modalities=\('image',\) cannot be exported"),
     ({"config": HawkConfig(), "ratio": 0.5}, ConfigError, "give either a config or single settings"),
     ({"config": {"ratio": 0.5}}, ConfigError, "config must be a HawkConfig, got dict"),
 ])  # fmt: skip
@@ -85,6 +87,32 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
         hawk_compile.export(glm, zoo.inputs("glm4v", glm, rows=[zoo.sizes("glm4v")[1]]), tmp_path / "out")
     with pytest.raises(InputError, match="inputs must hold a prompt with an image"):
         hawk_compile.export(zoo.build(NAME, layers=1), {"input_ids": torch.ones(1, 4).long()}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "error", "match"), [
+    ("emu3", UnsupportedModelError, r"it uses vqmodel\.encoder\.conv_in\.weight otherwise than by the forward"),
+    ("minicpmv4_6", UnsupportedModelError, "its encoder's merger gives a list of as many tensors as there are images"),
+    ("lfm2_vl", UnsupportedModelError, "its encoder's vision_tower takes spatial_shapes, which would be fixed"),
+    ("video_llava", UnsupportedModelError, r"runs multi_modal_projector more than once to encode, with image_f"),
+    ("blip-2", ExportError, "its own generate embeds the prompt and goes on with its language_model"),
+    ("minimax_m3_vl", ExportError, "its cache has layers of the kind MiniMaxM3VLSparseCacheLayer"),
+    ("qwen2_audio", ExportError, "it encodes audio in the middle of its forward"),
+])  # fmt: skip
+def test_types_that_cannot_be_exported(tmp_path: Path, name: str, error: type[Exception], match: str) -> None:
+    """Before anything is traced."""
+    tiny = read(ARCHITECTURES / f"{name}.json")
+    settings = {} if tiny.modalities is None else {"modalities": tiny.modalities}
+    with pytest.raises(error, match=match):
+        hawk_compile.export(build(tiny), tiny_prompt(tiny, rows=1), tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_would_stay_whole_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"the inputs have image, and modalities=\('video',\) leave that whole"):
+        hawk_compile.export(zoo.build("qwen2_5_vl", layers=1), zoo.inputs(
+            "qwen2_5_vl", zoo.build("qwen2_5_vl", layers=1), rows=[zoo.sizes("qwen2_5_vl")[0]]
+        ), tmp_path / "out", modalities=("video",))  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 

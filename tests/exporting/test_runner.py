@@ -130,7 +130,7 @@ def test_calls_that_an_exported_model_does_not_take(folder: Path) -> None:
         ({"output_hidden_states": True, "return_dict_in_generate": True}, UnsupportedCallError, "logits only"),
         ({"ratio": 1.5}, ConfigError, "ratio is the fraction"),
         ({"inputs_embeds": embeds}, UnsupportedCallError, "takes input_ids"),
-        ({"use_cache": False}, UnsupportedCallError, "use_cache=False: an exported model keeps"),
+        ({"use_cache": False}, UnsupportedCallError, "use_cache=False: an exported model fills"),
         ({"generation_config": GenerationConfig(use_cache=False)}, UnsupportedCallError, "use_cache=False"),
         ({"cache_implementation": "static"}, UnsupportedCallError, "cache_implementation='static'"),
     ):

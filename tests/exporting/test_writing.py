@@ -147,7 +147,7 @@ def test_files_that_are_not_those_that_were_exported(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "match"), [
-    (lambda content: content | {"manifest_version": 99}, "manifest_version 99, and this release reads 4"),
+    (lambda content: content | {"manifest_version": 99}, "manifest_version 99, and this release reads 5"),
     (lambda content: {name: content[name] for name in content if name != "ratio"}, "is no manifest of hawk_compile"),
     (lambda content: [content], "is no manifest of hawk_compile"),
     (lambda content: content | {"format": "tflite"}, "format must be one of"),
