@@ -133,6 +133,6 @@ def refuse_meeting_tokens(merged: fx.Node, attention: fx.Node, layer: int, after
     if any(tokens_may_meet(node, merged) for node in earlier):
         raise AttentionNotFoundError(
             f"the first attention that can score, {attention.name}, stands in layer {layer}, behind layers in which "
-            "tokens meet without keys, and there is no single [B, S, D] value between these and all that follows; this "
-            "decoder is not supported"
+            "tokens meet without keys, and there is no single [B, S, D] value between these and all that follows that "
+            "tokens could be removed from: call hawk_compile.restore(model) to run the model whole"
         )

@@ -18,7 +18,7 @@ from typing import Any
 from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from hawk_compile.passes.attention import query_and_key
+from hawk_compile.passes.attention import attends, query_and_key
 from hawk_compile.passes.compat import TO_COPY
 from hawk_compile.passes.entry import find_entry, layer_of
 from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
@@ -110,7 +110,7 @@ def find_merges(graph: fx.Graph) -> list[fx.Node]:
             "way is not supported"
         )
     if len(found) > 1:  # later layers may add features of their own in this way
-        first = [node for node in found if not is_behind_attention(node.args[0])]
+        first = [node for node in found if not is_behind_layers(node)]
         found = first or found
     chain = [found[-1]]
     while (before := previous_merge(chain[0])) is not None:
@@ -118,8 +118,19 @@ def find_merges(graph: fx.Graph) -> list[fx.Node]:
     return chain
 
 
-def is_behind_attention(node: fx.Node) -> bool:
-    return any(is_call(source, "scaled_dot_product_attention") for source in ancestors(node))
+def is_behind_layers(merge: fx.Node) -> bool:
+    """Whether what is merged into has passed an attention or a numbered layer; an encoder's, of what is merged, do not
+    count."""
+    stack, seen = [merge.args[0]], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        if attends(node) or layer_of(node) is not None:
+            return True
+        seen.add(node)
+        stack.extend(node.args[:1] if is_merge(node) else node.all_input_nodes)
+    return False
 
 
 def is_merge(node: fx.Node) -> bool:
@@ -182,8 +193,9 @@ def find_attention(graph: fx.Graph, after: set[fx.Node], length: Any) -> tuple[f
     raise AttentionNotFoundError(
         "no attention over the prompt's tokens follows the merge in this graph, neither scaled_dot_product_attention "
         "nor a softmax of the product of queries and keys. Either the model attends in another way (load it with "
-        'attn_implementation="sdpa"), or the graph breaks between merge and decoder (run the vision encoder first and '
-        "pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
+        'attn_implementation="sdpa", as optimize captures it; what has none cannot be pruned: call '
+        "hawk_compile.restore(model) to run it whole), or the graph breaks between merge and decoder (run the vision "
+        "encoder first and pass its result as mm_encoder_outputs, as hawk_compile.optimize does)"
     )
 
 

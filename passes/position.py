@@ -128,15 +128,15 @@ def without_position(
         elif any(holds_positions(source, length) for source in node.all_input_nodes if source not in after):
             raise AttentionNotFoundError(
                 f"{target.name}, an input of the first attention, cannot be computed without position: {node.name} = "
-                f"{op_name(node)} brings it in, and is not of the shape of a value before it; this attention is not "
-                "supported"
+                f"{op_name(node)} brings it in, and is not of the shape of a value before it: call "
+                "hawk_compile.restore(model) to run the model whole"
             )
         else:
             stack.extend(node.all_input_nodes)
     if not free & ancestors(target) or len(shape_of(target)) != 4:
         raise AttentionNotFoundError(
-            f"{target.name}, an input of the first attention, cannot be traced back to the merged embeddings; this "
-            "attention is not supported"
+            f"{target.name}, an input of the first attention, cannot be traced back to the merged embeddings: "
+            "call hawk_compile.restore(model) to run the model whole"
         )
     return rotated
 

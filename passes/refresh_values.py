@@ -67,5 +67,6 @@ def run(node: fx.Node) -> Any:
     except Exception as error:
         shapes = [tuple(found.shape) if (found := tensor(arg)) is not None else arg for arg in node.args]
         raise ShapeError(
-            f"{node.name} = {node.target} cannot run at the pruned length (inputs {shapes}): {error}"
+            f"{node.name} = {node.target} cannot run at the pruned length (inputs {shapes}): {error}; call "
+            "hawk_compile.restore(model) to run the model whole"
         ) from error

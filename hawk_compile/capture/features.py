@@ -12,19 +12,31 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.modalities import AUDIO, AUDIO_INPUT, MERGED_BY_NAME, raw_inputs
 from hawk_compile.compat.models import AUDIO_LENGTHS
-from hawk_compile.errors import InputError
+from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.kernels.compat import check
 
 FEATURES = "pooler_output"
 UNPOOLED = "last_hidden_state"
 LAYER_FEATURES = "deepstack_features"
+FIELDS = (FEATURES, UNPOOLED, LAYER_FEATURES)
 EXTRA_ROWS = 2
 
 
 def field_of(output: ModelOutput) -> str:
     """The field of an encoder's output in which a model looks for what it merges: where it pools nothing (or projects
-    the features itself), the last hidden states; where each decoder layer adds features of its own, those."""
-    return next(name for name in (FEATURES, UNPOOLED, LAYER_FEATURES) if output.get(name) is not None)
+    the features itself), the last hidden states; where each decoder layer adds features of its own, those.
+
+    Raises:
+        UnsupportedModelError: there is no such field.
+    """
+    held = dict(output) if isinstance(output, ModelOutput) else {}
+    found = next((name for name in FIELDS if held.get(name) is not None), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"the model's encoder gives {type(output).__name__}({', '.join(held)}), and its features are looked for in "
+            f"{', '.join(FIELDS)} of a ModelOutput: call hawk_compile.restore(model) to run the model whole"
+        )
+    return found
 
 
 def features_of(output: ModelOutput) -> Any:

@@ -110,15 +110,28 @@ def in_front_of_layers(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor
 
 
 def reach(*args: Any, **kwargs: Any) -> None:
-    raise LayerReached(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+    """Stands for a decoder layer's forward: the first [B, S, D] value that it is given are the embeddings."""
+    raise LayerReached(next(
+        value for value in (*args, *kwargs.values())
+        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+    ))  # fmt: skip
 
 
 def layers_of(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
-    """The decoder's layers, and the names that lead to them from the model's body."""
+    """The decoder's layers, and the names that lead to them from the model's body.
+
+    Raises:
+        UnsupportedModelError: there is no list of as many layers as the configuration says.
+    """
     count = model.config.get_text_config().num_hidden_layers
     decoder: Any = model.base_model.get_decoder()  # type: ignore[operator]
-    layers = next(each for each in decoder.children() if isinstance(each, nn.ModuleList) and len(each) == count)
-    path = next(name for name, part in model.base_model.named_modules() if part is layers)
+    layers = next((each for each in decoder.modules() if isinstance(each, nn.ModuleList) and len(each) == count), None)
+    path = next((name for name, part in model.base_model.named_modules() if part is layers), None)
+    if layers is None or path is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} encodes and merges in its own forward, and {type(decoder).__name__} holds no "
+            f"ModuleList of {count} decoder layers before which that could be seen: call hawk_compile.restore(model)"
+        )
     return path.split("."), layers
 
 

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hawk_compile.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
-from hawk_compile.passes.graph import is_call, same
-from hawk_compile.passes.locate_prefill import locate_prefill
+from hawk_compile.passes.graph import is_call, op_name, same
+from hawk_compile.passes.locate_prefill import find_merges, locate_prefill
 from hawk_compile.passes.site import Located, find, read
 from tests.passes import graphs
 
@@ -48,6 +48,34 @@ def test_a_norm_between_projection_and_position_makes_the_form_projected():
 def test_two_merges_are_one_site():
     site = read_located(located(graphs.Decoder(merges=2), merges=2))
     assert len(site.merges) == 2 and site.merged is site.merges[-1] and len(site.visual) == 2
+
+
+class Mixed(nn.Module):
+    """A layer in which tokens meet without keys, or by attention in steps."""
+
+    def __init__(self, attends):
+        super().__init__()
+        self.attends = attends
+
+    def forward(self, x):
+        if not self.attends:
+            return x + x.cumsum(1)
+        heads = x.unsqueeze(1)
+        return x + (F.softmax(heads @ heads.transpose(2, 3), -1) @ heads).squeeze(1)
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_what_later_layers_merge_is_no_merge_of_the_prompt(attends):
+    layers, embed = nn.ModuleList([Mixed(attends)]), nn.Embedding(8, 4)
+
+    def forward(ids, encoded, features):
+        mask = (ids == 7).unsqueeze(-1)
+        merged = embed(ids).masked_scatter(mask, layers[0](encoded).flatten(0, 1))
+        return layers[0](merged).masked_scatter(mask, features)
+
+    ids = torch.tensor([[1, 7, 7, 7, 2, 3, 4, 5, 6]])
+    merges = find_merges(graphs.captured(forward, ids, torch.ones(1, 3, 4), torch.ones(3, 4)).graph)
+    assert len(merges) == 1 and op_name(merges[0].args[0]) == "embedding"
 
 
 def test_positions_that_the_graph_counts_itself_are_told_from_slots():
