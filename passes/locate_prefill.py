@@ -38,7 +38,7 @@ from hawk_compile.passes.graph import (
 )
 from hawk_compile.passes.position import PADDING_MASK, before_position
 from hawk_compile.passes.site import Located, find, note
-from hawk_compile.passes.slots import find_position_chain, refuse_positions_as_slots
+from hawk_compile.passes.slots import find_position_chain
 
 
 def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
@@ -68,7 +68,6 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     query_linear, query_between = projection(query, entry, length)
     key_linear, key_between = projection(key, entry, length)
     position_chain = find_position_chain(gm.graph, merged, length)
-    refuse_positions_as_slots(gm.graph, position_chain, length)
     between = tuple(dict.fromkeys(query_between + key_between))
     one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
     folded = one_input and not between

@@ -6,6 +6,7 @@ masks are built. Positions stay at full length until they are gathered; slots ar
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from hawk_compile.passes.errors import GraphError
@@ -75,24 +76,50 @@ def is_row_of_positions(node: fx.Node, length: Any) -> bool:
     return all(same(size, 1) for size in found.shape[:-1])
 
 
-def refuse_positions_as_slots(graph: fx.Graph, chain: set[fx.Node], length: Any) -> None:
-    """Refuse a graph that asks which slots of keys come before a position.
-
-    Raises:
-        GraphError: it does, and names the comparison.
-    """
-    given = [node for node in graph.find_nodes(op="placeholder") if POSITIONS in node.name and tensor(node) is not None]
-    positions = set().union(chain, given, *map(dependents, [*chain, *given]))
-    counters = [node for node in graph.nodes if is_call(node, "arange") and node not in positions]
-    slots = set().union(counters, *map(dependents, counters))
+def positions_compared_with_slots(graph: fx.Graph, chain: set[fx.Node], length: Any) -> list[tuple[fx.Node, fx.Node]]:
+    """(comparison, its positions) wherever a graph asks which slots of keys come before a position [..., S, 1]."""
+    positions = derived_from(positions_in(graph, chain))
+    slots = derived_from({node for node in graph.nodes if is_call(node, "arange") and node not in positions})
+    found = []
     for node in graph.nodes:
         sources = node.all_input_nodes
         if not is_call(node, *ORDERS) or len(sources) != 2 or not compares_slots(node, length):
             continue
-        if any(each in positions - slots for each in sources) and any(each in slots - positions for each in sources):
-            raise GraphError(
-                f"{node.name} = {op_name(node)}({', '.join(source.name for source in sources)}) takes the positions of "
-                "tokens for slots of the cache, which they are no longer once tokens are removed: this model's "
-                "attention to blocks of keys needs every position to be there, so it cannot be pruned: call "
-                "hawk_compile.restore(model) to run it whole"
-            )
+        left = [each for each in sources if each in positions - slots]
+        if len(left) == 1 and any(each in slots - positions for each in sources):
+            found.append((node, left[0]))
+    return found
+
+
+def positions_in(graph: fx.Graph, chain: set[fx.Node]) -> set[fx.Node]:
+    """The positions that a graph is given or counts itself."""
+    given = [node for node in graph.find_nodes(op="placeholder") if POSITIONS in node.name and tensor(node) is not None]
+    return {*chain, *given}
+
+
+def derived_from(nodes: set[fx.Node]) -> set[fx.Node]:
+    return nodes.union(*map(dependents, nodes))
+
+
+def refuse_positions_as_indices(graph: fx.Graph, merged: fx.Node, chain: set[fx.Node]) -> None:
+    """Refuse a decoder that computes with integers which it takes from positions: it counts keys by them.
+
+    Raises:
+        GraphError: it does, and names what reads them.
+    """
+    after, stack = dependents(merged), [*positions_in(graph, chain)]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            found = tensor(user)
+            if user in after:
+                raise GraphError(
+                    f"{user.name} = {op_name(user)}(...) computes with the positions of tokens ({node.name}) as with "
+                    "slots of the cache, which they are no longer once tokens are removed: this model's attention to "
+                    "blocks of keys needs every position to be there, so it cannot be pruned: call "
+                    "hawk_compile.restore(model) to run it whole"
+                )
+            if found is not None and user not in seen and not found.is_floating_point() and found.dtype != torch.bool:
+                seen.add(user)
+                stack.append(user)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import hawk_compile
-from hawk_compile.errors import GraphError, UnsupportedCallError
+from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.tools.calibration.calibrate import fingerprint
 from hawk_compile.tools.inspection.inspect import inspect_model
@@ -70,10 +70,12 @@ def test_a_report_says_which_layer_scored(name: str) -> None:
     assert [type(layer) for layer in out.past_key_values.layers] == own
 
 
-def test_attention_that_takes_positions_for_slots_is_refused() -> None:
+def test_padded_rows_of_a_model_that_counts_blocks_by_slots_are_refused() -> None:
     model = hawk_compile.optimize(build(tiny("minimax_m3_vl")), **SETTINGS)
-    with torch.no_grad(), pytest.raises(GraphError, match="takes the positions of tokens for slots of the cache"):
-        model(**prompt(tiny("minimax_m3_vl"), 1))
+    inputs = prompt(tiny("minimax_m3_vl"), 2)
+    inputs["attention_mask"][1, 0] = 0
+    with torch.no_grad(), pytest.raises(UnsupportedCallError, match="what pads a row moves its blocks"):
+        model(**inputs)
 
 
 def test_a_graph_serves_prompts_of_any_number_of_chunks() -> None:

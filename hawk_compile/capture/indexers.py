@@ -1,14 +1,17 @@
-"""Indexers that choose keys query by query, by data: one operator in the graph instead of the loop.
+"""Indexers that no graph can take as they are: one operator in the graph instead.
 
-A sparse attention's indexer says which keys each query may see. Where it looks for them in a loop over rows and
-queries, whose length and numbers are data, no graph can take it. As an operator it is opaque: what it runs is the
-model's own forward, so numerics are the model's. Only the keys that it remembers pass by the operator, since a cache is
-written by the graph itself.
+A sparse attention's indexer says which keys each query may see. Some look for them in a loop over rows and queries,
+whose length and numbers are data. Others count blocks of keys, by branches on how many keys there are, which behind the
+cut are fewer; and they take the position of a query for its slot, its place among the keys that are held. As an
+operator an indexer is opaque: what it runs is the model's own forward, at the sizes that there are, with slots for
+positions. Only the keys that it remembers pass by the operator, since a cache is written by the graph itself.
 
 The class belongs to a modeling file, so what stands in for its forward is seen by every model of that file. It makes a
-difference only to what Dynamo captures without gradients, and goes with the last model that needs it.
+difference only to what Dynamo captures without gradients, and to calls whose cache counts otherwise than its slots; it
+goes with the last model that needs it.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -19,12 +22,12 @@ from torch import Tensor, nn
 
 from hawk_compile.capture.twin import with_tensors
 from hawk_compile.capture.while_used import WhileUsed
+from hawk_compile.compat.models import EXTRA_KEYS
 
-ARGUMENTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values"]
-"""How transformers calls an indexer: tokens [B, S, D], rotary tables of all keys [B, P + S, d] twice, the mask
-[B, 1, S, P + S] and the cache."""
-LOOKS_FOR_DATA = frozenset({"nonzero", "update_indexer"})
-"""What the code of an indexer names that picks keys by data and remembers its own."""
+BY_DATA = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+BY_SLOTS = ("hidden_states", "position_embeddings", "past_key_values", "position_ids")
+"""How transformers calls such indexers: tokens [B, S, D], two rotary tables [B, S or P + S, d], the mask
+[B, 1, S, P + S] or the positions [B, S], and the cache."""
 
 originals: dict[Any, Callable[..., Tensor]] = {}
 """The classes' own forwards."""
@@ -39,85 +42,141 @@ class Remembered:
         self.past = past
         self.added: Tensor | None = None
 
-    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+    @property
+    def layers(self) -> "Remembered":
+        return self
+
+    def __getitem__(self, layer_idx: int) -> "Remembered":
+        return self
+
+    def update_indexer(self, keys: Tensor, layer_idx: int = 0) -> Tensor:
         self.added = keys
-        return keys if self.past is None else torch.cat([self.past, keys], dim=1)
+        return keys if self.past is None else torch.cat([self.past, keys], dim=-2)
+
+    update_index = update_indexer
 
 
 @torch.library.custom_op("hawk::choose_keys", mutates_args=())
 def choose_keys(
-    hidden_states: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor, past: Tensor | None, weights: list[Tensor],
-    indexer: str,
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None, past: Tensor | None,
+    weights: list[Tensor], indexer: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Which keys each query may see, bool like the mask [B, 1, S, P + S], and what the indexer remembers [B, S, d].
+    """Which keys each query may see, and what the indexer remembers of the new tokens, [B, ..., S, d].
+
+    The keys are a mask [B, ., S, P + S] of bools; or numbers [B, ., S, P + S] of keys or of blocks of them, of which
+    the last stands in all places that are left: a set is the same with a number in it twice.
 
     Args:
-        past: [B, P, d] that it remembers; None if nothing.
+        past: [B, ..., P, d] that it remembers; None if nothing.
         weights: of the indexer, in the order of their names.
         indexer: one of `shells`.
     """
     remembered = Remembered(past)
     chosen = run(indexer, weights, hidden_states, (cos, sin), attention_mask, remembered)
     assert remembered.added is not None
+    missing = slots_before(past) + hidden_states.shape[1] - chosen.shape[-1]
+    if missing:
+        chosen = torch.cat([chosen, chosen[..., -1:].expand(*chosen.shape[:-1], missing)], -1)
     return chosen.contiguous(), remembered.added.clone(memory_format=torch.contiguous_format)
 
 
 @choose_keys.register_fake
 def _(
-    hidden_states: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor, past: Tensor | None, weights: list[Tensor],
-    indexer: str,
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None, past: Tensor | None,
+    weights: list[Tensor], indexer: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, length = hidden_states.shape[:2]
     one = [each.new_empty((1, 1, each.shape[2])) for each in (hidden_states, cos, sin)]
-    try:
-        run(indexer, weights, one[0], (one[1], one[2]), attention_mask.new_empty((1, 1, 1, 1)), AsksOnly())
-    except KeysSeen as seen:
-        added = seen.keys.new_empty((rows, length, seen.keys.shape[2]))
-    chosen = attention_mask.new_empty((rows, 1, length, attention_mask.shape[3]), dtype=torch.bool)
-    return chosen, added
+    slots = slots_before(past) + length
+    if attention_mask is not None:
+        chosen = attention_mask.new_empty((rows, 1, length, slots), dtype=torch.bool)
+        remembered: Remembered = AsksOnly(None)
+        with contextlib.suppress(KeysSeen):
+            run(indexer, weights, one[0], (one[1], one[2]), attention_mask.new_empty((1, 1, 1, 1)), remembered)
+    else:
+        remembered = Remembered(None)
+        small = run(indexer, weights, one[0], (one[1], one[2]), None, remembered)
+        chosen = small.new_empty((rows, small.shape[1], length, slots))
+    keys = remembered.added
+    assert keys is not None
+    return chosen, keys.new_empty((rows, *keys.shape[1:-2], length, keys.shape[-1]))
 
 
 class KeysSeen(Exception):
     """Ends an indexer that is only asked what it remembers: what follows needs data."""
 
-    def __init__(self, keys: Tensor):
-        self.keys = keys
-
 
 class AsksOnly(Remembered):
     """A cache for an indexer of one token, which is asked for no more than the shape of its keys."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
-
-    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        raise KeysSeen(keys)
+    def update_indexer(self, keys: Tensor, layer_idx: int = 0) -> Tensor:
+        self.added = keys
+        raise KeysSeen
 
 
-def run(indexer: str, weights: list[Tensor], *args: Any) -> Tensor:
+def slots_before(past: Tensor | None) -> int:
+    return 0 if past is None else past.shape[-2]
+
+
+def run(
+    indexer: str, weights: list[Tensor], hidden_states: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None,
+    remembered: Remembered,
+) -> Tensor:  # fmt: skip
     """The own forward of an indexer that has these weights."""
     shell, names = shells[indexer]
     module = with_tensors(shell, dict(zip(names, weights, strict=True)))
-    return originals[type(shell)](module, *args)
+    given = {"hidden_states": hidden_states, "position_embeddings": tables, "past_key_values": remembered}
+    if mask is not None:
+        return originals[type(shell)](module, **given, attention_mask=mask)
+    slots = slots_of(hidden_states, remembered.past)
+    return originals[type(shell)](module, **given, position_ids=slots)
+
+
+def slots_of(hidden_states: Tensor, past: Tensor | None) -> Tensor:
+    """[B, S]: the places of new tokens among the keys."""
+    rows, length = hidden_states.shape[:2]
+    before = slots_before(past)
+    return torch.arange(before, before + length, device=hidden_states.device).expand(rows, -1)
 
 
 def stand_in(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    names = tuple(inspect.signature(original).parameters)[1:]
+
     @functools.wraps(original)
-    def forward(
-        self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor,
-        past_key_values: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        cache = given["past_key_values"]
         if not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
-            return original(self, hidden_states, position_embeddings, attention_mask, past_key_values)
+            if "position_ids" in given and cache is not None and counts_otherwise(cache, self.layer_idx):
+                given["position_ids"] = slots_of(given["hidden_states"], remembered_in(cache, self.layer_idx))
+            return original(self, **given)
         weights = [weight_of(self, name) for name in names_of_weights(self).split(",")]
-        past = None if past_key_values is None else past_key_values.layers[self.layer_idx].indexer_keys
+        past = None if cache is None else remembered_in(cache, self.layer_idx)
         chosen, added = torch.ops.hawk.choose_keys(
-            hidden_states, *position_embeddings, attention_mask, past, weights, name_of_shell(self))
-        if past_key_values is not None:
-            past_key_values.update_indexer(added, self.layer_idx)
+            given["hidden_states"], *given["position_embeddings"], given.get("attention_mask"), past, weights,
+            name_of_shell(self),
+        )  # fmt: skip
+        if cache is not None:
+            layer = cache.layers[self.layer_idx]
+            for name, method in EXTRA_KEYS.items():
+                if hasattr(layer, name):
+                    getattr(layer, method)(added)
         return chosen
 
     return forward
+
+
+def counts_otherwise(cache: Any, layer_idx: int) -> bool:
+    """Whether a cache holds fewer slots than its conversation has tokens."""
+    return bool(cache.get_seq_length(layer_idx) != cache.get_query_offset(layer_idx))
+
+
+def remembered_in(cache: Any, layer_idx: int) -> Tensor | None:
+    """The keys of an indexer in a layer of a cache."""
+    for name in EXTRA_KEYS:
+        if hasattr(cache.layers[layer_idx], name):
+            return getattr(cache.layers[layer_idx], name)  # type: ignore[no-any-return]
+    return None
 
 
 def weight_of(module: Any, path: str) -> Tensor:
@@ -145,21 +204,28 @@ def name_of_shell(indexer: nn.Module) -> str:
     return name
 
 
-def picks_keys_by_data(module: nn.Module) -> bool:
+def is_opaque(module: nn.Module) -> bool:
     """Whether a module is such an indexer, and nothing but its weights tells two of them apart."""
     kind: Any = type(module)
-    return looks_for_data(kind) and not dict(module.named_buffers())
+    return chooses_keys(kind) and not dict(module.named_buffers())
+
+
+def counts_slots(module: nn.Module) -> bool:
+    """Whether a module is an indexer that takes positions for slots."""
+    kind: Any = type(module)
+    return chooses_keys(kind) and "position_ids" in inspect.signature(kind.forward).parameters
 
 
 @functools.cache
-def looks_for_data(kind: Any) -> bool:
+def chooses_keys(kind: Any) -> bool:
     forward = inspect.unwrap(kind.forward)
     names = set(getattr(getattr(forward, "__code__", None), "co_names", ()))
-    return names >= LOOKS_FOR_DATA and list(inspect.signature(forward).parameters) == ARGUMENTS
+    taken = tuple(inspect.signature(forward).parameters)[1:]
+    return bool(names & {*EXTRA_KEYS.values()}) and (taken == BY_SLOTS or (taken == BY_DATA and "nonzero" in names))
 
 
 class IndexersStoodFor(WhileUsed):
-    """Lets what is captured of models hold an operator for indexers that pick keys by data."""
+    """Lets what is captured of models hold an operator for such indexers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +234,7 @@ class IndexersStoodFor(WhileUsed):
 
     def change(self, model: nn.Module | None = None) -> None:
         """For a model's indexers; none for a copy of a model that has them already."""
-        for kind in {type(each) for each in model.modules() if picks_keys_by_data(each)} if model is not None else ():
+        for kind in {type(each) for each in model.modules() if is_opaque(each)} if model is not None else ():
             if kind not in self.stand_ins:
                 originals[kind] = kind.forward
                 self.stand_ins[kind] = stand_in(kind.forward)

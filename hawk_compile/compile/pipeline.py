@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from hawk_compile.errors import ConfigError
+from hawk_compile.passes.compare_slots import compare_slots
 from hawk_compile.passes.fold_layers import fold_layers
 from hawk_compile.passes.functionalize_writes import functionalize_writes
 from hawk_compile.passes.gather_by_shape import gather_by_shape
@@ -61,6 +62,7 @@ PRUNING = (
     Step(remove_unread_rows, "remove rows of which only the number is looked at", optional=True),
     Step(functionalize_writes, "write what is written in place as new values"),
     Step(locate_prefill, "find the merge, the visual tokens and the first attention"),
+    Step(compare_slots, "compare slots of keys with slots of queries, not with their positions"),
     Step(replace_masked_add, "add rows at a mask without reading their number back", optional=True),
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
     Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query", "ranks")),

@@ -35,6 +35,7 @@ from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import (
     refuse_fillers_behind_states,
     refuse_other_layers,
+    refuse_padding_among_blocks,
     refuse_quotas_of_audio,
     refuse_unsupported,
 )
@@ -65,6 +66,8 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         plan, whole = plan_of(model, runtime, inputs, chat.form)
         if inputs.past and (plan.padded or plan.filled):
             refuse_fillers_behind_states(runtime.scratch_layers)
+        if plan.padded or plan.filled:
+            refuse_padding_among_blocks(model)
         rule = rule_of(runtime.config, whole)
         result, record = run_graph(model, runtime, forward, inputs, plan, rule, chat.origin)
     runtime.note(record, result)

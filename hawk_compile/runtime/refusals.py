@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
+from hawk_compile.capture.indexers import counts_slots
 from hawk_compile.capture.modalities import asks_for, positions_by_images, token_kinds
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
@@ -113,6 +114,15 @@ def refuse_fillers_behind_states(layers: tuple[Any, ...]) -> None:
             "new images on a cache that already holds tokens, in rows that are of unequal length once pruned: this "
             "model's layers keep states, which what fills a row up between the old tokens and the new ones would "
             "change. Give the rows one by one, each with a cache of its own, or prefill the whole conversation at once"
+        )
+
+
+def refuse_padding_among_blocks(model: PreTrainedModel) -> None:
+    """Refuse padded rows, and rows that have to be filled up, where an indexer counts blocks of keys by slots."""
+    if any(counts_slots(module) for module in model.modules()):
+        raise UnsupportedCallError(
+            f"rows of unequal length: {type(model).__name__} attends to blocks of keys that it counts from the first "
+            "slot, so that what pads a row moves its blocks, pruned or not: give the rows one by one"
         )
 
 

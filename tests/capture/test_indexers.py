@@ -13,14 +13,16 @@ from transformers.cache_utils import DynamicIndexedLayer
 from hawk_compile.capture import indexers
 from hawk_compile.capture.indexers import (
     Remembered,
+    counts_slots,
     indexers_stood_for,
+    is_opaque,
     name_of_shell,
     names_of_weights,
     originals,
-    picks_keys_by_data,
     weight_of,
 )
-from hawk_compile.runtime.handover import keep_positions
+from hawk_compile.runtime.handover import keep_positions, scratch_layers
+from hawk_compile.runtime.tracked import opened, track
 from hawk_compile.tools.survey.tiny import build, read
 
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
@@ -34,7 +36,7 @@ class User:
 @pytest.fixture(scope="module")
 def indexer() -> nn.Module:
     model = build(read(ARCHITECTURES / "qwen4_exp.json"))
-    found = [module for module in model.modules() if picks_keys_by_data(module)]
+    found = [module for module in model.modules() if is_opaque(module)]
     assert len(found) == 1
     return found[0]
 
@@ -107,3 +109,50 @@ def test_positions_that_a_layer_remembers_are_cut_to_the_kept_ones() -> None:
     assert torch.equal(layer.indexer_position_ids, expected)
     keep_positions(cache, keep, past=3, length=5)
     assert torch.equal(layer.indexer_position_ids, expected), "what the graph has gathered stays as it is"
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Any:
+    """An indexer that counts blocks of keys, and takes positions for slots."""
+    model = build(read(ARCHITECTURES / "minimax_m3_vl.json"))
+    found = next(module for module in model.modules() if is_opaque(module))
+    user = User()
+    indexers_stood_for.begin(user, found)
+    yield found
+    indexers_stood_for.end(user)
+
+
+def test_numbers_of_blocks_fill_the_keys_and_say_the_same(blocks: Any) -> None:
+    assert counts_slots(blocks)
+    torch.manual_seed(0)
+    hidden, angles = torch.randn(2, LENGTH, 32), torch.rand(2, LENGTH, 4)
+    held = torch.randn(2, 1, PAST, 8)
+    slots = torch.arange(PAST, PAST + LENGTH).expand(2, -1)
+    weights = [weight_of(blocks, name).detach() for name in names_of_weights(blocks).split(",")]
+    tables, remembered = (angles.cos(), angles.sin()), Remembered(held)
+    with torch.no_grad():
+        expected = originals[type(blocks)](blocks, hidden, tables, remembered, slots)
+        chosen, added = torch.ops.hawk.choose_keys(hidden, *tables, None, held, weights, name_of_shell(blocks))
+    assert chosen.shape[-1] == PAST + LENGTH and torch.equal(added, remembered.added)
+    mask = [blocks.build_block_mask(each, None, PAST + LENGTH, torch.float32, "cpu", slots)
+            for each in (expected, chosen)]  # fmt: skip
+    assert torch.equal(*mask) and int((mask[0] == 0).sum()) > 0
+
+
+def test_behind_a_pruned_prompt_positions_are_slots(blocks: Any) -> None:
+    """The cache holds 4 of 30 tokens: a step at position 30 is slot 4."""
+    layer = next(each for each in scratch_layers(build(read(ARCHITECTURES / "minimax_m3_vl.json")))
+                 if hasattr(each, "idx_keys"))  # fmt: skip
+    cache = DynamicCache()
+    cache.layers = [layer] * (blocks.layer_idx + 1)
+    keys = torch.randn(1, 2, 4, 8)
+    layer.update(keys, keys)
+    layer.update_index(torch.randn(1, 1, 4, 8))
+    track(cache, torch.tensor([[0, 3, 9, 29]]), None, 0, 30, None)
+    hidden, tables = torch.randn(1, 1, 32), (torch.ones(1, 1, 4), torch.zeros(1, 1, 4))
+    with torch.no_grad(), opened(cache):
+        layer.update(keys[:, :, :1], keys[:, :, :1])
+        before = layer.idx_keys
+        found = blocks(hidden, tables, cache, torch.tensor([[30]]))
+        expected = originals[type(blocks)](blocks, hidden, tables, Remembered(before), torch.tensor([[4]]))
+    assert torch.equal(found, expected)

@@ -24,6 +24,7 @@ def test_the_passes_read_as_one_list():
         "remove_unread_rows",
         "functionalize_writes",
         "locate_prefill",
+        "compare_slots",
         "replace_masked_add",
         "split_at_merge",
         "insert_scoring",

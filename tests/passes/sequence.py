@@ -1,5 +1,6 @@
 """The passes that rewrite, in their order, on the small graphs."""
 
+from hawk_compile.passes.compare_slots import compare_slots
 from hawk_compile.passes.functionalize_writes import functionalize_writes
 from hawk_compile.passes.gather_by_shape import gather_by_shape
 from hawk_compile.passes.insert_budget import insert_budget
@@ -18,6 +19,7 @@ PASSES = (
     remove_unread_rows,
     functionalize_writes,
     locate_prefill,
+    compare_slots,
     replace_masked_add,
     split_at_merge,
     insert_scoring,

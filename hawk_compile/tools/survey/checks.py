@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import placeholder_ids, required_arguments
-from hawk_compile.errors import HawkError
+from hawk_compile.errors import HawkError, UnsupportedCallError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.tools.survey import oracle
 from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, without_folders
@@ -98,7 +98,7 @@ def batches(tiny: Tiny, model: PreTrainedModel) -> str:
     optimize(model, **settings(tiny, 0.5))
     try:
         found = rows_alone(model, batch, rows, lambda: pruned_record(model))
-    except Wrong:
+    except (Wrong, UnsupportedCallError):
         restore(model)
         try:
             rows_alone(model, batch, rows)

@@ -127,10 +127,31 @@ def pruned_forward(
 
     # Without a cache, positions with gaps are taken for those of several texts in one row.
     cache = DynamicCache(config=model.config.get_text_config())
-    with torch.no_grad(), changed(seen.decoder, change):
+    with torch.no_grad(), changed(seen.decoder, change), counting_slots(model):
         output = from_tokens(model)(
             **gathered(given, length, keep, visual), past_key_values=cache, use_cache=True)
     return output, cache
+
+
+@contextlib.contextmanager
+def counting_slots(model: PreTrainedModel) -> Iterator[None]:
+    """Let attentions count the slots of keys themselves, where they would take positions for slots: among kept tokens
+    the two differ."""
+
+    def change(kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+    with contextlib.ExitStack() as stack:
+        for part in layers_of(model):
+            if any(takes_positions_for_slots(module) for module in part.modules()):
+                stack.enter_context(changed(part, change))
+        yield
+
+
+def takes_positions_for_slots(module: nn.Module) -> bool:
+    """Whether a module is told how to rotate, and of positions beside that, but of no mask."""
+    taken = inspect.signature(module.forward).parameters.keys()
+    return {"position_embeddings", "position_ids", "past_key_values"} <= taken and "attention_mask" not in taken
 
 
 def from_tokens(model: PreTrainedModel) -> PreTrainedModel:
@@ -247,7 +268,7 @@ def behind(model: PreTrainedModel, cache: Cache, tokens: list[int], places: Tens
     def change(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**kwargs, "position_ids": places}
 
-    with torch.no_grad(), changed(decoder_of(model), change):
+    with torch.no_grad(), changed(decoder_of(model), change), counting_slots(model):
         output = from_tokens(model)(
             input_ids=torch.tensor([tokens]), past_key_values=cache, attention_mask=torch.ones(1, slots).long(),
             use_cache=True,
