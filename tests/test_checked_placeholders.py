@@ -64,6 +64,26 @@ def test_every_visual_token_is_masked_out(budget: hawk_compile.Adaptive | None) 
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_placeholder_of_what_was_not_given_is_text(ratio: float) -> None:
+    tiny = read(FOLDER / "llava_onevision.json")
+    model, inputs = build(tiny), prompt(tiny, rows=1)
+    ids = inputs["input_ids"]
+    ids[0, -2] = model.config.video_token_id
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        hawk_compile.optimize(model, ratio=ratio, backend="eager")
+        logits = model(**inputs).logits
+    report = hawk_compile.report(model)
+    assert report.visual_tokens.tolist() == [int((ids == model.config.image_token_id).sum())]
+    assert ids.shape[1] - 2 in report.keep_indices[0]
+    assert torch.equal(logits, plain) == (ratio == 0)
+    image = (ids == model.config.image_token_id).nonzero()[0, 1]
+    ids[0, image] = 0  # as many placeholders as features again, of which one is a video's
+    with pytest.raises(InputError, match="placeholders for visual tokens, but"):
+        model(**inputs)
+
+
 def test_hidden_states_that_the_configuration_asks_for() -> None:
     tiny = read(FOLDER / "llava.json")
     model, inputs = build(tiny), prompt(tiny, rows=1)

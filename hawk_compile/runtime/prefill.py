@@ -81,7 +81,6 @@ def plan_of(
 ) -> tuple[Plan, list[str]]:
     """The plan of a call, and the modalities in it that stay whole."""
     config, tokens, generation = runtime.config, inputs.tokens, running.get()
-    placeholders = placeholder_ids(model)
     prompt = None if generation is None else generation.prompt_length
     asked = inputs.question
     if asked is None and generation is not None and generation.question is not None:
@@ -90,23 +89,34 @@ def plan_of(
     ids = inputs.arguments.get("input_ids")
     if ids is None:
         # Placeholders first: a token that was added and never trained may have their embedding.
-        ids = known_ids(
-            model, tokens, [*placeholders, *read_ids(runtime.ids, chat), *sorted(asked.numbers if asked else ())])
+        wanted = [*placeholder_ids(model), *read_ids(runtime.ids, chat), *sorted(asked.numbers if asked else ())]
+        ids = known_ids(model, tokens, wanted)
     ids, real = on_host(ids, inputs.mask)
     present = modalities_of(model, {**inputs.arguments, "mm_encoder_outputs": inputs.features})
     left = sorted(present - set(config.modalities))
-    candidates = is_any(ids, placeholder_ids(model, config.modalities)) if left else None
+    visual = visual_places(model, ids, present)
+    candidates = visual & is_any(ids, placeholder_ids(model, config.modalities)) if left else None
     images = None
     if config.per_image:
         refuse_quotas_of_audio(present & set(config.modalities))
         asked_for = {each: inputs.sizes[each] for each in inputs.sizes if each in config.modalities}
         images = quotas(ids, placeholders_by_modality(model), asked_for, config)
     plan = make_plan(
-        ids, is_any(ids, placeholders), real, feature_count(model, inputs.arguments, inputs.features), runtime.ids,
-        config, prompt, images, candidates, chat,
+        ids, visual, real, feature_count(model, inputs.arguments, inputs.features), runtime.ids, config, prompt, images,
+        candidates, chat,
         None if asked is None else asked.on_prompt(ids, real, runtime.ids, prompt, earlier),
     )  # fmt: skip
     return plan.to(tokens.device), left
+
+
+def visual_places(model: PreTrainedModel, ids: Tensor, present: set[str]) -> Tensor:
+    """[B, S] bool: the placeholders that features are merged into.
+
+    Those of a modality that the call does not hold are text to the model, unless there are no others: some models put
+    the frames of a video in the places of images.
+    """
+    named = is_any(ids, placeholder_ids(model, present))
+    return named if named.any() else is_any(ids, placeholder_ids(model))
 
 
 def run_graph(

@@ -26,8 +26,9 @@ from transformers import __version__
 HERE = Path(__file__).parent
 VARIABLE = "HAWK_TRANSFORMERS"
 MODELS = ("llava_next", "qwen2_5_vl", "gemma3", "internvl", "llava_onevision", "qwen3_vl", "smolvlm", "idefics3")
-ELSEWHERE = ("export", "pipeline", "deepspeed", "flash", "multi_gpu", "fsdp", "tensor_parallel")
-"""In the names of tests that need what is not here, or that neither run a model's forward nor generate."""
+ELSEWHERE = ("export", "pipeline", "deepspeed", "flash", "multi_gpu", "fsdp", "tensor_parallel", "training")
+"""In the names of tests that need what is not here, or models in training mode, or that neither run a model's forward
+nor generate."""
 LONGEST = 3600
 """Seconds that the tests of one model may take."""
 

@@ -8,12 +8,13 @@ It runs in a process whose `tests` are those of transformers, so it imports noth
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 import hawk_compile
 from hawk_compile.errors import UnsupportedModelError
@@ -87,8 +88,11 @@ class Outcomes:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        """Tests of generation check much beside attention matrices, for which a pruned prefill is refused: these are
-        left out, as the tests do for models that have none."""
+        """Every test draws the same ids and pixels in each run. Those of generation check much beside attention
+        matrices, for which a pruned prefill is refused: these are left out, as of models that have none."""
+        set_seed(0)
+        if (drawing := sys.modules.get("tests.test_modeling_common")) is not None:
+            drawing.global_rng.seed(0)
         tests: Any = getattr(item, "cls", None)
         plain = getattr(tests, ATTENTIONS, None)
         if plain is not None and item.get_closest_marker("generate"):
