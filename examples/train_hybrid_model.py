@@ -73,8 +73,8 @@ def make_hybrid(options: argparse.Namespace) -> Qwen3_5ForConditionalGeneration:
         tie_word_embeddings=True,
     )
     model = Qwen3_5ForConditionalGeneration(config)
-    # Queries and keys are normalised: with scales of 1 a softmax over 200 tokens hardly singles one out, and learning to
-    # look things up takes far longer.
+    # Queries and keys are normalised: with scales of 1 a softmax over 200 tokens hardly singles one out, and learning
+    # to look things up takes far longer.
     for name, parameter in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             nn.init.constant_(parameter, 0.5)  # added to 1
