@@ -77,7 +77,7 @@ def join_features(outputs: dict[str, Any]) -> dict[str, ModelOutput]:
             parts[field] = join(output[field])
         if output.get(LAYER_FEATURES) is not None:
             parts[LAYER_FEATURES] = [of_layer(level, join) for level in output[LAYER_FEATURES]]
-        joined[modality] = class_for(output)(**parts)
+        joined[modality] = class_for(type(output))(**parts)
     return joined
 
 
@@ -86,9 +86,8 @@ def of_layer(level: Any, change: Any) -> Any:
     return (level[0], change(level[1])) if is_numbered(level) else change(level)
 
 
-def class_for(output: ModelOutput) -> type[ModelOutput]:
+def class_for(kind: Any) -> type[ModelOutput]:
     """The class of an output, or a wider one where that cannot be made of its features alone."""
-    kind: Any = type(output)
     required = [part for part in dataclasses.fields(kind) if part.default is dataclasses.MISSING]
     return BaseModelOutputWithPooling if required else kind
 

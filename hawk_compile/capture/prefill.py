@@ -149,13 +149,14 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def capture_prefill(
-    model: PreTrainedModel, inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Any, ...]
-) -> CapturedPrefill:
+    model: PreTrainedModel, inputs: dict[str, Any], past_mask: Tensor | None, planned: tuple[Any, ...],
+    along: tuple[str, ...] = (),
+) -> CapturedPrefill:  # fmt: skip
     """Capture a model's prefill as one graph; the model is left as it is, and nothing runs.
 
     Args:
         model: not optimised: what `optimize` puts on a model compiles its prefill itself.
-        inputs, past_mask, planned: as `planned_forward` takes them; on the meta device too.
+        inputs, past_mask, planned, along: as `planned_forward` takes them; on the meta device too.
 
     Raises:
         CaptureError: the forward cannot be captured as one graph.
@@ -172,7 +173,7 @@ def capture_prefill(
     indexers_stood_for.begin(function, model)
     try:
         with capture_settings(), torch.no_grad(), diagnosed(model), overridden(model), capturing(model):
-            function(taking_features(model, model.forward), dict(sorted(inputs.items())), past_mask, planned)
+            function(taking_features(model, model.forward), dict(sorted(inputs.items())), past_mask, planned, along)
     except CompilerFailed:  # by GraphTaken, unless there is no graph
         if not taken:
             raise

@@ -60,7 +60,7 @@ class Prefill(nn.Module):
         self.model = model
         self.run = forward
         self.register_buffer("head_weights", head_weights)
-        self.kinds = {modality: class_for(output) for modality, output in outputs.items()}
+        self.kinds = {modality: class_for(type(output)) for modality, output in outputs.items()}
         self.fields = {modality: field_of(output) for modality, output in outputs.items()}
         self.one_tensor = {modality: isinstance(features_of(output), Tensor) for modality, output in outputs.items()}
         # Of each later layer: its number, where the encoder says it, and whether its features are one tensor.

@@ -182,7 +182,8 @@ def encoded_in(model: PreTrainedModel, input_ids: Tensor, embeds: Tensor) -> dic
 
 def output_class(model: PreTrainedModel, modality: str) -> type[ModelOutput]:
     """The class that an encoder says it returns: the model may look for its other fields."""
-    hint = inspect.signature(encoder_of(model, modality)).return_annotation  # type: ignore[arg-type]
+    encode = encoder_of(model, modality)
+    hint = None if encode is None else inspect.signature(encode).return_annotation
     kinds = [hint, *typing.get_args(hint)]
     named = (each for each in kinds if isinstance(each, type) and issubclass(each, ModelOutput))
     return next(named, BaseModelOutputWithPooling)

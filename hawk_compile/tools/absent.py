@@ -1,4 +1,4 @@
-"""What to do about a checkpoint folder that is not there."""
+"""What to do about a checkpoint folder that is not there, or that needs what is not."""
 
 from pathlib import Path
 
@@ -11,3 +11,9 @@ def remedy(folder: Path) -> str:
         return "give the folder of a checkpoint on this machine"
     name = folder.as_posix().partition("@")[0]
     return f"nothing is downloaded here, so first run `hf download {name} --local-dir DIR`, then give DIR"
+
+
+def reason_of(error: Exception) -> str:
+    """Why a checkpoint cannot be loaded, in one line: of a package that is missing all, since its remedy ends it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:400] if isinstance(error, ImportError) else "".join(lines[:1])[:200]

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.exporting.quiet import quiet
-from hawk_compile.tools.absent import remedy
+from hawk_compile.tools.absent import reason_of, remedy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -60,9 +60,8 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise UnsupportedModelError(
-            f"{folder} is no image-text-to-text checkpoint that can be pruned: {reason}"
+            f"{folder} is no image-text-to-text checkpoint that can be pruned: {reason_of(error)}"
         ) from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None
@@ -73,9 +72,9 @@ def read_processor(folder: Path) -> Any:
         with quiet():  # transformers warns of how classes of its own are written, of which a user can change nothing
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"{folder} holds no processor that can be read ({reason}): put the checkpoint's processor files there"
+            f"{folder} holds no processor that can be read ({reason_of(error)}): put the checkpoint's processor files "
+            "there"
         ) from None
     if getattr(processor, "chat_template", None) is None:
         raise InputError(

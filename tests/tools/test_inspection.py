@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import transformers
 
 import hawk_compile
 from hawk_compile.errors import ConfigError, InputError, UnsupportedModelError
-from tests import zoo
+from hawk_compile.tools.survey.table import read_types
+from tests import timm_at_hand, zoo
+from tests.tiny import tiny
 from tests.zoo import Row, common
+
+QUICK = ("instructblipvideo", "vibevoice_asr")
+"""Required arguments and a video's encoder; eager attention alone and audio under a name of its own."""
+RIGHT = sorted(name for name, known in read_types().surveys.items() if known.right)
 
 
 def inspected(name: str, **settings: object) -> hawk_compile.Inspection:
     settings = {"image_tokens": 64, "text_tokens": 20, "layers": 1} | settings
     return hawk_compile.inspect(zoo.build(name).config, **settings)  # type: ignore[arg-type]
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    """A checkpoint folder of a tiny model, without its weights."""
+    described = tiny(name)
+    config = getattr(transformers, described.config_class)(**described.config)
+    config.architectures = [described.model_class]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RIGHT]
+)
+def test_a_type_that_optimize_prunes(name: str, tmp_path: Path) -> None:
+    """By the layer that scores when it runs."""
+    settings: dict[str, Any] = {"image_tokens": 64, "text_tokens": 20, "layers": 1}
+    if (modalities := tiny(name).modalities) is not None:
+        settings["modalities"] = modalities
+    try:
+        found = hawk_compile.inspect(folder_of(name, tmp_path), **settings)
+    except UnsupportedModelError as error:
+        if (reason := timm_at_hand.reason()) and "pip install timm" in str(error):
+            pytest.skip(reason)
+        raise
+    assert (found.model, found.scoring_layer) == (tiny(name).model_class, read_types().surveys[name].layer)
+    assert {"tokens", "length"} & {each.along for each in found.gathered}
+
+
+def test_a_package_that_a_model_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*_: Any, **__: Any) -> None:
+        raise ImportError("\nNet requires the timm library but it was not found. Install it with:\n`pip install timm`.")
+
+    monkeypatch.setattr(transformers.AutoModelForMultimodalLM, "from_config", lacks)
+    with pytest.raises(UnsupportedModelError, match=r"Net requires the timm library .* `pip install timm`"):
+        hawk_compile.inspect(folder_of("fuyu", tmp_path))
 
 
 def test_a_folded_model() -> None:

@@ -4,6 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.modalities import positions_by_images
 from hawk_compile.runtime.positions import axes_of
 from hawk_compile.tools.inspection.sample import embedding_weight
@@ -21,7 +22,7 @@ def count_flops(model: PreTrainedModel, length: int) -> int | None:
         positions = positions.expand(axes_of(model), 1, length)
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), capturing(model), counter:
             model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return None

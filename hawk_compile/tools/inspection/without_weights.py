@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from hawk_compile.compat.models import set_attention
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.runtime.api import restore
-from hawk_compile.tools.absent import remedy
+from hawk_compile.tools.absent import reason_of, remedy
 
 META = torch.device("meta")
 
@@ -29,14 +30,16 @@ def on_meta(source: Any) -> PreTrainedModel:
         source = read_config(Path(source))
     if not isinstance(source, PreTrainedConfig):
         raise InputError(f"give a checkpoint folder, a config.json, a config or a model, got {type(source).__name__}")
+    source = copy.deepcopy(source)
+    set_attention(source, None)  # one that is asked for may not be installed, and prefills are captured without it
     dtype = getattr(source, "dtype", None) or torch.float32
     try:
         with META:
-            model = AutoModelForMultimodalLM.from_config(source, attn_implementation="sdpa", dtype=dtype)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+            model = AutoModelForMultimodalLM.from_config(source, dtype=dtype)
+    except (ValueError, ImportError) as error:
         raise UnsupportedModelError(
-            f"{type(source).__name__} ({source.model_type}) makes no model of text and images or audio: {reason}"
+            f"{type(source).__name__} ({source.model_type}) makes no model of text and images or audio here: "
+            f"{reason_of(error)}"
         ) from error
     if generation is not None:
         model.generation_config = generation
@@ -56,7 +59,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{file} is no model config: {str(error).strip().splitlines()[0][:200]}") from error
+        raise InputError(f"{file} is no model config: {reason_of(error)}") from error
 
 
 def generation_config(path: Path) -> GenerationConfig | None:
