@@ -6,22 +6,19 @@ cut are fewer; and they take the position of a query for its slot, its place amo
 operator an indexer is opaque: what it runs is the model's own forward, at the sizes that there are, with slots for
 positions. Only the keys that it remembers pass by the operator, since a cache is written by the graph itself.
 
-The class belongs to a modeling file, so what stands in for its forward is seen by every model of that file. It makes a
-difference only to what Dynamo captures without gradients, and to calls whose cache counts otherwise than its slots; it
-goes with the last model that needs it.
+Outside of captures, what stands in for an indexer's forward makes a difference to calls whose cache counts otherwise
+than its slots.
 """
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hawk_compile.capture.twin import with_tensors
-from hawk_compile.capture.while_used import WhileUsed
+from hawk_compile.capture.shells import Forward, ForwardsStoodFor, description, name_of_shell, weights_of
 from hawk_compile.compat.models import EXTRA_KEYS
 
 BY_DATA = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
@@ -29,10 +26,8 @@ BY_SLOTS = ("hidden_states", "position_embeddings", "past_key_values", "position
 """How transformers calls such indexers: tokens [B, S, D], two rotary tables [B, S or P + S, d], the mask
 [B, 1, S, P + S] or the positions [B, S], and the cache."""
 
-originals: dict[Any, Callable[..., Tensor]] = {}
-"""The classes' own forwards."""
-shells: dict[str, tuple[nn.Module, list[str]]] = {}
-"""Indexers without their weights, and the names of these, by all that tells them from others of their class."""
+NUMBER = ("layer_idx",)
+"""Says which layer of the cache an indexer remembers its keys in, which is done outside of the operator."""
 
 
 class Remembered:
@@ -69,7 +64,7 @@ def choose_keys(
     Args:
         past: [B, ..., P, d] that it remembers; None if nothing.
         weights: of the indexer, in the order of their names.
-        indexer: one of `shells`.
+        indexer: the name of its shell.
     """
     remembered = Remembered(past)
     chosen = run(indexer, weights, hidden_states, (cos, sin), attention_mask, remembered)
@@ -123,13 +118,12 @@ def run(
     remembered: Remembered,
 ) -> Tensor:  # fmt: skip
     """The own forward of an indexer that has these weights."""
-    shell, names = shells[indexer]
-    module = with_tensors(shell, dict(zip(names, weights, strict=True)))
-    given = {"hidden_states": hidden_states, "position_embeddings": tables, "past_key_values": remembered}
+    given: dict[str, Any] = {"position_embeddings": tables, "past_key_values": remembered}
     if mask is not None:
-        return originals[type(shell)](module, **given, attention_mask=mask)
-    slots = slots_of(hidden_states, remembered.past)
-    return originals[type(shell)](module, **given, position_ids=slots)
+        given["attention_mask"] = mask
+    else:
+        given["position_ids"] = slots_of(hidden_states, remembered.past)
+    return indexers_stood_for.run(indexer, weights, hidden_states, **given)  # type: ignore[no-any-return]
 
 
 def slots_of(hidden_states: Tensor, past: Tensor | None) -> Tensor:
@@ -139,22 +133,22 @@ def slots_of(hidden_states: Tensor, past: Tensor | None) -> Tensor:
     return torch.arange(before, before + length, device=hidden_states.device).expand(rows, -1)
 
 
-def stand_in(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def stand_in(original: Forward) -> Forward:
     names = tuple(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(names, args, strict=False)) | kwargs
         cache = given["past_key_values"]
-        if not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+        captured = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+        if not captured or not (shell := name_of_shell(self, NUMBER)):
             if "position_ids" in given and cache is not None and counts_otherwise(cache, self.layer_idx):
                 given["position_ids"] = slots_of(given["hidden_states"], remembered_in(cache, self.layer_idx))
-            return original(self, **given)
-        weights = [weight_of(self, name) for name in names_of_weights(self).split(",")]
+            return original(self, **given)  # type: ignore[no-any-return]
         past = None if cache is None else remembered_in(cache, self.layer_idx)
         chosen, added = torch.ops.hawk.choose_keys(
-            given["hidden_states"], *given["position_embeddings"], given.get("attention_mask"), past, weights,
-            name_of_shell(self),
+            given["hidden_states"], *given["position_embeddings"], given.get("attention_mask"), past,
+            weights_of(self), shell,
         )  # fmt: skip
         if cache is not None:
             layer = cache.layers[self.layer_idx]
@@ -179,35 +173,10 @@ def remembered_in(cache: Any, layer_idx: int) -> Tensor | None:
     return None
 
 
-def weight_of(module: Any, path: str) -> Tensor:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module  # type: ignore[no-any-return]
-
-
-@torch.compiler.assume_constant_result
-def names_of_weights(indexer: nn.Module) -> str:
-    return ",".join(name for name, _ in indexer.named_parameters())
-
-
-@torch.compiler.assume_constant_result
-def name_of_shell(indexer: nn.Module) -> str:
-    """What tells an indexer from others of its class, with which it is run; graphs of equal ones are equal."""
-    settings = {
-        name: value for name, value in vars(indexer).items()
-        if isinstance(value, (bool, int, float, str)) and name != "layer_idx"
-    }  # fmt: skip
-    kind = type(indexer)
-    name = f"{kind.__module__}.{kind.__qualname__}({settings}, {dict(indexer.named_children())})"
-    if name not in shells:
-        shells[name] = with_tensors(indexer, {}), names_of_weights(indexer).split(",")
-    return name
-
-
 def is_opaque(module: nn.Module) -> bool:
-    """Whether a module is such an indexer, and nothing but its weights tells two of them apart."""
+    """Whether a module is such an indexer, and nothing but what is known of it tells two of them apart."""
     kind: Any = type(module)
-    return chooses_keys(kind) and not dict(module.named_buffers())
+    return chooses_keys(kind) and description(module, NUMBER) is not None
 
 
 def counts_slots(module: nn.Module) -> bool:
@@ -224,27 +193,4 @@ def chooses_keys(kind: Any) -> bool:
     return bool(names & {*EXTRA_KEYS.values()}) and (taken == BY_SLOTS or (taken == BY_DATA and "nonzero" in names))
 
 
-class IndexersStoodFor(WhileUsed):
-    """Lets what is captured of models hold an operator for such indexers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stand_ins: dict[Any, Callable[..., Tensor]] = {}
-        """By class; always the same, since what was captured is guarded by them."""
-
-    def change(self, model: nn.Module | None = None) -> None:
-        """For a model's indexers; none for a copy of a model that has them already."""
-        for kind in {type(each) for each in model.modules() if is_opaque(each)} if model is not None else ():
-            if kind not in self.stand_ins:
-                originals[kind] = kind.forward
-                self.stand_ins[kind] = stand_in(kind.forward)
-            if kind.forward is originals[kind]:
-                kind.forward = self.stand_ins[kind]
-
-    def undo(self) -> None:
-        for kind, ours in self.stand_ins.items():
-            if kind.forward is ours:
-                kind.forward = originals[kind]
-
-
-indexers_stood_for = IndexersStoodFor()
+indexers_stood_for = ForwardsStoodFor(is_opaque, stand_in)

@@ -124,7 +124,7 @@ class ForwardsStoodFor(WhileUsed):
             if kind.forward is ours:
                 kind.forward = self.originals[kind]
 
-    def run(self, name: str, weights: Sequence[Tensor], *args: Any) -> Any:
+    def run(self, name: str, weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """The own forward of the module of a shell's name with these weights."""
         module = filled(name, weights)
-        return self.originals[type(module)](module, *args)
+        return self.originals[type(module)](module, *args, **kwargs)

@@ -10,17 +10,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer
 
-from hawk_compile.capture import indexers
-from hawk_compile.capture.indexers import (
-    Remembered,
-    counts_slots,
-    indexers_stood_for,
-    is_opaque,
-    name_of_shell,
-    names_of_weights,
-    originals,
-    weight_of,
-)
+from hawk_compile.capture.indexers import NUMBER, Remembered, counts_slots, indexers_stood_for, is_opaque
+from hawk_compile.capture.shells import name_of_shell, shells, weights_of
 from hawk_compile.runtime.handover import keep_positions, scratch_layers
 from hawk_compile.runtime.tracked import opened, track
 from hawk_compile.tools.survey.tiny import build, read
@@ -60,9 +51,10 @@ def arguments(past: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
 
 def run_operator(indexer: nn.Module, past: Tensor | None) -> Any:
     hidden, (cos, sin), mask = arguments(0 if past is None else past.shape[1])
-    weights = [weight_of(indexer, name) for name in names_of_weights(indexer).split(",")]
     with torch.no_grad():
-        return torch.ops.hawk.choose_keys(hidden, cos, sin, mask, past, weights, name_of_shell(indexer))
+        return torch.ops.hawk.choose_keys(
+            hidden, cos, sin, mask, past, weights_of(indexer), name_of_shell(indexer, NUMBER)
+        )
 
 
 @pytest.mark.parametrize("past", [0, PAST])
@@ -70,7 +62,7 @@ def test_the_operator_is_the_indexers_own_forward(indexer: nn.Module, user: Any,
     held = torch.randn(2, past, 8) if past else None
     remembered = Remembered(held)
     with torch.no_grad():
-        expected = originals[type(indexer)](indexer, *arguments(past), remembered)
+        expected = indexers_stood_for.originals[type(indexer)](indexer, *arguments(past), remembered)
     chosen, added = run_operator(indexer, held)
     assert torch.equal(chosen, expected) and torch.equal(added, remembered.added)
     visible = arguments(past)[2]
@@ -79,12 +71,12 @@ def test_the_operator_is_the_indexers_own_forward(indexer: nn.Module, user: Any,
 
 def test_shapes_are_known_without_data(indexer: nn.Module, user: Any) -> None:
     hidden, (cos, sin), mask = arguments(0)
-    weights = [weight_of(indexer, name).detach() for name in names_of_weights(indexer).split(",")]
+    weights = [weight.detach() for weight in weights_of(indexer)]
     chosen, added = run_operator(indexer, None)
     with FakeTensorMode() as mode, torch.no_grad():
         fakes = [mode.from_tensor(each) for each in (hidden, cos, sin, mask)]
         fake_weights = [mode.from_tensor(weight) for weight in weights]
-        fake = torch.ops.hawk.choose_keys(*fakes, None, fake_weights, name_of_shell(indexer))
+        fake = torch.ops.hawk.choose_keys(*fakes, None, fake_weights, name_of_shell(indexer, NUMBER))
     assert [(each.shape, each.dtype) for each in fake] == [(each.shape, each.dtype) for each in (chosen, added)]
 
 
@@ -92,7 +84,7 @@ def test_a_shell_holds_no_weights_and_the_class_is_put_back(indexer: nn.Module) 
     kind: Any = type(indexer)
     user, before = User(), kind.forward
     indexers_stood_for.begin(user, indexer)
-    shell, names = indexers.shells[name_of_shell(indexer)]
+    shell, names = shells[name_of_shell(indexer, NUMBER)]
     assert names and not list(shell.parameters())
     indexers_stood_for.end(user)
     assert kind.forward is before
@@ -128,11 +120,11 @@ def test_numbers_of_blocks_fill_the_keys_and_say_the_same(blocks: Any) -> None:
     hidden, angles = torch.randn(2, LENGTH, 32), torch.rand(2, LENGTH, 4)
     held = torch.randn(2, 1, PAST, 8)
     slots = torch.arange(PAST, PAST + LENGTH).expand(2, -1)
-    weights = [weight_of(blocks, name).detach() for name in names_of_weights(blocks).split(",")]
+    weights = [weight.detach() for weight in weights_of(blocks)]
     tables, remembered = (angles.cos(), angles.sin()), Remembered(held)
     with torch.no_grad():
-        expected = originals[type(blocks)](blocks, hidden, tables, remembered, slots)
-        chosen, added = torch.ops.hawk.choose_keys(hidden, *tables, None, held, weights, name_of_shell(blocks))
+        expected = indexers_stood_for.originals[type(blocks)](blocks, hidden, tables, remembered, slots)
+        chosen, added = torch.ops.hawk.choose_keys(hidden, *tables, None, held, weights, name_of_shell(blocks, NUMBER))
     assert chosen.shape[-1] == PAST + LENGTH and torch.equal(added, remembered.added)
     mask = [blocks.build_block_mask(each, None, PAST + LENGTH, torch.float32, "cpu", slots)
             for each in (expected, chosen)]  # fmt: skip
@@ -154,5 +146,6 @@ def test_behind_a_pruned_prompt_positions_are_slots(blocks: Any) -> None:
         layer.update(keys[:, :, :1], keys[:, :, :1])
         before = layer.idx_keys
         found = blocks(hidden, tables, cache, torch.tensor([[30]]))
-        expected = originals[type(blocks)](blocks, hidden, tables, Remembered(before), torch.tensor([[4]]))
+        own = indexers_stood_for.originals[type(blocks)]
+        expected = own(blocks, hidden, tables, Remembered(before), torch.tensor([[4]]))
     assert torch.equal(found, expected)
