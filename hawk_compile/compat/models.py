@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import cached_file, output_capturing
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
@@ -40,6 +41,11 @@ def file_of(checkpoint: str, name: str) -> str | None:
     """Where a file of a checkpoint lies on this machine; None if it does not. Nothing is downloaded."""
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
     return cached_file(checkpoint, name, local_files_only=True, **quiet)  # type: ignore[arg-type]
+
+
+def image_text_types() -> set[str]:
+    """The model types that AutoModelForImageTextToText makes models of."""
+    return set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def supports_encoded_images(model: PreTrainedModel) -> bool:

@@ -17,7 +17,8 @@ CROSS = re.compile("cross_?att")
 """In the name of a module that attends to what does not stand in the prompt, or of its class."""
 PLACEHOLDER = re.compile("(image|video|vision|media).*token_(id|index)$")
 OTHER_MODEL = (
-    "give a model that holds visual tokens in its prompt; docs/support.md lists them, and `hawk-compile inspect` tells"
+    "give a model that holds visual tokens in its prompt; docs/models.md lists them, and `hawk-compile inspect TYPE` "
+    "tells"
 )
 
 
@@ -32,8 +33,8 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
         )
     if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder, whose decoder reads images through cross-attention: only decoders that "
-            "hold visual tokens in their prompt can be pruned"
+            f"{name} is an encoder-decoder, whose decoder reads what its encoder made of images through "
+            f"cross-attention: only decoders that hold visual tokens in their own prompt can be pruned; {OTHER_MODEL}"
         )
     check_modalities(model, modalities)
     check_model_release(model)

@@ -29,10 +29,11 @@ def inspect(
 ) -> None:
     """Show what the passes find in a model, from its configuration alone: no weights are loaded. Of a model type, what
     was tried and what works."""
-    from hawk_compile.tools.survey.table import facts_of, read_types
+    from hawk_compile.tools.survey.table import facts_of, of_type, read_types
 
-    if not path.exists() and (known := read_types().surveys.get(str(path))):
-        console().print(rows(facts_of(known)))
+    if not path.exists() and (known := of_type(read_types(), str(path))):
+        for survey in known:
+            console().print(rows(facts_of(survey)), "")
         return
     from hawk_compile.tools.inspection.inspect import inspect_model
 

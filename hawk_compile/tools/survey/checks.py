@@ -11,17 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import placeholder_ids, required_arguments
-from hawk_compile.errors import HawkError, UnsupportedCallError
+from hawk_compile.errors import CaptureError, HawkError, UnsupportedCallError
+from hawk_compile.passes.errors import AttentionNotFoundError, MergeNotFoundError, ShapeError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.tools.survey import oracle
-from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, without_folders
-from hawk_compile.tools.survey.prompts import LONGER, at_places_of, padded, rows_in, visual_of
+from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike, without_folders
+from hawk_compile.tools.survey.prompts import LONGER, at_places_of, lengthened, others_kept, padded, rows_in, visual_of
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt
 
 STEPS = 5
 ROUNDING = 1e-5
 """Rows of a batch are multiplied together, in another order than alone."""
-
+MET_IN_THE_GRAPH = (CaptureError, MergeNotFoundError, AttentionNotFoundError, ShapeError)
+"""These say what the passes met, and not what of the model stands against pruning: no refusal."""
 
 Check = Callable[[Tiny, PreTrainedModel], str]
 
@@ -44,15 +46,20 @@ def at_ratio_zero(tiny: Tiny, model: PreTrainedModel) -> str:
 
 
 def prefill(tiny: Tiny, model: PreTrainedModel) -> str:
-    """Half of the visual tokens removed: logits as of the gathered plain model; the same call twice keeps the same."""
+    """Half of the visual tokens removed: logits as of the gathered plain model, and not as of it with other tokens; the
+    same call twice keeps the same."""
     inputs = prompt(tiny, rows=1)
     pruned, keep, layer = pruned_call(tiny, model, inputs)
     with torch.no_grad():
         again = model(**inputs)
     equal("the same call twice", again.logits, pruned.logits)
     restore(model)
-    expected, _ = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer)
-    return f"{equal('logits', pruned.logits, expected.logits):.2g}"
+    visual = visual_of(model, inputs)
+    expected, _ = oracle.pruned_forward(model, inputs, keep, visual, layer)
+    difference = equal("logits", pruned.logits, expected.logits)
+    other, _ = oracle.pruned_forward(model, inputs, others_kept(keep, visual), visual, layer)
+    unlike("logits of other kept tokens", other.logits[:, -1], pruned.logits[:, -1], ROUNDING)
+    return f"{difference:.2g}"
 
 
 def steps(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -86,7 +93,31 @@ def turns(tiny: Tiny, model: PreTrainedModel) -> str:
     restore(model)
     _, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer)
     expected = oracle.turn(model, inputs, cache, words, len(keep))
-    return f"{equal('logits of the turn', turn.logits[0, -1], expected, ROUNDING):.2g}"
+    try:
+        return f"{equal('logits of the turn', turn.logits[0, -1], expected, ROUNDING):.2g}"
+    except Wrong:
+        plain_turn(model, inputs, words)
+        raise
+
+
+def plain_turn(model: PreTrainedModel, inputs: dict[str, Any], words: list[int]) -> None:
+    """Hold a turn of text on the plain model's cache to the same text behind its whole prompt.
+
+    Raises:
+        Unasked: it is not so without us.
+    """
+    length = inputs["input_ids"].shape[1] + len(words)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        turn = model(
+            input_ids=torch.tensor([words]), past_key_values=cache, attention_mask=torch.ones(1, length).long(),
+            use_cache=True,
+        )  # fmt: skip
+        whole = model(**lengthened(inputs, words), use_cache=True)
+    try:
+        equal("logits of the turn", turn.logits[0, -1], whole.logits[0, -1], ROUNDING)
+    except Wrong as own:
+        raise Unasked(f"the plain model's own turn is not as in its whole prompt: {own}") from None
 
 
 def batches(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -133,6 +164,7 @@ def restored(tiny: Tiny, model: PreTrainedModel) -> str:
         plain = model(**inputs)
         optimize(model, **settings(tiny, 0.5))
         model(**inputs)
+        pruned_record(model)
         restore(model)
         after = model(**inputs)
     return f"{equal('logits', after.logits, plain.logits):.2g}"
@@ -146,7 +178,7 @@ CHECKS: dict[str, Check] = {
 
 def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
     """Run the checks of one tiny model, each on the plain model that the one before has restored."""
-    result = Survey(tiny.name, model_class=tiny.model_class)
+    result = Survey(tiny.name, tiny.model_type, model_class=tiny.model_class)
     model = None
     for name, check in checks.items():
         began = time.perf_counter()
@@ -161,7 +193,8 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
         except Wrong as error:
             status, detail = "wrong", str(error)
         except HawkError as error:
-            status, detail = "refused", f"{type(error).__name__}: {error}"
+            status = "failed" if isinstance(error, MET_IN_THE_GRAPH) else "refused"
+            detail = f"{type(error).__name__}: {error}"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             status, detail = "failed", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
@@ -189,6 +222,9 @@ def pruned_record(model: PreTrainedModel) -> Any:
         raise Wrong(f"not pruned, without a word: {error}") from None
     if record.scores is None:
         raise Wrong(f"not pruned: {record.reason}")
+    removed = record.visual_tokens - record.kept_visual_tokens
+    if int(removed.min()) < 1:
+        raise Wrong(f"nothing removed of {record.visual_tokens.tolist()} visual tokens: a check must remove some")
     return record
 
 

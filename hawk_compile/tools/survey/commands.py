@@ -7,7 +7,7 @@ from rich.console import Console
 from hawk_compile.errors import InputError
 from hawk_compile.tools.survey.checks import CHECKS, Check, survey
 from hawk_compile.tools.survey.outcome import Survey
-from hawk_compile.tools.survey.table import Types, changes, chosen, here, page, read_types
+from hawk_compile.tools.survey.table import Types, changes, chosen, counts, here, page, read_types, untried
 from hawk_compile.tools.survey.tiny import read
 
 
@@ -48,7 +48,10 @@ def survey_folder(
     now = here(found)
     if types:
         earlier = Types(earlier.versions, {name: each for name, each in earlier.surveys.items() if name in types})
-    console.print(f"{sum(each.right for each in found)} of {len(found)} are right")
+    model_types = {each.model_type for each in found}
+    console.print(f"{counts(found)[0]} of {len(model_types)} model types are right ({len(found)} tiny models)")
+    if missing := untried(read(path).model_type for path in described.values()):
+        console.print(f"not in {folder}: {', '.join(missing)}", soft_wrap=True)
     for line in changes(earlier, now):
         console.print(line, soft_wrap=True)
     if table is not None:

@@ -3,9 +3,12 @@
 import re
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from hawk_compile.exporting.formats import FORMATS
+
+EPSILON = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,8 @@ class Outcome:
     """What a check gave.
 
     Attributes:
-        status: "right", "wrong", "refused" (by an error of ours that says what cannot be done), "failed", or "unasked"
-            where the tiny model has nothing to check it with.
+        status: "right", "wrong", "refused" (by an error of ours that says what of the model stands against pruning),
+            "failed", or "unasked" where the tiny model has nothing to check it with.
         detail: the largest difference, or the error.
         seconds: it took.
     """
@@ -29,11 +32,13 @@ class Survey:
     """The outcomes of one model's checks by name, in the order they ran; an export's name is its format.
 
     Attributes:
+        model_type: of its config; several tiny models may have one, with other layers or sizes.
         model_class: the model's class in transformers.
         layer: the decoder layer that scores.
     """
 
     name: str
+    model_type: str
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     model_class: str = ""
     layer: int = 0
@@ -92,14 +97,49 @@ class Wrong(Exception):
 
 
 def equal(what: str, left: Tensor, right: Tensor, tolerance: float = 0.0) -> float:
+    """The largest difference of two results of floating numbers, of any one shape.
+
+    Infinities and the ends of the type's range, which forbid a token, must stand in the same places; all other numbers
+    are compared, and differ by no more than a share of the largest of them.
+
+    Args:
+        tolerance: that share. One unit of rounding of numbers near 1 is allowed beside it, unless it is 0.
+
+    Raises:
+        Wrong: they differ by more, hold NaN, or nothing that can be compared.
+    """
     if left.shape != right.shape:
         raise Wrong(f"{what}: shape {tuple(left.shape)} instead of {tuple(right.shape)}")
     if left.isnan().any() or right.isnan().any():
         raise Wrong(f"{what}: NaN")
-    difference = float((left.double() - right.double()).abs().max()) if left.numel() else 0.0
-    if difference > tolerance * max(1.0, float(right.abs().max())):
-        raise Wrong(f"{what}: off by {difference:.2g} where the largest is {float(right.abs().max()):.2g}")
+    extreme = is_extreme(left) | is_extreme(right)
+    if not left[extreme].equal(right[extreme]):
+        raise Wrong(f"{what}: infinities, or ends of the type's range, stand in other places")
+    if extreme.all():
+        raise Wrong(f"{what}: no ordinary number to compare, of {left.numel()}")
+    left, right = left[~extreme].double(), right[~extreme].double()
+    difference, largest = float((left - right).abs().max()), float(right.abs().max())
+    if difference > (max(tolerance * largest, EPSILON) if tolerance else 0.0):
+        raise Wrong(f"{what}: off by {difference:.2g} where the largest is {largest:.2g}")
     return difference
+
+
+def is_extreme(value: Tensor) -> Tensor:
+    """Where a tensor holds an infinity or an end of its type's range."""
+    return value.isinf() | (value.abs() >= torch.finfo(value.dtype).max)
+
+
+def unlike(what: str, left: Tensor, right: Tensor, tolerance: float) -> None:
+    """The control of a check that two results are equal: these must not be.
+
+    Raises:
+        Wrong: they are.
+    """
+    try:
+        difference = equal(what, left, right, tolerance)
+    except Wrong:
+        return
+    raise Wrong(f"the check cannot fail: {what} differ by {difference:.2g} only")
 
 
 def without_folders(text: str) -> str:

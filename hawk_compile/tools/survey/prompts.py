@@ -30,16 +30,36 @@ def padded(tiny: Tiny, model: PreTrainedModel) -> tuple[dict[str, Any], list[dic
     length = inputs["input_ids"].shape[1]
     visual = set(placeholder_ids(model))
     words = [each for each in inputs["input_ids"][0].tolist() if each not in visual][-1]
-    batch, first = dict(inputs), dict(prompt(tiny, rows=[0]))
+    batch, first = dict(inputs), lengthened(prompt(tiny, rows=[0]), [words] * LONGER)
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim != 2 or value.shape != (2, length):
             continue
-        text = {"input_ids": words, "attention_mask": 1}.get(name, 0)
-        longer = torch.cat([value[:1], value.new_full((1, LONGER), text)], 1)
         filler = {"input_ids": words}.get(name, 0)
-        batch[name] = torch.cat([longer, torch.cat([value.new_full((1, LONGER), filler), value[1:]], 1)])
-        first[name] = longer
+        batch[name] = torch.cat([first[name], torch.cat([value.new_full((1, LONGER), filler), value[1:]], 1)])
     return batch, [first, prompt(tiny, rows[1:])]
+
+
+def lengthened(inputs: dict[str, Any], words: list[int]) -> dict[str, Any]:
+    """A one-row prompt with words of text behind it."""
+    length, longer = inputs["input_ids"].shape[1], dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == (1, length):
+            text = {"input_ids": words, "attention_mask": [1] * len(words)}.get(name, [0] * len(words))
+            longer[name] = torch.cat([value, value.new_tensor([text])], 1)
+    return longer
+
+
+def others_kept(keep: Tensor, visual: Tensor) -> Tensor:
+    """[S'] ascending: as many positions as `keep`, with removed visual tokens in place of kept ones.
+
+    Args:
+        keep: [S'] kept positions of a one-row prompt.
+        visual: [S] bool.
+    """
+    kept = torch.zeros_like(visual).index_fill(0, keep, True)
+    removed, seen = (visual & ~kept).nonzero()[:, 0], (visual & kept).nonzero()[:, 0]
+    instead = torch.cat([removed, seen])[: len(seen)]
+    return torch.cat([(kept & ~visual).nonzero()[:, 0], instead]).sort().values
 
 
 def runs_alone(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from hawk_compile.compat.models import image_text_types
 from hawk_compile.errors import InputError
 from hawk_compile.exporting.formats import FORMATS
 from hawk_compile.tools.survey.outcome import Outcome, Survey
@@ -57,8 +58,10 @@ def read_types(path: Any = SHIPPED) -> Types:
     try:
         held = json.loads(path.read_text())
         surveys = {
-            name: Survey(name, {check: Outcome(**outcome) for check, outcome in each["outcomes"].items()},
-                         each["model_class"], each["layer"])
+            name: Survey(
+                name, each["model_type"], {check: Outcome(**outcome) for check, outcome in each["outcomes"].items()},
+                each["model_class"], each["layer"],
+            )
             for name, each in held["types"].items()
         }  # fmt: skip
         return Types(held["versions"], surveys)
@@ -71,13 +74,33 @@ def read_types(path: Any = SHIPPED) -> Types:
 
 def facts_of(survey: Survey) -> dict[str, str]:
     """What is known of one type, a line for each."""
-    facts = {"type": survey.name, "class": survey.model_class}
+    facts = {"type": survey.model_type, "tiny model": survey.name, "class": survey.model_class}
     if survey.right:
         facts["scores with"] = f"decoder layer {survey.layer}" + ("" if survey.layer else ", the first")
     for name, outcome in survey.outcomes.items():
         detail = f": {outcome.detail}" if outcome.status != "right" else ""
         facts[COLUMNS.get(name, name)] = MARKS[outcome.status].strip("*") + detail
     return facts
+
+
+def of_type(types: Types, name: str) -> list[Survey]:
+    """The surveys of a model type, or the one of that very name."""
+    return [types.surveys[each] for each in sorted(types.surveys)
+            if name in (each, types.surveys[each].model_type)]  # fmt: skip
+
+
+def untried(model_types: Iterable[str]) -> list[str]:
+    """The model types that the installed transformers knows to make text of images and text, and that these are not."""
+    return sorted(image_text_types() - set(model_types))
+
+
+def counts(surveys: Iterable[Survey]) -> tuple[int, int, int]:
+    """How many model types are right, refused, and neither: a type is what all its tiny models are."""
+    states: dict[str, set[str]] = {}
+    for each in surveys:
+        states.setdefault(each.model_type, set()).add("right" if each.right else "refused" if each.refusal else "")
+    right, refused = (sum(held == {state} for held in states.values()) for state in ("right", "refused"))
+    return right, refused, len(states) - right - refused
 
 
 def page(types: Types, command: str) -> str:
@@ -87,17 +110,25 @@ def page(types: Types, command: str) -> str:
     refused = [each for each in surveys if each.refusal is not None]
     others = [each for each in surveys if not each.right and each.refusal is None]
     versions = " and ".join(f"{name} {version}" for name, version in types.versions.items())
+    of_right, of_refused, of_others = counts(surveys)
+    model_types = {each.model_type for each in surveys}
+    missing = untried(model_types)
     lines = [
         "# Which models work", "",
-        f"`{command}` wrote this page: a tiny model of each type, with random weights, held to the plain model. With "
-        f"{versions}: {len(right)} of {len(surveys)} types are right in all that was tried, {len(refused)} are refused "
-        f"by name, {len(others)} fall short. `hawk-compile inspect TYPE` says the same of one type.", "",
+        f"`{command}` wrote this page: tiny models of each type, with random weights, held to the plain model. With "
+        f"{versions}: {of_right} of {len(model_types)} model types are right in all that was tried, {of_refused} are "
+        f"refused by name, {of_others} fall short. `hawk-compile inspect TYPE` says the same of one type.", "",
+        f"The {len(surveys)} rows are tiny models. A name that goes on behind the type's with a dot and words is a "
+        "variant of it, with other layers or sizes: *linear_first* and *conv_first* have the order of layers of "
+        "published checkpoints, which begin without softmax attention, where the one named as the type begins with "
+        "it.", "",
         "*Nothing removed*: at ratio 0 the logits are bit for bit the plain model's. *Prefill* and *decode*: with half "
         "of the visual tokens removed, the logits are those of the plain model run on hand-gathered tokens, in the "
-        "prefill and over five more tokens of `generate`. *Several turns*: so are those of a text turn on the same "
-        "cache. *Padded batches*: every row is as it is alone. *Restore*: afterwards the model is the plain one. "
-        "*Layer*: the decoder layer that scores, in front of which tokens are removed. *ONNX* and *OpenVINO*: the "
-        "exported model generates the ids that the optimised one does, and keeps the same tokens.", "",
+        "prefill, where other kept tokens give other ones, and over five more tokens of `generate`. *Several turns*: "
+        "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Restore*: "
+        "afterwards the model is the plain one. *Layer*: the decoder layer that scores, in front of which tokens are "
+        "removed. *ONNX* and *OpenVINO*: the exported model generates the ids that the optimised one does, and keeps "
+        "the same tokens.", "",
         "## Right", "", *table_of(right), *not_exported(right),
         "", "## Refused", "", "Nothing is changed: `optimize`, or the first prompt, raises an error that says so.", "",
         "| type | why |", "| --- | --- |", *(f"| {each.name} | {cell(each.refusal)} |" for each in refused),
@@ -105,6 +136,8 @@ def page(types: Types, command: str) -> str:
     if others:
         lines += ["", "## Falls short", "", *table_of(others), ""]
         lines += [f"- {each.name}: {cell(each.trouble)}" for each in others]
+    if missing:
+        lines += ["", "## Not tried", "", f"Types with images that have no tiny model: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 

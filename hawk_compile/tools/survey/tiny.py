@@ -27,12 +27,14 @@ class Tiny:
 
     Attributes:
         name: the file's, without its ending: the model type, and what is special of it behind a dot.
+        model_type: of its config.
         modalities: what is pruned; None: images and videos.
         inputs: name -> values, or {"dtype", "shape", "low", "high"} to draw from; "rows" beside them is the dimension
             along which rows lie, 0 if it says nothing; see `prompt`.
     """
 
     name: str
+    model_type: str
     model_class: str
     config_class: str
     config: dict[str, Any]
@@ -55,7 +57,7 @@ def read(path: Path) -> Tiny:
         raise InputError(f"{path} must describe a tiny model by {', '.join(FIELDS)}, and lacks {', '.join(missing)}")
     modalities = held.get("modalities")
     return Tiny(
-        path.stem, held["class"], held["config_class"], held["config"], held["inputs"],
+        path.stem, held["model_type"], held["class"], held["config_class"], held["config"], held["inputs"],
         None if modalities is None else tuple(modalities),
     )  # fmt: skip
 

@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from hawk_compile.errors import ExportError, InputError
+from hawk_compile.compat.models import image_text_types
+from hawk_compile.errors import CaptureError, ExportError, HawkError, InputError, UnsupportedModelError
+from hawk_compile.passes.errors import ShapeError
 from hawk_compile.tools.cli import app
-from hawk_compile.tools.survey import checks, exports
+from hawk_compile.tools.survey import checks, exports, oracle
 from hawk_compile.tools.survey.checks import survey
-from hawk_compile.tools.survey.outcome import Outcome, Survey, Wrong, equal
-from hawk_compile.tools.survey.table import Types, changes, here, page, read_types
+from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike
+from hawk_compile.tools.survey.prompts import others_kept, visual_of
+from hawk_compile.tools.survey.table import Types, changes, counts, here, of_type, page, read_types, untried
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
 
 FOLDER = Path(__file__).parents[2] / "architectures"
@@ -21,7 +26,7 @@ FOLDER = Path(__file__).parents[2] / "architectures"
 
 def result(name: str, **statuses: str) -> Survey:
     outcomes = {check: Outcome(status, f"AError: of {name} | here", 1.0) for check, status in statuses.items()}
-    return Survey(name, outcomes, "AModel", 0)
+    return Survey(name, name.partition(".")[0], outcomes, "AModel", 0)
 
 
 def test_a_model_that_prunes_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,11 +56,84 @@ def test_tiny_models_are_the_same_each_time_and_rows_are_parts_of_their_batch() 
         assert torch.equal(both[name][len(both[name]) // 2 :], value), name
 
 
-def test_numbers_that_are_none_are_not_equal() -> None:
+def test_what_is_equal() -> None:
+    """NaN is not; what forbids a token stands in the same places, and says nothing of how large logits are."""
+    lowest, off = torch.finfo(torch.float32).min, pytest.raises(Wrong, match=r"off by")
+    assert equal("logits", torch.tensor([1.5, -torch.inf, lowest]), torch.tensor([1.5, -torch.inf, lowest])) == 0.0
     with pytest.raises(Wrong, match="NaN"):
         equal("logits", torch.tensor([float("nan")]), torch.tensor([float("nan")]))
     with pytest.raises(Wrong, match=r"off by 0\.5"):
         equal("logits", torch.tensor([1.5]), torch.tensor([1.0]))
+    with off:
+        equal("logits", torch.tensor([1.5, lowest]), torch.tensor([1.0, lowest]), 1e-5)
+    with off:
+        equal("logits of a small model", torch.tensor([0.0101]), torch.tensor([0.01]), 1e-5)
+    assert equal("logits of a large model", torch.tensor([1000.001]), torch.tensor([1000.0]), 1e-5) > 0
+    for left, right in [(-torch.inf, 1.0), (1.0, -torch.inf), (-torch.inf, lowest), (-torch.inf, torch.inf)]:
+        with pytest.raises(Wrong, match="in other places"):
+            equal("logits", torch.tensor([0.0, left]), torch.tensor([0.0, right]), 1e-5)
+    with pytest.raises(Wrong, match="no ordinary number"):
+        equal("logits", torch.tensor([lowest]), torch.tensor([lowest]))
+
+
+def test_a_check_that_cannot_fail_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control runs the plain model on other kept tokens, and these must not give the same logits."""
+    visual = torch.tensor([0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool)
+    assert others_kept(torch.tensor([0, 2, 3, 5, 6, 7]), visual).tolist() == [0, 1, 2, 4, 6, 7]
+    unlike("logits", torch.tensor([1.0]), torch.tensor([1.1]), 1e-5)
+    with pytest.raises(Wrong, match="the check cannot fail"):
+        unlike("logits", torch.tensor([1.0]), torch.tensor([1.0]), 1e-5)
+    tiny = read(FOLDER / "llava.json")
+    model = build(tiny)
+    inputs = prompt(tiny, rows=1)
+    visual = visual_of(model, inputs)
+    keep = torch.cat([visual.nonzero()[::2, 0], (~visual).nonzero()[:, 0]]).sort().values
+    expected, _ = oracle.pruned_forward(model, inputs, keep, visual)
+    monkeypatch.setattr(checks, "pruned_call", lambda *_: (expected, keep, 0))
+    monkeypatch.setattr(checks, "restore", lambda model: model)
+    monkeypatch.setattr(model, "forward", lambda **_: expected)
+    monkeypatch.setattr(oracle, "pruned_forward", lambda *_: (expected, None))
+    with pytest.raises(Wrong, match="the check cannot fail"):
+        checks.prefill(tiny, model)
+
+
+def test_a_prompt_of_which_nothing_is_removed_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"visual_tokens": torch.tensor([4, 1]), "scores": torch.ones(2, 9), "reason": "ratio=0.5"}
+    record = SimpleNamespace(**counts, kept_visual_tokens=torch.tensor([2, 1]))
+    monkeypatch.setattr(checks, "report", lambda _: record)
+    with pytest.raises(Wrong, match=r"nothing removed of \[4, 1\]"):
+        checks.pruned_record(None)
+    record.kept_visual_tokens = torch.tensor([2, 0])
+    assert checks.pruned_record(None) is record
+
+
+def test_a_turn_that_the_plain_model_itself_gets_wrong_is_not_asked() -> None:
+    """Positions that count from 0 behind the prompt again."""
+    tiny = read(FOLDER / "llava.json")
+    model, words = build(tiny), [7, 8, 9]
+    inputs = prompt(tiny, rows=1)
+    checks.plain_turn(model, inputs, words)
+
+    def from_zero(kwargs: dict[str, Any]) -> dict[str, Any]:
+        length = kwargs["inputs_embeds"].shape[1]
+        return {**kwargs, "position_ids": torch.arange(length)[None]}
+
+    with oracle.changed(model.model.language_model, from_zero), pytest.raises(Unasked, match="own turn"):
+        checks.plain_turn(model, inputs, words)
+
+
+def test_what_the_passes_met_is_a_failure_and_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: HawkError) -> str:
+        def check(*_: object) -> str:
+            raise error
+
+        monkeypatch.setattr(checks, "build", lambda _: None)
+        monkeypatch.setattr(checks, "optimize", lambda model, **_: model)
+        monkeypatch.setattr(checks, "restore", lambda model: model)
+        return survey(read(FOLDER / "llava.json"), {"prefill": check}).outcomes["prefill"].status
+
+    assert raising(UnsupportedModelError("a reason")) == "refused"
+    assert raising(CaptureError("a line")) == raising(ShapeError("a size")) == "failed"
 
 
 def test_what_changed_since_an_earlier_survey(tmp_path: Path) -> None:
@@ -76,8 +154,21 @@ def test_what_changed_since_an_earlier_survey(tmp_path: Path) -> None:
     now.write(tmp_path / "types.json")
     assert read_types(tmp_path / "types.json") == now
     text = page(now, "the command")
-    assert "2 of 4 types are right in all that was tried, 1 are refused by name, 1 fall short" in text
+    assert "2 of 4 model types are right in all that was tried, 1 are refused by name, 1 fall short" in text
     assert "| new | of new \\| here |" in text and "- bad: prefill: AError: of bad \\| here" in text
+
+
+def test_a_type_is_counted_once_and_is_what_all_its_tiny_models_are() -> None:
+    surveys = [
+        result("one", prefill="right"), result("one.long", prefill="right"), result("two", prefill="right"),
+        result("two.long", prefill="wrong"), result("three", prefill="refused"),
+    ]  # fmt: skip
+    assert counts(surveys) == (1, 1, 1)
+    types = Types({"torch": "1"}, {each.name: each for each in surveys})
+    assert [each.name for each in of_type(types, "two")] == ["two", "two.long"]
+    assert [each.name for each in of_type(types, "two.long")] == ["two.long"]
+    assert untried({"llava"}) == sorted(image_text_types() - {"llava"})
+    assert "## Not tried" in page(types, "the command") and "llava" in page(types, "the command").splitlines()[-1]
 
 
 def test_files_that_describe_nothing_are_refused_by_name(tmp_path: Path) -> None:
@@ -95,11 +186,12 @@ def test_the_command_surveys_a_folder_and_inspect_knows_its_types(tmp_path: Path
     run = CliRunner().invoke
     out, table = tmp_path / "types.json", tmp_path / "types.md"
     result = run(app, ["survey", str(FOLDER), "mllama", "--out", str(out), "--table", str(table)])
-    assert result.exit_code == 0 and "0 of 1 are right" in result.output
+    assert result.exit_code == 0 and "0 of 1 model types are right" in result.output
+    assert "not in " in result.output and "pix2struct" in result.output
     assert json.loads(out.read_text())["types"].keys() == {"mllama"}
     assert "| mllama | " in table.read_text()
     result = run(app, ["survey", str(FOLDER), "pp_formulanet", "--out", str(out), "--table", str(table)])
-    assert result.exit_code == 0 and "0 of 1 are right" in result.output, "counts those that were asked for"
+    assert result.exit_code == 0 and "0 of 1 model types are right" in result.output, "counts those that were asked for"
     assert json.loads(out.read_text())["types"].keys() == {"mllama", "pp_formulanet"}
     assert "| mllama | " in table.read_text() and "| pp_formulanet | " in table.read_text()
     out.write_text(out.read_text().replace(torch.__version__, "1.0"))
@@ -107,6 +199,8 @@ def test_the_command_surveys_a_folder_and_inspect_knows_its_types(tmp_path: Path
     assert result.exit_code == 2 and "'torch': '1.0'" in " ".join(result.output.split())
     result = run(app, ["inspect", "llava"])
     assert result.exit_code == 0 and "LlavaForConditionalGeneration" in result.output
+    result = run(app, ["inspect", "gemma4_unified"])
+    assert result.exit_code == 0 and "gemma4_unified.small_window" in result.output, "all its variants"
     result = run(app, ["survey", str(tmp_path / "none")])
     assert result.exit_code == 2 and "holds none" in result.output
     result = run(app, ["survey", str(FOLDER), "lava"])

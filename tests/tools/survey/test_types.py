@@ -24,6 +24,7 @@ def test_a_type_is_as_the_shipped_survey_says(name: str) -> None:
     if (reason := timm_at_hand.reason()) and "timm" in (found.trouble or ""):
         pytest.skip(reason)
     assert (standing(found), found.layer) == (standing(shipped), shipped.layer), found.trouble
+    assert found.refusal == shipped.refusal
     assert all(outcome.status != "wrong" for outcome in found.outcomes.values()), found.trouble
 
 
