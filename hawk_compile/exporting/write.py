@@ -36,7 +36,7 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.plan.template import chat_of, chat_of_settings
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.parts import text_part
+from hawk_compile.runtime.parts import pruned_part, text_part
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights, resolve
 from hawk_compile.versions import check_exporters
@@ -61,7 +61,8 @@ def export(
     """Write a model with pruning inside its prefill to a folder, for a runtime without PyTorch.
 
     Args:
-        model: an image-text-to-text model, optimised or not; it is left as it was.
+        model: an image-text-to-text model, optimised or not; it is left as it was. Of an omni model, the part that is
+            one is written.
         inputs: one prompt with at least one image, as for `generate` (input_ids [B, S], pixel_values, ...). It only
             shows which inputs the model takes: batch, prompt length, number and sizes of images are symbolic.
         path: the folder to write; it must not exist, unless `overwrite`.
@@ -87,6 +88,7 @@ def export(
     target = target_of(format, to_write=True)
     made, options = settings_of(target, format, config, settings)
     check_exporters()
+    model = pruned_part(model)
     check_model(model, made.modalities)
     check_modality(model, inputs, made.modalities)
     check_encoder(model)

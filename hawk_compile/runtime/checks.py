@@ -51,8 +51,8 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
         )
     if goes_around_forward(class_of(model)) and text_part(model) is None:
         raise UnsupportedModelError(
-            f"{name}.generate does not run the model's forward, nor lets a part of it generate, so nothing would be "
-            "pruned there: give a model whose generate is that of transformers"
+            f"{name}.generate is not seen to run the model's forward, nor to let a part of it generate, so nothing "
+            "would be pruned there: give a model whose generate is that of transformers"
         )
 
 

@@ -39,10 +39,28 @@ HIDDEN_STATES = "output_hidden_states"
 @functools.cache
 def goes_around_forward(kind: Any) -> bool:
     """Whether a class has a `generate` of its own that does not go on to transformers' own, which runs the forward."""
-    generate = getattr(kind, "generate", None)
-    if generate is None or generate is GenerationMixin.generate:
+    return not runs_forward(inspect.getmro(kind))
+
+
+def runs_forward(kinds: tuple[Any, ...]) -> bool:
+    """Whether the first `generate` that these classes hold, each a base of those before it, leads to transformers'."""
+    place = next((place for place, kind in enumerate(kinds) if vars(kind).get("generate") is not None), None)
+    if place is None or (code := code_of(vars(kinds[place])["generate"])) is code_of(GenerationMixin.generate):
+        return True
+    above = kinds[place + 1 :]
+    if code is None:  # nobody can say what it runs
         return False
-    return "__class__" not in inspect.unwrap(generate).__code__.co_freevars  # which `super()` reads
+    if "__class__" in code.co_freevars:  # which `super()` reads
+        return runs_forward(above)
+    named = [number for number, kind in enumerate(above) if kind.__name__ in code.co_names]
+    return "generate" in code.co_names and any(runs_forward(above[number:]) for number in named)
+
+
+def code_of(method: Any) -> types.CodeType | None:
+    """The code of a method, behind what wraps it; None where it has none that can be read."""
+    while isinstance(method, (functools.partial, functools.partialmethod)):
+        method = method.func
+    return getattr(inspect.unwrap(method), "__code__", None)
 
 
 def whole_part(model: Any) -> tuple[str, PreTrainedModel] | None:
@@ -53,6 +71,12 @@ def whole_part(model: Any) -> tuple[str, PreTrainedModel] | None:
         return None
     parts = generating_parts(model)
     return next(((name, part) for name, part in parts if any(takes(part, each) for each in MODALITIES)), None)
+
+
+def pruned_part(model: Any) -> Any:
+    """What prunes where a model is optimised: the model itself, or the part of an omni model."""
+    inner = whole_part(model)
+    return model if inner is None else inner[1]
 
 
 def text_part(model: PreTrainedModel) -> tuple[str, PreTrainedModel] | None:

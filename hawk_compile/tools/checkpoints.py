@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.exporting.quiet import quiet
@@ -58,10 +58,10 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}: {remedy(folder)}")
     try:
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        return AutoModelForMultimodalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(
-            f"{folder} is no image-text-to-text checkpoint that can be pruned: {reason_of(error)}"
+            f"{folder} is no checkpoint of text and images or audio that can be pruned: {reason_of(error)}"
         ) from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from typing import Any
 
 import pytest
@@ -40,6 +42,42 @@ def test_what_generate_runs():
     through = [transformers.LlavaForConditionalGeneration, transformers.GraniteSpeechForConditionalGeneration,
                transformers.JanusForConditionalGeneration]  # fmt: skip
     assert not any(map(goes_around_forward, through))
+
+
+class NamesTheMixin(transformers.LlavaForConditionalGeneration):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return transformers.GenerationMixin.generate(self, *args, **kwargs)
+
+
+class NamesAnother(transformers.LlavaForConditionalGeneration):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.language_model.generate(*args, **kwargs)
+
+
+class GoesOnToOneAround(transformers.Blip2ForConditionalGeneration):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().generate(*args, **kwargs)
+
+
+class IsThatOfTransformers(transformers.Blip2ForConditionalGeneration):
+    generate = transformers.GenerationMixin.generate
+
+
+class HasPartsOfOne(transformers.LlavaForConditionalGeneration):
+    generate = functools.partialmethod(transformers.GenerationMixin.generate, max_new_tokens=3)
+
+
+class CannotBeRead(transformers.LlavaForConditionalGeneration):
+    generate: Any = operator.methodcaller("forward")
+
+
+@pytest.mark.parametrize(
+    ("kind", "around"),
+    [(NamesTheMixin, False), (NamesAnother, True), (GoesOnToOneAround, True), (IsThatOfTransformers, False),
+     (HasPartsOfOne, False), (CannotBeRead, True)],
+)  # fmt: skip
+def test_a_generate_is_followed_to_what_it_names(kind, around):
+    assert goes_around_forward(kind) == around
 
 
 @pytest.mark.parametrize("run", [prefill, steps, batches])
@@ -110,6 +148,20 @@ def omni() -> Any:
     model.thinker.generation_config.eos_token_id = None
     model.speaker_map = {"Chelsie": {"bos_token": 7, "cond": torch.zeros(1, 8), "ref_mel": torch.zeros(1, 8, 8)}}
     return model
+
+
+@pytest.mark.slow
+def test_a_whole_omni_model_is_inspected_as_its_part():
+    inspected = hawk_compile.inspect(omni().config, image_tokens=64, text_tokens=20, layers=1)
+    assert inspected.model == "Qwen2_5OmniThinkerForConditionalGeneration"
+    assert inspected.scoring_layer == 0
+
+
+@pytest.mark.parametrize("tool", [hawk_compile.evaluate, hawk_compile.calibrate])
+def test_a_whole_omni_model_is_let_in_at_tools(tool):
+    """No further than to what it is asked, of which there is nothing."""
+    with pytest.raises(InputError, match="sample"):
+        tool(omni(), None, [])
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from hawk_compile.errors import ConfigError, InputError, UnsupportedModelError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.handover import first_with_keys
+from hawk_compile.runtime.parts import pruned_part
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
 from hawk_compile.tools.calibration.ablation import ABLATIONS, FUNCTION, SCORE
 from hawk_compile.tools.calibration.batch import Batch, heads_of
@@ -90,6 +91,7 @@ def calibrate(
         InputError: samples that cannot be used, a progress file of something else, no head that matters, several
             processes without accelerate, or one of them that fails.
     """
+    model = pruned_part(model)
     check_model(model)
     settled = settled_config(config, settings, ratios)
     check_attention(model, ablation)

@@ -16,6 +16,7 @@ from hawk_compile.errors import ConfigError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.parts import pruned_part
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
 from hawk_compile.tools.evaluation.asking import answer_scores, batches, encoded, prefill_seconds
 from hawk_compile.tools.evaluation.methods import Cell, Methods, Selectable, cells_of, methods_of
@@ -47,7 +48,7 @@ def evaluate(
     """Answer every question without pruning and with every method at every ratio. The model is left as it was.
 
     Args:
-        model: an image-text-to-text model, optimised or not.
+        model: an image-text-to-text model, optimised or not; of an omni model, the part that is one is asked.
         processor: its processor, with a chat template.
         data: a JSON Lines file, records, a Hugging Face dataset, or "demo"; see
             `hawk_compile.tools.evaluation.samples`.
@@ -70,6 +71,7 @@ def evaluate(
             that cannot be, such as a batch of 0.
         InputError: samples that cannot be used, or a metric that gives no number in [0, 1].
     """
+    model = pruned_part(model)
     check_model(model)
     methods = methods_of(selectors, make_config_of_ratios(config, settings, ratios))
     cells = cells_of(methods, ratios)

@@ -14,6 +14,7 @@ from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.handover import first_with_keys
+from hawk_compile.runtime.parts import pruned_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.tools.inspection.findings import Gathered, described, identifiers
 from hawk_compile.tools.inspection.flops import count_flops, scoring_flops
@@ -29,7 +30,7 @@ class Inspection:
     """What the passes find in a model's prefill of one row, and what pruning saves there.
 
     Attributes:
-        model: the model's class.
+        model: the class of the model, or of an omni model's part that prunes.
         layers: decoder layers of the model; `captured_layers` of them were captured.
         merges: the nodes that scatter visual features into the token embeddings, first to last.
         attention: the attention whose queries and keys are scored, as a module path.
@@ -119,7 +120,7 @@ def inspect_model(
     for name, (given, minimum) in least.items():
         if given < minimum:
             raise InputError(f"{name} must be at least {minimum}, got {given}")
-    model = on_meta(source)
+    model = pruned_part(on_meta(source))
     modality = asked_modality(model, modalities or config.modalities)
     total = model.config.get_text_config().num_hidden_layers
     kept = config.bounds(image_tokens, config.floor(image_tokens))[1]

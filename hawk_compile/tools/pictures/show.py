@@ -21,6 +21,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.checks import check_model
+from hawk_compile.runtime.parts import pruned_part
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config
 from hawk_compile.settings.head_weights import resolve
 from hawk_compile.tools.checkpoints import fit, prompt
@@ -53,6 +54,7 @@ def show(
         ConfigError, HeadWeightsError, UnsupportedModelError, GraphError: as `optimize`.
         InputError: a picture that cannot be read, or whose visual tokens do not form one grid.
     """
+    model = pruned_part(model)
     check_model(model)
     check_at_least_1("max_new_tokens", max_new_tokens)
     made = make_config(config, settings)
