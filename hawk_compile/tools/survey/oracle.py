@@ -211,11 +211,14 @@ def masks_of_kept(
     model: PreTrainedModel, inputs: dict[str, Any], keep: Tensor, visual: Tensor, layers: nn.ModuleList
 ) -> list[Any] | None:
     """The attention mask that each layer is given for a prompt of the kept positions alone, where windows count these;
-    None where the model merges and decodes in one module."""
+    None where the model merges and decodes in one module without windows."""
     masks: list[Any] = [None] * len(layers)
-    if (seen := seen_by_decoder(model, inputs)) is None:
-        return None
-    length = inputs["input_ids"].shape[1]
+    seen, length = seen_by_decoder(model, inputs), inputs["input_ids"].shape[1]
+    if seen is None:
+        if getattr(model.config.get_text_config(), "sliding_window", None) is None:
+            return None
+        embeds = model.get_input_embeddings()(inputs["input_ids"])  # type: ignore[operator]
+        seen = Seen(model, {"inputs_embeds": embeds})  # text alone: no picture makes a mask there
     positions = seen.arguments.get("position_ids")
     positions = torch.arange(length)[None] if positions is None else positions
     cache = DynamicCache(config=model.config.get_text_config())
