@@ -14,6 +14,7 @@ RANGES = {"torch": ("2.13", "2.15"), "transformers": ("5.19", "5.23")}
 
 SINCE = {
     "smolvlm": ("5.21", "before, the model puts its image features in place by an index, which no pass can locate"),
+    "qwen4_exp": ("5.23", "before, the model may keep its tokens' positions on the cache itself, where none are cut"),
 }
 """Model types that need a later transformers than the first supported one, and why."""
 
