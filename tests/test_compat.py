@@ -183,7 +183,7 @@ def test_a_module_holds_its_parts_where_we_look() -> None:
 def test_models_and_their_configurations() -> None:
     model: Any = zoo.build("llava", layers=1)
     assert models.supports_encoded_images(model) and isinstance(model, LlavaForConditionalGeneration)
-    assert {"llava", "qwen2_vl", "pix2struct"} <= models.image_text_types()
+    assert {"llava", "qwen2_vl"} <= models.image_text_types()
     config = model.config.get_text_config()
     assert models.attention_of(config) == "sdpa"
     models.set_attention(config, "eager")
