@@ -14,6 +14,7 @@ from hawk_compile.passes.graph import dependents, expr, is_call, op_name, same, 
 
 POSITIONS = "position_ids"
 """Every Hugging Face model calls its positions [..., S] so."""
+WRITES = ("written", "setitem", "index_put", "scatter")
 ORDERS = ("gt", "lt", "ge", "le", "greater", "less", "greater_equal", "less_equal")
 
 
@@ -22,7 +23,8 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
 
     An arange over S that reaches the decoder only as an attention's mask, or compared with that of the keys (an
     indexer's mask, a bias by distance), counts slots, and is counted anew at the pruned length; one that reaches
-    anything else counts positions, which stay at full length until they are gathered.
+    anything else counts positions, which stay at full length until they are gathered. Nor is it positions where it
+    numbers places that the decoder computes, as the inverse of an order in which experts take tokens does.
     """
     after = dependents(merged)
     chain: set[fx.Node] = set()
@@ -32,7 +34,7 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
             continue
         beside = uncompared(node, after, length)
         entered = {user for source in beside for user in source.users if user in after}
-        if all(is_call(user, "scaled_dot_product_attention") for user in entered):
+        if all(is_call(user, "scaled_dot_product_attention") or orders_tokens(user, after) for user in entered):
             continue
         stack = [node]
         while stack:
@@ -42,6 +44,12 @@ def find_position_chain(graph: fx.Graph, merged: fx.Node, length: Any) -> set[fx
                 # A row [1, S] goes on as one of [axes, rows, S] or of [rows, 1, S]: it is left to the graph as it is.
                 stack.extend(user for user in current.users if len(shape_of(current)) == 1 or is_flat(user))
     return chain
+
+
+def orders_tokens(node: fx.Node, after: set[fx.Node]) -> bool:
+    """Whether a node writes into places that are computed in the decoder."""
+    places = (found for source in node.all_input_nodes if source in after and (found := tensor(source)) is not None)
+    return is_call(node, *WRITES) and any(not found.is_floating_point() for found in places)
 
 
 def is_flat(node: fx.Node) -> bool:

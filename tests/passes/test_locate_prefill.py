@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hawk_compile.errors import AttentionNotFoundError, GraphError, MergeNotFoundError, ShapeError
+from hawk_compile.passes.functionalize_writes import functionalize_writes
 from hawk_compile.passes.graph import is_call, op_name, same
 from hawk_compile.passes.locate_prefill import find_merges, locate_prefill
 from hawk_compile.passes.site import Located, find, read
@@ -82,6 +83,23 @@ def test_positions_that_the_graph_counts_itself_are_told_from_slots():
     site = read_located(located(graphs.Decoder(own_positions=True)))
     assert [node.name for node in site.position_chain if is_call(node, "arange")] != []
     assert read_located(located(graphs.Decoder())).position_chain == frozenset()
+
+
+class Sorting(graphs.Decoder):
+    """Tokens are put in an order that depends on them and back, as for experts that each take theirs at once."""
+
+    def forward(self, *inputs):
+        hidden = super().forward(*inputs)
+        order = hidden.sum(-1).flatten().argsort()
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.shape[0])
+        return hidden.flatten(0, 1)[order][inverse].view_as(hidden)
+
+
+def test_the_inverse_of_an_order_counts_no_positions():
+    gm = functionalize_writes(graphs.captured(Sorting(), *graphs.prompt()), [])
+    assert any(is_call(node, "written") for node in gm.graph.nodes)
+    assert read_located(locate_prefill(gm, [])).position_chain == frozenset()
 
 
 def test_the_padding_mask_is_found_by_name_and_length():
