@@ -24,8 +24,8 @@ MERGES = ("where", "index", "index_put")
 class OwnConfig(PretrainedConfig):
     model_type = "merges_itself"
 
-    def __init__(self, merge: str = "where", scale: float = 1.0, **kwargs: Any):
-        self.merge, self.scale, self.image_token_id = merge, scale, IMAGE
+    def __init__(self, merge: str = "where", scale: float = 1.0, more: str = "", **kwargs: Any):
+        self.merge, self.scale, self.more, self.image_token_id = merge, scale, more, IMAGE
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
@@ -60,10 +60,20 @@ class OwnBody(PreTrainedModel):
             inputs_embeds = self.text.embed_tokens(input_ids)
             if pixel_values is not None and (input_ids == IMAGE).any():
                 inputs_embeds = self.merged(inputs_embeds, input_ids == IMAGE, self.tower(pixel_values).flatten(0, 1))
-        return self.text(
+        if input_ids is not None and self.config.more == "positions":
+            position_ids = ((input_ids != IMAGE).cumsum(1) - 1).clamp(min=0)
+        if input_ids is not None and self.config.more == "mask":
+            image, length = input_ids == IMAGE, input_ids.shape[1]
+            attention_mask = (torch.ones(length, length).tril().bool() | (image[:, :, None] & image[:, None]))[:, None]
+        if self.config.more == "cache":
+            past_key_values.get_seq_length()
+        out = self.text(
             inputs_embeds=inputs_embeds * self.config.scale, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache,
         )  # fmt: skip
+        if pixel_values is not None and self.config.more == "late":
+            out.last_hidden_state = out.last_hidden_state + self.tower(pixel_values).mean((0, 1))
+        return out
 
     def merged(self, embeds: Tensor, mask: Tensor, features: Tensor) -> Tensor:
         match self.config.merge:
@@ -146,6 +156,25 @@ def test_it_equals_the_model_on_gathered_embeddings_and_a_step_behind_it() -> No
 def test_embeddings_that_change_behind_the_merge_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="changes all embeddings"), torch.no_grad():
         encode_in_forward(own(scale=2.0), inputs())
+
+
+@pytest.mark.parametrize("more", ["positions", "mask", "late"])
+def test_what_ids_and_pixels_do_beside_embeddings_is_refused_by_name(more: str) -> None:
+    model = optimize(own(more=more), ratio=0.5, backend="eager", head_weights="uniform")
+    with pytest.raises(UnsupportedModelError, match="makes more of ids and pixels than the emb"), torch.no_grad():
+        model(**inputs())
+
+
+def test_a_body_that_cannot_run_by_itself_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="without a cache, and raised AttributeError"), torch.no_grad():
+        encode_in_forward(own(more="cache"), inputs())
+
+
+def test_a_prompt_whose_pixels_nothing_waits_for_is_refused_by_name() -> None:
+    """The model may put features in front of it."""
+    model = optimize(own(), ratio=0.5, backend="eager", head_weights="uniform")
+    with pytest.raises(UnsupportedCallError, match="pixel_values were given, and none of input_ids waits for them"):
+        model(**{**inputs(), "input_ids": IDS[:, :2]})
 
 
 def test_a_model_that_merges_nothing_is_refused_by_name() -> None:

@@ -5,11 +5,12 @@ with features in the places of placeholders. The model's own code is run up to t
 rows at placeholders are the features. In the graph they are merged into the embeddings of the ids as other models do.
 
 That is the same if embeddings reach the first layer as they are, which every prompt is tried for: all other rows must
-be those of the ids.
+be those of the ids. And if ids and pixels enter in no other way, for which the first prompt is run whole both ways.
 """
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,10 @@ from hawk_compile.settings.config import MODALITIES
 
 FEATURES = "pooler_output"
 OF_CACHES = ("past_key_values", "use_cache")
+
+
+checked: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
+"""Models, and the modalities of which a prompt was held to the plain model."""
 
 
 class LayerReached(Exception):
@@ -73,9 +78,10 @@ def encode_in_forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[st
             "places of its placeholders where its first layer reads them, so there is nothing to prune: call "
             "hawk_compile.restore(model) to run it whole"
         )
+    seen = raw_modalities(model, kwargs)
     outputs = {
         modality: BaseModelOutputWithPooling(pooler_output=merged[places[modality]].unsqueeze(0))
-        for modality in sorted(raw_modalities(model, kwargs)) if places[modality].any()
+        for modality in sorted(seen) if places[modality].any()
     }
     along = along_prompt(kwargs, *ids.shape)
     left = {
@@ -83,7 +89,39 @@ def encode_in_forward(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[st
         if name in (*PER_TOKEN_INPUTS, *OF_CACHES, *along)
         or not (isinstance(value, Tensor) or any(modality in name for modality in MODALITIES))
     }  # fmt: skip
-    return {**left, "mm_encoder_outputs": outputs}
+    left = {**left, "mm_encoder_outputs": outputs}
+    if not seen <= checked.setdefault(model, set()):
+        check_merge(model, kwargs, left)
+        checked[model] |= seen
+    return left
+
+
+@torch.no_grad()
+def check_merge(model: PreTrainedModel, kwargs: dict[str, Any], left: dict[str, Any]) -> None:
+    """Run a model's first prompt of a modality twice, whole: as it encodes and merges, and as the graph will have it.
+
+    Raises:
+        UnsupportedModelError: it makes more of ids or pixels than embeddings: a mask, positions, features added later.
+    """
+    forward = functools.partial(type(model).forward, model)
+    alone = {"past_key_values": None, "use_cache": False}
+    prompts = [without_mask_of_cache({**given, **alone}) for given in (kwargs, left)]
+    expected = forward(**prompts[0]).logits
+    found = taking_features(model, forward)(**prompts[1]).logits
+    if expected.shape != found.shape or not torch.allclose(
+        expected, found, rtol=0, atol=1e-3 * float(expected.nan_to_num(0, 0, 0).abs().amax()), equal_nan=True
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} encodes and merges in its own forward, and makes more of ids and pixels than the "
+            "embeddings that its first layer reads (a mask, positions, features that are added later): its logits are "
+            "others without. Call hawk_compile.restore(model) to run it whole"
+        )
+
+
+def without_mask_of_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a mask that covers the prompt alone, and not what a cache holds too."""
+    mask = kwargs.get("attention_mask")
+    return kwargs if mask is None else {**kwargs, "attention_mask": mask[:, -kwargs["input_ids"].shape[1] :]}
 
 
 def in_front_of_layers(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor:
@@ -95,14 +133,17 @@ def in_front_of_layers(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor
     first.__dict__["forward"] = reach
     twin = with_part(body, path, nn.ModuleList([first, *layers[1:]]))
     given = {name: kwargs[name] for name in inspect.signature(type(body).forward).parameters if name in kwargs}
-    mask = given.get("attention_mask")
-    if mask is not None:  # which covers what a cache holds, too
-        given["attention_mask"] = mask[:, -kwargs["input_ids"].shape[1] :]
     run = twin if body is not model else functools.partial(type(body).forward, twin)
     try:
-        run(**{**given, "past_key_values": None, "use_cache": False})
+        run(**without_mask_of_cache({**given, "past_key_values": None, "use_cache": False}))
     except LayerReached as reached:
         return reached.hidden
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} encodes and merges in its own forward, which was run by itself up to its decoder "
+            f"layers, without a cache, and raised {type(error).__name__}: {error}. If the plain model takes this call, "
+            "it cannot be pruned: call hawk_compile.restore(model) to run it whole"
+        ) from error
     raise UnsupportedModelError(
         f"{type(model).__name__} encodes and merges in its own forward, which does not go on to its decoder layers "
         f"({'.'.join(path)}), so that it cannot be seen what it merges: call hawk_compile.restore(model)"

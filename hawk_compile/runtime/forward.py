@@ -17,6 +17,7 @@ from hawk_compile.capture.modalities import (
     tokens_of,
 )
 from hawk_compile.compat.models import attention_of
+from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.generation import running
@@ -38,7 +39,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
-    kwargs = without_unawaited(model, kwargs)
+    kwargs = without_idle_inputs(model, kwargs)
     if modalities_of(model, kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     take_question(kwargs)  # which nothing but pruning asks for
@@ -48,6 +49,23 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     if isinstance(cache, TrackedCache):
         kwargs = by_slots(model, cache, kwargs)
     return step(runtime, forward, kwargs)
+
+
+def without_idle_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without pixels and frames that no id of a step behind a prompt waits for, which generate hands on.
+
+    Raises:
+        UnsupportedCallError: they belong to a prompt, which the model may read them for all the same.
+    """
+    awaited = without_unawaited(model, kwargs)
+    if awaited is not kwargs and physical_length(kwargs.get("past_key_values")) == 0:
+        idle = ", ".join(sorted({*kwargs} - {*awaited}))
+        raise UnsupportedCallError(
+            f"{idle} were given, and none of input_ids waits for them, so that what {type(model).__name__} does with "
+            "them in its own forward is not seen: put its placeholders into the prompt, one for each visual token, or "
+            "call hawk_compile.restore(model) to run it whole"
+        )
+    return awaited
 
 
 def by_slots(model: PreTrainedModel, cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:

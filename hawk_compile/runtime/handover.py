@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 
 from hawk_compile.compat.dynamo import mark_static
 from hawk_compile.compat.models import EXTRA_KEYS, EXTRA_POSITIONS, PROMPT_LENGTH
-from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.errors import UnsupportedCallError, UnsupportedModelError
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
 
 Layers = tuple[Any, ...]
@@ -108,7 +108,9 @@ def fill_cache(
 
     Raises:
         UnsupportedCallError: a cache that cannot hold what the model keeps beside keys and values.
+        UnsupportedModelError: layers that hold other numbers of keys.
     """
+    refuse_unequal_layers(model, scratch)
     config = model.config.get_text_config()
     if target is None:
         if use_cache is False or (use_cache is None and not getattr(config, "use_cache", True)):
@@ -123,6 +125,19 @@ def fill_cache(
     for index, layer in enumerate(scratch.layers):
         fill_layer(target, index, layer, past)
     return target
+
+
+def refuse_unequal_layers(model: PreTrainedModel, scratch: DynamicCache) -> None:
+    """Refuse a cache of which some layers hold the whole prompt: these attend in a way that the passes do not see, in
+    front of the layer that scored."""
+    held = [layer.keys.shape[2] if getattr(layer, "keys", None) is not None else 0 for layer in scratch.layers]
+    if len({*held} - {0}) > 1:
+        raise UnsupportedModelError(
+            f"the layers of {type(model).__name__} hold {held} keys of this prompt: those with most attend by neither "
+            "scaled_dot_product_attention nor a softmax of queries and keys [B, H, S, d], in front of the layer whose "
+            "attention scored. A cache of unequal layers serves no further token: call hawk_compile.restore(model) to "
+            "run the model whole"
+        )
 
 
 def fill_layer(target: Cache, index: int, layer: Any, past: int) -> None:

@@ -28,6 +28,7 @@ import hawk_compile
 from hawk_compile.errors import ConfigError, HawkError, HeadWeightsError, InputError, UnsupportedCallError
 from hawk_compile.errors import UnsupportedModelError as ModelError
 from hawk_compile.runtime.gradients import refuse_gradients
+from hawk_compile.runtime.handover import fill_cache
 from hawk_compile.tools.survey.tiny import read
 from tests import zoo
 from tests.runtime.models import ROUNDING, conversation, fresh, generate, picture, plain, prompt, pruned
@@ -303,6 +304,16 @@ def test_new_image_on_a_cache() -> None:
         with pytest.raises(UnsupportedCallError, match=match):
             pruned(name)(**inputs, past_key_values=cache)
         assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
+
+
+def test_layers_that_hold_other_numbers_of_keys() -> None:
+    """Attention that the passes do not see stands in front of the one that scored."""
+    scratch, target = DynamicCache(), DynamicCache()
+    for layer, length in enumerate((9, 5)):
+        scratch.update(torch.ones(1, 2, length, 4), torch.ones(1, 2, length, 4), layer)
+    with pytest.raises(ModelError, match=r"hold \[9, 5\] keys of this prompt"):
+        fill_cache(plain("llava"), target, scratch, 0, True)
+    assert target.get_seq_length() == 0
 
 
 def test_image_and_video_with_features_for_later_layers() -> None:
