@@ -130,7 +130,9 @@ def fill_cache(
 def refuse_unequal_layers(model: PreTrainedModel, scratch: DynamicCache) -> None:
     """Refuse a cache of which some layers hold the whole prompt: these attend in a way that the passes do not see, in
     front of the layer that scored."""
-    held = [layer.keys.shape[2] if getattr(layer, "keys", None) is not None else 0 for layer in scratch.layers]
+    held = [
+        keys.shape[2] if isinstance(keys := getattr(layer, "keys", None), Tensor) else 0 for layer in scratch.layers
+    ]
     if len({*held} - {0}) > 1:
         raise UnsupportedModelError(
             f"the layers of {type(model).__name__} hold {held} keys of this prompt: those with most attend by neither "
