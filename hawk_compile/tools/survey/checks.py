@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import placeholder_ids, required_arguments
 from hawk_compile.errors import CaptureError, HawkError, UnsupportedCallError
+from hawk_compile.exporting.formats import FORMATS
 from hawk_compile.passes.errors import AttentionNotFoundError, MergeNotFoundError, ShapeError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.tools.survey import oracle
@@ -23,7 +24,7 @@ STEPS = 5
 ROUNDING = 1e-5
 """Rows of a batch are multiplied together, in another order than alone."""
 MET_IN_THE_GRAPH = (CaptureError, MergeNotFoundError, AttentionNotFoundError, ShapeError)
-"""These say what the passes met, and not what of the model stands against pruning: no refusal."""
+"""These say what was met on the way, and not what of the model stands against pruning."""
 
 Check = Callable[[Tiny, PreTrainedModel], str]
 
@@ -193,13 +194,19 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
         except Wrong as error:
             status, detail = "wrong", str(error)
         except HawkError as error:
-            status = "failed" if isinstance(error, MET_IN_THE_GRAPH) else "refused"
+            status = "refused" if is_refusal(error, name) else "failed"
             detail = f"{type(error).__name__}: {error}"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             status, detail = "failed", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         result.outcomes[name] = Outcome(status, without_folders(detail), round(time.perf_counter() - began, 1))
     return result
+
+
+def is_refusal(error: HawkError, check: str) -> bool:
+    """Whether an error of a check says what of the model stands against it. For an export the line that torch.export
+    cannot follow does; `optimize` is to follow every line."""
+    return not isinstance(error, MET_IN_THE_GRAPH) or (check in FORMATS and isinstance(error, CaptureError))
 
 
 def pruned_call(tiny: Tiny, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor, int]:

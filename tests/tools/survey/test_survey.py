@@ -123,17 +123,18 @@ def test_a_turn_that_the_plain_model_itself_gets_wrong_is_not_asked() -> None:
 
 
 def test_what_the_passes_met_is_a_failure_and_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raising(error: HawkError) -> str:
+    def raising(error: HawkError, name: str = "prefill") -> str:
         def check(*_: object) -> str:
             raise error
 
         monkeypatch.setattr(checks, "build", lambda _: None)
         monkeypatch.setattr(checks, "optimize", lambda model, **_: model)
         monkeypatch.setattr(checks, "restore", lambda model: model)
-        return survey(read(FOLDER / "llava.json"), {"prefill": check}).outcomes["prefill"].status
+        return survey(read(FOLDER / "llava.json"), {name: check}).outcomes[name].status
 
     assert raising(UnsupportedModelError("a reason")) == "refused"
     assert raising(CaptureError("a line")) == raising(ShapeError("a size")) == "failed"
+    assert raising(CaptureError("a line"), "onnx") == "refused" and raising(ShapeError("a size"), "onnx") == "failed"
 
 
 def test_what_changed_since_an_earlier_survey(tmp_path: Path) -> None:
