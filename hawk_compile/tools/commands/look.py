@@ -42,7 +42,7 @@ def inspect(
     ids = ", ".join(map(str, found.placeholders)) or "none named"
     closing, ending = (" or ".join(map(str, each)) or "none known" for each in (found.vision_end, found.end_of_turn))
     facts = {
-        "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured, on the meta device)",
+        "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured)",
         "merge": f"{', '.join(found.merges)}: masked_scatter at placeholder ids {ids}",
         "question": f"the newest user's text, behind its last image; id that closes images: {closing}, turns: {ending}",
         "scoring layer": f"{found.scoring_layer}{where_cut(found.scoring_layer)}",

@@ -1,4 +1,4 @@
-"""What the passes find in a model, without its weights: the real capture and the real passes, on the meta device."""
+"""What the passes find in a model, without its weights: the real capture and the real passes."""
 
 import os
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.tools.inspection.findings import Gathered, described, identifiers
 from hawk_compile.tools.inspection.flops import count_flops, scoring_flops
 from hawk_compile.tools.inspection.sample import captured
-from hawk_compile.tools.inspection.without_weights import keep_layers, on_meta
+from hawk_compile.tools.inspection.without_weights import hollow, keep_layers, on_meta
 
 CAPTURED_LAYERS = 2
 """Decoder layers that are captured, if the one that scores is among them: others only repeat what crosses the cut."""
@@ -127,7 +127,7 @@ def inspect_model(
     before, after = text_tokens + image_tokens, text_tokens + kept
     flops, kept_flops = count_flops(model, before), count_flops(model, after)
     captured = keep_layers(model, max(layers, first_with_keys(model) + 1), total)
-    graph = pruned_graph(model, config, before, image_tokens, modality)
+    graph = pruned_graph(hollow(model), config, before, image_tokens, modality)
     facts = described(graph) | identifiers(model, special_ids(model, config))
     return Inspection(
         model=type(model).__name__,

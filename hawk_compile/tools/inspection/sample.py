@@ -1,4 +1,4 @@
-"""The prefill that is inspected: one row with one image (or one audio, for a model that only hears), on meta."""
+"""The prefill that is inspected: one row with one image (or one audio, for a model that only hears)."""
 
 import inspect
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from hawk_compile.kernels.plan.op import slots
 from hawk_compile.runtime.parts import output_class
 from hawk_compile.runtime.positions import axes_of
 from hawk_compile.settings.config import HawkConfig
-from hawk_compile.tools.inspection.without_weights import META
+from hawk_compile.tools.inspection.without_weights import HERE
 
 TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids")
 """Arguments [B, S] that say what each token of a prompt is."""
@@ -59,7 +59,7 @@ def encoder_outputs(model: PreTrainedModel, modality: str, visual: int) -> Itera
     kind, weight = class_for(output_class(model, modality)), embedding_weight(model)
 
     def features(width: int) -> Tensor:
-        return torch.empty((visual + EXTRA_ROWS, width), dtype=weight.dtype, device=META)
+        return torch.empty((visual + EXTRA_ROWS, width), dtype=weight.dtype, device=HERE)
 
     width = weight.shape[1]
     if numbers := numbered_layers(model):
@@ -97,7 +97,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 
 def prompt(model: PreTrainedModel, length: int) -> dict[str, Any]:
     """The other arguments of a prefill of one row without padding."""
-    ids = torch.zeros((1, length), dtype=torch.long, device=META)
+    ids = torch.zeros((1, length), dtype=torch.long, device=HERE)
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if positions_by_images(model):
         given["position_ids"] = ids.expand(axes_of(model), 1, length).clone()
@@ -110,10 +110,10 @@ def prompt(model: PreTrainedModel, length: int) -> dict[str, Any]:
 def plan_arguments(model: PreTrainedModel, config: HawkConfig, length: int, visual: int) -> tuple[Tensor | None, ...]:
     """The arguments of `hawk::plan` for one row: the mask [1, S], a budget [1], weights [H], S', V', and more."""
     kept = config.bounds(visual, config.floor(visual))[1]
-    weights = torch.empty(model.config.get_text_config().num_attention_heads, device=META)
-    question_mask = torch.zeros((1, length), dtype=torch.bool, device=META)
-    budget = torch.zeros(1, dtype=torch.long, device=META)
-    places = torch.zeros((1, length), dtype=torch.long, device=META)
+    weights = torch.empty(model.config.get_text_config().num_attention_heads, device=HERE)
+    question_mask = torch.zeros((1, length), dtype=torch.bool, device=HERE)
+    budget = torch.zeros(1, dtype=torch.long, device=HERE)
+    places = torch.zeros((1, length), dtype=torch.long, device=HERE)
     least = budget.clone() if config.budget is not None else None
     image, floor = (places, places.clone()) if config.per_image else (None, None)
-    return question_mask, budget, weights, *slots(length - visual + kept, kept, META), None, least, image, floor
+    return question_mask, budget, weights, *slots(length - visual + kept, kept, HERE), None, least, image, floor

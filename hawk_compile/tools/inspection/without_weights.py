@@ -1,7 +1,12 @@
-"""Models on the meta device: nothing is allocated and nothing is computed, so a configuration file is enough."""
+"""Models without weights: nothing is allocated and nothing is computed, so a configuration file is enough.
+
+On the meta device they are built and their work is counted. What is captured of them is on the CPU, as it is of a
+model that runs: some of its operators take no meta tensors beside numbers. One element stands for all of a weight.
+"""
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +19,13 @@ from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.runtime.api import restore
 from hawk_compile.tools.absent import reason_of, remedy
 
-META = torch.device("meta")
+META, HERE = torch.device("meta"), torch.device("cpu")
 
 
 def on_meta(source: Any) -> PreTrainedModel:
     """The model on the meta device, in eval mode and not optimised."""
     if isinstance(source, PreTrainedModel):
-        held = [*source.parameters(), *source.buffers()]
-        # A deep copy takes what its memo holds instead of copying it: the twin shares no tensor and allocates none.
-        memo: dict[int, Any] = {id(each): meta_like(each) for each in held}
-        return restore(copy.deepcopy(source, memo)).eval()
+        return restore(twin(source, lambda held: torch.empty_like(held, device=META))).eval()
     generation = None
     if isinstance(source, (str, os.PathLike)):
         generation = generation_config(Path(source))
@@ -46,9 +48,20 @@ def on_meta(source: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def meta_like(held: Tensor) -> Tensor:
-    twin = torch.empty_like(held, device=META)
-    return nn.Parameter(twin, requires_grad=False) if isinstance(held, nn.Parameter) else twin
+def hollow(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model on the CPU, each weight and buffer a view of one element."""
+    return twin(model, lambda held: torch.empty((), dtype=held.dtype, device=HERE).expand(held.shape))
+
+
+def twin(model: PreTrainedModel, like: Callable[[Tensor], Tensor]) -> PreTrainedModel:
+    """A copy of a model that holds other tensors, of the same shapes."""
+    # A deep copy takes what its memo holds instead of copying it: the twin shares no tensor.
+    memo: dict[int, Any] = {}
+    attributes = (value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    for held in (*model.parameters(), *model.buffers(), *attributes):
+        made = like(held)
+        memo[id(held)] = nn.Parameter(made, requires_grad=False) if isinstance(held, nn.Parameter) else made
+    return copy.deepcopy(model, memo)
 
 
 def read_config(path: Path) -> PreTrainedConfig:
