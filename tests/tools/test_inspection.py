@@ -18,7 +18,8 @@ from tests.zoo import Row, common
 
 QUICK = ("instructblipvideo", "vibevoice_asr")
 """Required arguments and a video's encoder; eager attention alone and audio under a name of its own."""
-RIGHT = sorted(name for name, known in read_types().surveys.items() if known.right)
+NEEDS_FRAMES = "qwen2_audio"
+RIGHT = sorted(name for name, known in read_types().surveys.items() if known.right and name != NEEDS_FRAMES)
 
 
 def inspected(name: str, **settings: object) -> hawk_compile.Inspection:
@@ -51,6 +52,11 @@ def test_a_type_that_optimize_prunes(name: str, tmp_path: Path) -> None:
         raise
     assert (found.model, found.scoring_layer) == (tiny(name).model_class, read_types().surveys[name].layer)
     assert {"tokens", "length"} & {each.along for each in found.gathered}
+
+
+def test_a_model_that_encodes_audio_in_its_forward_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="no prefill can be captured without audio frames"):
+        hawk_compile.inspect(folder_of(NEEDS_FRAMES, tmp_path))
 
 
 def test_a_package_that_a_model_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
