@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import hawk_compile
+from hawk_compile.tools.survey.tiny import build, prompt
 from tests import zoo
 from tests.test_architectures import RATIOS, check, compilations, eager_case, head_weights
+from tests.tiny import tiny
 
 SLOW = ("qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma")
 """Positions of several axes; a norm of queries and keys, and features for later layers; sliding windows; attention both
@@ -39,3 +41,18 @@ def test_a_selector_keeps_what_it_keeps_without_inductor():
             model(**inputs)
         kept.append(hawk_compile.report(model).keep_indices[0])
     assert torch.equal(*kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_5.linear_first", "step3p7", "qwen4_exp"])
+def test_what_stands_in_the_graph_as_one_operator_is_the_same_by_inductor(name):
+    """Mixers of chunks, experts in a loop, indexers. Rounding in fp32 is 2e-5 of the largest logit in the plain model."""
+    model, inputs = build(tiny(name)), prompt(tiny(name), 1)
+    kept, logits = [], []
+    for backend in ("eager", "inductor"):
+        hawk_compile.optimize(model, ratio=0.5, backend=backend, head_weights="uniform")
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+        kept.append(hawk_compile.report(model).keep_indices[0])
+    assert torch.equal(*kept) and len(kept[0]) < inputs["input_ids"].shape[1]
+    assert (logits[0] - logits[1]).abs().max() <= 5e-5 * logits[0].abs().max()
