@@ -46,7 +46,7 @@ def test_a_selector_keeps_what_it_keeps_without_inductor():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5.linear_first", "step3p7", "qwen4_exp"])
 def test_what_stands_in_the_graph_as_one_operator_is_the_same_by_inductor(name):
-    """Mixers of chunks, experts in a loop, indexers. Rounding in fp32 is 2e-5 of the largest logit in the plain model."""
+    """Mixers of chunks, experts in a loop, indexers. Rounding in fp32 is 2e-5 of the largest logit."""
     model, inputs = build(tiny(name)), prompt(tiny(name), 1)
     kept, logits = [], []
     for backend in ("eager", "inductor"):
