@@ -10,13 +10,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
 
 from hawk_compile.compat.models import EXTRA_KEYS, EXTRA_POSITIONS
 from hawk_compile.errors import ExportError
@@ -31,8 +24,10 @@ PAST = "past_"
 """How the inputs of the decode step are called that hold what the step before gave."""
 LENGTHS = {"key": 2, "value": 2, "extra_key": 1}
 """Kinds of tensors that hold something for each token, and along which dimension."""
-KINDS = (DynamicLayer, DynamicIndexedLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
-"""Layers whose tensors these are all."""
+KINDS = (
+    "DynamicLayer", "DynamicIndexedLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer",
+)  # fmt: skip
+"""Layers of transformers whose tensors these are all; older releases have no DummyLayer."""
 
 
 def check_cache(model: PreTrainedModel) -> None:
@@ -41,7 +36,7 @@ def check_cache(model: PreTrainedModel) -> None:
     Raises:
         ExportError: names the layers.
     """
-    kinds = sorted({type(layer).__name__ for layer in scratch_layers(model) if type(layer) not in KINDS})
+    kinds = sorted({type(layer).__name__ for layer in scratch_layers(model)} - {*KINDS})
     if kinds:
         raise ExportError(
             f"{type(model).__name__} cannot be exported: its cache has layers of the kind {' and '.join(kinds)}, and "
