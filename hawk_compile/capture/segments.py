@@ -29,6 +29,8 @@ ARGUMENTS = {
     "windows": "cu_window_seqlens", "window_places": "max_window_seqlen",
 }  # fmt: skip
 """Under which arguments a tower hands these inputs on to its attention."""
+WHOLE = "output"
+"""How an encoder component's output is called that is one tensor; some modules call what they take their features."""
 TOLERANCE = 0.02
 """Of the largest output, between attention by segments and by the tower's own: half precision over a tower's layers."""
 
@@ -122,9 +124,9 @@ def patches_of(bounds: Tensor) -> Tensor:
 
 
 def named(output: Any) -> dict[str, Tensor]:
-    """The tensors of an output by name: `features` of a tensor, `name` of a field, `name.i.n` of a field of n."""
+    """The tensors of an output by name: `output` of a tensor, `name` of a field, `name.i.n` of a field of n."""
     if isinstance(output, Tensor):
-        return {"features": output}
+        return {WHOLE: output}
     tensors: dict[str, Tensor] = {}
     for name, value in output.items():
         if isinstance(value, Tensor):

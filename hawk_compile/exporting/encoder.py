@@ -75,8 +75,8 @@ def own_attention() -> Iterator[None]:
 
 def unnamed(tensors: dict[str, Tensor]) -> Any:
     """The output that `segments.named` took apart; parts of a tuple that were left out are None."""
-    if list(tensors) == ["features"]:
-        return tensors["features"]
+    if list(tensors) == [segments.WHOLE]:
+        return tensors[segments.WHOLE]
     fields: dict[str, Any] = {}
     for name, value in tensors.items():
         whole, *place = name.split(".")
