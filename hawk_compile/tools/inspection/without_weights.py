@@ -49,8 +49,14 @@ def on_meta(source: Any) -> PreTrainedModel:
 
 
 def hollow(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model on the CPU, each weight and buffer a view of one element."""
-    return twin(model, lambda held: torch.empty((), dtype=held.dtype, device=HERE).expand(held.shape))
+    """The same model on the CPU, each weight a view of one element; buffers are whole: forwards may write in them."""
+
+    def like(held: Tensor) -> Tensor:
+        if isinstance(held, nn.Parameter):
+            return torch.empty((), dtype=held.dtype, device=HERE).expand(held.shape)
+        return torch.zeros(held.shape, dtype=held.dtype, device=HERE)
+
+    return twin(model, like)
 
 
 def twin(model: PreTrainedModel, like: Callable[[Tensor], Tensor]) -> PreTrainedModel:
