@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -25,6 +26,17 @@ SPECIAL = (
 )
 WORDS = ("system", "user", "assistant", "color", "digit", "shape", *COLORS, *DIGITS, *SHAPES)
 VOCABULARY = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+ENDS: dict[str, Any] = {
+    "bos_token_id": VOCABULARY["<|endoftext|>"],
+    "eos_token_id": VOCABULARY["<|im_end|>"],
+    "pad_token_id": VOCABULARY["<|endoftext|>"],
+}
+PLACES: dict[str, Any] = {
+    "image_token_id": VOCABULARY["<|image_pad|>"],
+    "video_token_id": VOCABULARY["<|video_pad|>"],
+    "vision_start_token_id": VOCABULARY["<|vision_start|>"],
+    "vision_end_token_id": VOCABULARY["<|vision_end|>"],
+}
 
 # Qwen2.5-VL's turns without its system prompt. The tokenizer drops the newlines: they have no token.
 CHAT_TEMPLATE = (
@@ -41,7 +53,6 @@ CHAT_TEMPLATE = (
 def make_config(layers: int = 2) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL with a small text model (`layers` layers, width 192) and a small vision tower (3 blocks, width
     128)."""
-    ids = VOCABULARY
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(VOCABULARY),
@@ -54,9 +65,7 @@ def make_config(layers: int = 2) -> Qwen2_5_VLConfig:
             "rms_norm_eps": 1e-6,
             "initializer_range": 0.07,  # about 1 / sqrt(192): with 0.02, learning to look things up takes far longer
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 4, 4]},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
+            **ENDS,
         },
         vision_config={
             "depth": 3,
@@ -67,10 +76,7 @@ def make_config(layers: int = 2) -> Qwen2_5_VLConfig:
             "window_size": 112,
             "fullatt_block_indexes": [2],
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **PLACES,
         tie_word_embeddings=True,
     )
 
@@ -99,11 +105,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """Write the folder that AutoModelForImageTextToText and AutoProcessor load: bf16 weights, tokenizer and
     processor."""
-    ids = VOCABULARY
     model.generation_config.update(
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids["<|im_end|>"],
-        pad_token_id=ids["<|endoftext|>"],
+        **ENDS,
         do_sample=False,
         max_new_tokens=4,
     )

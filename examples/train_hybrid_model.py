@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from demo_checkpoint import VOCABULARY, save_checkpoint
+from demo_checkpoint import ENDS, PLACES, VOCABULARY, save_checkpoint
 from demo_losses import QUESTIONS, SEGMENT, patches
 from torch import Tensor, nn
 from train_demo_model import Family, arguments, train
@@ -28,7 +28,6 @@ KINDS = {"L": "linear_attention", "F": "full_attention"}
 
 def make_hybrid(options: argparse.Namespace) -> Qwen3_5ForConditionalGeneration:
     """Qwen3.5 of the demo model's width, one letter of `options.layer_types` a layer: L linear, F full attention."""
-    ids = VOCABULARY
     config = Qwen3_5Config(
         text_config={
             "vocab_size": len(VOCABULARY),
@@ -53,9 +52,7 @@ def make_hybrid(options: argparse.Namespace) -> Qwen3_5ForConditionalGeneration:
                 "partial_rotary_factor": 1.0,
             },
             "tie_word_embeddings": True,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
+            **ENDS,
         },
         vision_config={
             "depth": 3,
@@ -66,10 +63,7 @@ def make_hybrid(options: argparse.Namespace) -> Qwen3_5ForConditionalGeneration:
             "out_hidden_size": 192,
             "num_position_embeddings": 1024,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **PLACES,
         tie_word_embeddings=True,
     )
     model = Qwen3_5ForConditionalGeneration(config)

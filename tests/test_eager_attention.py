@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import hawk_compile
 from hawk_compile.tools.survey.checks import at_ratio_zero, batches, prefill, steps
-from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
+from hawk_compile.tools.survey.tiny import build, prompt
+from tests.tiny import tiny
 
-FOLDER = Path(__file__).parent / "architectures"
 CAPS = "paligemma.gemma2"
 """Caps the logits of its attention, which SDPA cannot."""
 SINKS = "inkling2"
 """Sinks, a bias of positions, a convolution over keys, and attention over the outputs of earlier blocks."""
-
-
-def tiny(name: str) -> Tiny:
-    return read(FOLDER / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", [CAPS, pytest.param(SINKS, marks=pytest.mark.slow)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,9 @@ from hawk_compile.tools.inspection.inspect import inspect_model
 from hawk_compile.tools.survey import oracle
 from hawk_compile.tools.survey.checks import prefill
 from hawk_compile.tools.survey.prompts import visual_of
-from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
+from hawk_compile.tools.survey.tiny import build, prompt
+from tests.tiny import tiny
 
-FOLDER = Path(__file__).parent / "architectures"
 SCORING = {
     "qwen3_5": 0, "qwen3_5.linear_first": 3, "qwen3_5.two_periods": 3, "qwen3_5_moe": 3, "lfm2_vl": 0,
     "lfm2_vl.conv_first": 2, "lfm3_vl": 2, "minicpmv4_6.linear_first": 3, "minicpmv4_7": 3, "nemotron_h_omni": 3,
@@ -37,10 +36,6 @@ SETTINGS: dict[str, Any] = {"ratio": 0.5, "backend": "eager", "head_weights": "u
 QUESTION = [60, 61, 62, 63]
 ROUNDING = {"atol": 1e-4, "rtol": 1e-5}
 """Logits of magnitude 20 in fp32; a linear attention adds up other chunks than token by token."""
-
-
-def tiny(name: str) -> Tiny:
-    return read(FOLDER / f"{name}.json")
 
 
 @cache

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.features import FEATURES
 from hawk_compile.capture.modalities import (
     AUDIO,
     AUDIO_INPUT,
@@ -34,7 +35,6 @@ from hawk_compile.capture.twin import with_children
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.settings.config import MODALITIES
 
-FEATURES = "pooler_output"
 OF_CACHES = ("past_key_values", "use_cache")
 
 
