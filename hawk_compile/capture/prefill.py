@@ -18,11 +18,9 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
-from hawk_compile.capture.experts import experts_stood_for
 from hawk_compile.capture.features import arguments_of, cut_extra_rows
-from hawk_compile.capture.indexers import indexers_stood_for
 from hawk_compile.capture.merging import taking_features
-from hawk_compile.capture.mixers import mixers_stood_for
+from hawk_compile.capture.operators import begin_operators, end_operators
 from hawk_compile.capture.patches import overridden
 from hawk_compile.compat.dynamo import mark_static
 from hawk_compile.errors import InputError
@@ -168,9 +166,7 @@ def capture_prefill(
         raise GraphTaken
 
     function = compile_alone(planned_forward, backend=take, fullgraph=True)
-    mixers_stood_for.begin(function, model)
-    experts_stood_for.begin(function, model)
-    indexers_stood_for.begin(function, model)
+    begin_operators(function, model)
     try:
         with capture_settings(), torch.no_grad(), diagnosed(model), overridden(model), capturing(model):
             function(taking_features(model, model.forward), dict(sorted(inputs.items())), past_mask, planned, along)
@@ -178,9 +174,7 @@ def capture_prefill(
         if not taken:
             raise
     finally:
-        mixers_stood_for.end(function)
-        experts_stood_for.end(function)
-        indexers_stood_for.end(function)
+        end_operators(function)
     gm, example_inputs = taken[0]
     # A graph and its copies number new nodes alike; the captured one counts those that Dynamo has thrown away.
     gm = copy.deepcopy(gm)

@@ -10,9 +10,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import answered_for_captures
-from hawk_compile.capture.experts import experts_stood_for
-from hawk_compile.capture.indexers import indexers_stood_for
-from hawk_compile.capture.mixers import mixers_stood_for
+from hawk_compile.capture.operators import begin_operators, end_operators
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.ids import special_ids
@@ -69,9 +67,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         if compiled is not None:
             runtime.take_compiled(compiled)
     recorded_by_thread.begin(runtime)
-    mixers_stood_for.begin(runtime, model)
-    experts_stood_for.begin(runtime, model)
-    indexers_stood_for.begin(runtime, model)
+    begin_operators(runtime, model)
     model.__dict__[RUNTIME] = runtime
     return model
 
@@ -89,9 +85,7 @@ def restore(model: Model) -> Model:
         uninstall(model, runtime.originals)
         runtime.put_aside(model)
         recorded_by_thread.end(runtime)
-        mixers_stood_for.end(runtime)
-        experts_stood_for.end(runtime)
-        indexers_stood_for.end(runtime)
+        end_operators(runtime)
         answered_for_captures.end(runtime)
     return model
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.experts import experts_stood_for
-from hawk_compile.capture.indexers import indexers_stood_for
-from hawk_compile.capture.mixers import mixers_stood_for
+from hawk_compile.capture.operators import begin_operators
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.compat.models import device_mesh_of
@@ -71,9 +69,7 @@ class Runtime:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         copied = Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
         recorded_by_thread.begin(copied)
-        mixers_stood_for.begin(copied)
-        experts_stood_for.begin(copied)
-        indexers_stood_for.begin(copied)
+        begin_operators(copied)
         return copied
 
     @property
