@@ -19,8 +19,8 @@ from hawk_compile.passes.graph import expr, is_call, op_name, same, tensor
 OPERATOR = "scaled_dot_product_attention"
 SOFTMAX = ("softmax", ATEN_SOFTMAX)
 PRODUCTS = ("matmul", "bmm")
-TRANSPOSITIONS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "getattr")
-"""The last one reads `mT`."""
+TRANSPOSITIONS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "mT", "getattr")
+"""The last one reads `mT` too: Dynamo writes it so up to torch 2.13."""
 BETWEEN = ("to", "float", "half", "bfloat16", "type_as", "clone", "contiguous", "cat", "dropout", "truediv", TO_COPY)
 """What may stand between the product and the softmax, beside operators of single elements."""
 
