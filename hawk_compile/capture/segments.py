@@ -5,30 +5,39 @@ one size and gives wrong results for others. Here attention is handed the segmen
 on the host. It is registered as an attention implementation; its name holds "flash", which makes models pass the
 segments on instead of splitting them.
 
+Some towers look at the bounds of segments or the sizes of images elsewhere too. An export gives them those as they are,
+and their attention finds the index of the bounds that it is handed, see `run_plainly`.
+
 A tower undoes its window order by sorting the index that made it. The index is a permutation, so a scatter gives the
 same, where a target cannot sort.
 """
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
 from hawk_compile.compat.models import set_attention
 
-ATTENTION = "hawk_flash_segments"
+ATTENTION, PLAIN_ATTENTION = "hawk_flash_segments", "hawk_flash_bounds"
 GRID = "grid_thw"
 WINDOW_INDEX = "window_index"
+PLACES = {"segments": "segment_places", "windows": "window_places"}
 ARGUMENTS = {
     "segments": "cu_seqlens", "segment_places": "max_seqlen",
     "windows": "cu_window_seqlens", "window_places": "max_window_seqlen",
 }  # fmt: skip
 """Under which arguments a tower hands these inputs on to its attention."""
+GRIDS = "grids"
+"""How the sizes of images [images, 3] are called as an input beside an index."""
+ENDS = {"segments": "segment_ends", "windows": "window_ends"}
+"""And the patch behind the last of each segment: [segments] or [windows]."""
 WHOLE = "output"
 """How an encoder component's output is called that is one tensor; some modules call what they take their features."""
 TOLERANCE = 0.02
@@ -39,6 +48,28 @@ def run(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, T
     """A module's forward on what `prepared` gives, beside arguments that are no tensors."""
     renamed = {ARGUMENTS.get(name, name): value for name, value in tensors.items()}
     return forward(**fixed, **renamed)
+
+
+indices: ContextVar[dict[int, tuple[Tensor, Tensor]]] = ContextVar("indices")
+"""By the id of a tensor with bounds: segments and places, while a module runs that is given both."""
+
+
+def run_plainly(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """A module's forward on what `prepared(plain=True)` gives: it gets sizes and bounds as without an index."""
+    given = dict(tensors)
+    arguments: dict[str, Any] = {GRID: given.pop(GRIDS)}
+    known = {}
+    for name, places in PLACES.items():
+        if name in given:
+            bounds = arguments[ARGUMENTS[name]] = pad(given.pop(ENDS[name]), (1, 0))
+            # Places stand where the longest length would, which is read from the bounds if it is not there.
+            places_of = arguments[ARGUMENTS[places]] = given.pop(places)
+            known[id(bounds)] = (given.pop(name), places_of)
+    token = indices.set(known)
+    try:
+        return forward(**fixed, **arguments, **given)
+    finally:
+        indices.reset(token)
 
 
 class SortedByScatter(TorchFunctionMode):
@@ -89,28 +120,54 @@ def attention_over_segments(
     return rows.index_select(0, max_length_q).reshape(1, patches, heads, width), None
 
 
-def attend_by_segments(copy: nn.Module) -> None:
-    """Let a tower over packed patches attend by segments: a copy (`sharing_copy`), whose configs are its own."""
-    AttentionInterface.register(ATTENTION, attention_over_segments)
+def attention_within_bounds(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Any = None, max_length_q: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`attention_over_segments` by the index of these very bounds `cu_seq_lens_q` [segments + 1]."""
+    index = indices.get().get(id(cu_seq_lens_q))
+    if index is None:
+        raise ValueError("its attention has bounds of its own")
+    return attention_over_segments(module, query, key, value, None, scaling, 0.0, *index)
+
+
+def attend_by_segments(copy: nn.Module, plain: bool = False) -> None:
+    """Let a tower over packed patches attend by segments: a copy (`sharing_copy`), whose configs are its own.
+
+    Args:
+        plain: by the index of the bounds that it hands on, instead of by what it hands on in their place.
+    """
+    name = PLAIN_ATTENTION if plain else ATTENTION
+    AttentionInterface.register(name, attention_within_bounds if plain else attention_over_segments)
     for part in copy.modules():
         config: Any = getattr(part, "config", None)
         if config is not None:
-            set_attention(config, ATTENTION)
+            set_attention(config, name)
 
 
-def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs of an encoder component for the tensors that its module would get: grids become indices."""
+def prepared(child: nn.Module, tensors: dict[str, Tensor], plain: bool = False) -> dict[str, Tensor]:
+    """The inputs of an encoder component for the tensors that its module would get: grids become indices.
+
+    Args:
+        plain: what the indices are made from stays beside them.
+    """
     if GRID not in tensors:
         return tensors
     from transformers.exporters.utils import precompute_export_inputs
 
     inputs = dict(tensors)
     precompute_export_inputs(child, inputs)
-    del inputs[GRID]
-    for name, places in (("segments", "segment_places"), ("windows", "window_places")):
+    inputs = {name: value for name, value in inputs.items() if name in tensors or takes(child, name)}
+    grids = inputs.pop(GRID)
+    if plain:
+        inputs[GRIDS] = grids
+    for name, places in PLACES.items():
         bounds = inputs.pop(ARGUMENTS[name], None)
         inputs.pop(ARGUMENTS[places], None)  # the length of the longest, which the index holds
         if bounds is not None:
+            if plain:
+                inputs[ENDS[name]] = bounds[1:]
             inputs[name] = patches_of(bounds)
             inputs[places] = torch.nonzero(inputs[name].flatten() >= 0).squeeze(1)
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -138,14 +195,19 @@ def named(output: Any) -> dict[str, Tensor]:
 
 
 def difference(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """How outputs by segments, or the first rows of them, differ from those by the grid; empty if they do not.
+    """How outputs by segments, or the first part of them, differ from those by the grid; empty if they do not.
 
     They are compared by name, to `TOLERANCE` of the largest value.
     """
-    furthest = max(float((outputs[name][: len(rows)] - rows).abs().max()) for name, rows in expected.items())
+    furthest = max(float((first(outputs[name], rows.shape) - rows).abs().max()) for name, rows in expected.items())
     if furthest <= TOLERANCE * max(float(rows.abs().max()) for rows in expected.values()):
         return ""
     return f"its outputs differ by {furthest:.2g}"
+
+
+def first(values: Tensor, shape: torch.Size) -> Tensor:
+    """The part of values that begins them in every dimension: rows may lie along any."""
+    return values[tuple(slice(size) for size in shape)]
 
 
 def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -154,6 +216,12 @@ def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
     named_arguments = dict(bound.arguments)
     more = named_arguments.pop(rest, {}) if rest else {}
     return {**named_arguments, **more}
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward takes an argument of this name."""
+    signature = inspect.signature(module.forward)
+    return name in signature.parameters or name_of_rest(signature) is not None
 
 
 def name_of_rest(signature: inspect.Signature) -> str | None:

@@ -28,14 +28,15 @@ from hawk_compile.runtime.handover import first_with_keys, scratch_cache, scratc
 Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def encoder_call(child: nn.Module, session: Session) -> Callable[..., Any]:
+def encoder_call(child: nn.Module, session: Session, part: Part) -> Callable[..., Any]:
     """What stands in for the forward of one of the encoder's modules."""
     signature = inspect.signature(type(child).forward)
+    plain = any(each.name == segments.GRIDS for each in part.inputs)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = segments.flat(signature.bind(self, *args, **kwargs))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        return unnamed(session(segments.prepared(child, tensors)))
+        return unnamed(session(segments.prepared(child, tensors, plain)))
 
     return types.MethodType(forward, child)
 

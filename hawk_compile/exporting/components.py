@@ -10,6 +10,7 @@ What models keep beside keys and values is handed on with them, see `caches.py`.
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,11 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.attention import capturing
-from hawk_compile.capture.diagnosis import diagnosed
+from hawk_compile.capture.diagnosis import capture_error, diagnosed, user_stack
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import exporting, overridden
 from hawk_compile.compat.exporters import traced_portably
+from hawk_compile.errors import CaptureError, HawkError
 from hawk_compile.exporting.quiet import quiet
 
 PREFILL, DECODE = "prefill", "decode"
@@ -34,11 +36,19 @@ NAMED = {"batch": 1, "prompt": 2, "visual": 1, "kept": 2, "kept_visual": 1, "new
 MOST = 2**31 - 1
 """No size is larger."""
 
-RELATED = {"total", "patches", "merged_patches", "tiles", "segments", "longest_segment", "windows", "longest_window"}
+RELATED = {
+    "total", "patches", "merged_patches", "tiles", "images", "segments", "longest_segment", "windows", "longest_window",
+}  # fmt: skip
 """Sizes that may depend on one another (patches on merged patches); torch.export finds out how."""
 
 REMEDY = "prune the model with hawk_compile.optimize, which may compile what torch.export cannot"
 """What to do about a component that cannot be traced."""
+
+FIXED = re.compile(r"static shape of (\d+) for dimension inputs\['(\w+)'\]\.shape\[(\d+)\]")
+"""In what torch.export says of a size that was to be symbolic: its value, the input, the dimension."""
+
+TROUBLE = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""What a model's code raises where it meets a symbolic size and cannot go on."""
 
 Shape = tuple[str | int, ...]
 
@@ -114,14 +124,33 @@ class Component:
             **settings: more of its settings.
 
         Raises:
-            CaptureError: torch.export cannot trace it.
+            CaptureError: torch.export cannot trace it, or not for all sizes.
         """
         made = config(
             dynamic=True, dynamic_shapes=self.dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True,
             **settings,
         )  # fmt: skip
-        with self.around(), exporting(), diagnosed(self.module, f"the component {self.name}", REMEDY):
-            return exporter().export_program(self.module, dict(self.sample), made)[0]
+        what = f"the component {self.name}"
+        try:
+            with self.around(), exporting(), diagnosed(self.module, what, REMEDY):
+                return exporter().export_program(self.module, dict(self.sample), made)[0]
+        except HawkError:
+            raise
+        except TROUBLE as error:
+            if fixed := self.fixed_size(str(error)):
+                raise CaptureError(
+                    f"{what} cannot be captured for other sizes than those of the inputs: its code fixes {fixed}, as a "
+                    f"loop in Python over them does; {REMEDY}"
+                ) from error
+            if user_stack(error):  # raised by a line of the model; what writes the graph has none left
+                raise capture_error(error, self.module, what, REMEDY) from error
+            raise
+
+    def fixed_size(self, message: str) -> str:
+        """Which symbolic size torch.export found to be a number, by its message; empty if it says none."""
+        names = {(name, str(dim)): size for name, shape in self.shapes.items() for dim, size in enumerate(shape)}
+        fixed = [(names.get((name, dim)), number, name) for number, name, dim in FIXED.findall(message)]
+        return ", ".join(f"the size {size} of {name} to {number}" for size, number, name in fixed)
 
 
 @contextlib.contextmanager

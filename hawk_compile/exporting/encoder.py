@@ -40,6 +40,9 @@ SIZES: dict[str, Shape] = {
     "windows": ("windows", "longest_window"),
     "window_places": ("patches",),
     segments.WINDOW_INDEX: (MERGED,),
+    segments.GRIDS: ("images", 3),
+    segments.ENDS["segments"]: ("segments",),
+    segments.ENDS["windows"]: ("windows",),
 }
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """Fields that every encoder's output has, so that a model can set them; others that it reads are None."""
@@ -59,7 +62,8 @@ class Encoder(nn.Module):
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
         with segments.SortedByScatter(tensors.get(segments.WINDOW_INDEX)):
-            named = segments.named(segments.run(self.child, self.fixed, tensors))
+            run = segments.run_plainly if segments.GRIDS in tensors else segments.run
+            named = segments.named(run(self.child, self.fixed, tensors))
         return {name: named[name] for name in self.outputs or named}
 
 
@@ -123,21 +127,40 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
                 f"{type(model).__name__} cannot be exported: its encoder's {name} {reason}; {REMEDY}"
             )
         fixed = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}
-        sample = segments.prepared(child, {key: torch.cat([value, value]).detach() for key, value in tensors.items()})
-        by_grid = segments.GRID in tensors
-        shapes = shapes_of(sample, by_grid)
-        if by_grid:
-            fixed[segments.GRID] = None
-            child = sharing_copy(child)
-            segments.attend_by_segments(child)
-        encoder = Encoder(child, fixed, list(outputs))
-        component = Component(
-            name, encoder, sample, shapes, own_attention if by_grid else torch.no_grad, visual=visual
-        )
-        if by_grid:
-            check_segments(component, outputs, type(model).__name__)
+        if segments.GRID in tensors:
+            component = packed_component(name, child, fixed, tensors, outputs, visual, type(model).__name__)
+        else:
+            sample = twice(tensors)
+            encoder = Encoder(child, fixed, list(outputs))
+            component = Component(name, encoder, sample, shapes_of(sample, False), torch.no_grad, visual=visual)
         components.append(component)
     return components
+
+
+def packed_component(
+    name: str, child: nn.Module, fixed: dict[str, Any], tensors: dict[str, Tensor], outputs: dict[str, Tensor],
+    visual: int, model: str,
+) -> Component:  # fmt: skip
+    """A tower over packed patches: by indices alone, or with the sizes and bounds that it reads beside them."""
+    reason = ""
+    for plain in (False, True):
+        sample = segments.prepared(child, twice(tensors), plain)
+        copy = sharing_copy(child)
+        segments.attend_by_segments(copy, plain)
+        encoder = Encoder(copy, fixed if plain else {**fixed, segments.GRID: None}, list(outputs))
+        component = Component(name, encoder, sample, shapes_of(sample, True), own_attention, visual=visual)
+        reason = difference_from(component, outputs)
+        if not reason:
+            return component
+    raise UnsupportedModelError(
+        f"{model} cannot be exported: its encoder's {name} reads the sizes of images elsewhere than in its attention "
+        f"and positions, which an index of patches cannot give it ({reason}); {REMEDY}"
+    )
+
+
+def twice(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of two such prompts, so that no size is one."""
+    return {key: torch.cat([value, value]).detach() for key, value in tensors.items()}
 
 
 def are_sizes(name: str, value: Tensor) -> bool:
@@ -163,19 +186,13 @@ def shapes_of(sample: dict[str, Tensor], by_grid: bool) -> dict[str, Shape]:
     }
 
 
-def check_segments(component: Component, expected: dict[str, Tensor], model: str) -> None:
-    """Refuse a tower that gives something else by segments than by the grid, which it then reads elsewhere too.
+def difference_from(component: Component, expected: dict[str, Tensor]) -> str:
+    """How a tower's outputs differ from its own by the grid, or what it fails with; empty if they do not.
 
     Args:
         expected: its outputs for the first half of the component's sample.
     """
     try:
-        reason = segments.difference(component.results, expected)
+        return segments.difference(component.results, expected)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = str(error)
-    if not reason:
-        return
-    raise UnsupportedModelError(
-        f"{model} cannot be exported: its encoder's {component.name} reads the sizes of images elsewhere than in its "
-        f"attention and positions, which an index of patches cannot give it ({reason}); {REMEDY}"
-    )
+        return str(error)

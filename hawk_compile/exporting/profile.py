@@ -28,7 +28,7 @@ Range = tuple[int, int, int]
 LONGEST_SORT = 3840
 """Elements that TensorRT's TopK can take. (It builds an engine for more, and that engine fails.)"""
 
-LEAST = {**NAMED, **dict.fromkeys(("images", *sorted(RELATED)), 1)}
+LEAST = {**NAMED, **dict.fromkeys(sorted(RELATED), 1)}
 """Every size that has a name, with the smallest value that graphs hold for."""
 
 

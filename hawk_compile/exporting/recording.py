@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture import segments
 from hawk_compile.capture.encode import run_encoders
 from hawk_compile.capture.features import LAYER_FEATURES, features_of, field_of, of_level
+from hawk_compile.capture.modalities import modalities_of
 from hawk_compile.compat.dynamo import tree_leaves
 from hawk_compile.compat.models import PREPARE_ENCODERS
 from hawk_compile.errors import UnsupportedModelError
@@ -32,9 +33,9 @@ class Recording(TorchFunctionMode):
         outside: the first weight that was used while none of the modules ran.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, modalities: set[str]):
         super().__init__()
-        self.model = model
+        self.model, self.modalities = model, modalities
         self.arguments: dict[str, dict[str, Any]] = {}
         self.results: dict[str, list[dict[str, Tensor]]] = {}
         self.outside: str | None = None
@@ -55,11 +56,11 @@ class Recording(TorchFunctionMode):
         self.running += 1
         given = segments.flat(inspect.signature(module.forward).bind(*args, **kwargs))
         if not alike(given, first := self.arguments.setdefault(name, given)):
+            one = "" if len(self.modalities) < 2 else "give inputs with one modality only, or "
             kinds = [", ".join(f"{key}: {kind}" for key, kind in structure(each).items()) for each in (first, given)]
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be exported: it runs {name} more than once to encode, with "
-                f"{kinds[0]} and with {kinds[1]}, which one component does not take; give inputs with one modality "
-                f"only, or {REMEDY}"
+                f"{kinds[0]} and with {kinds[1]}, which one component does not take; {one}{REMEDY}"
             )
 
     def after(self, name: str, output: Any) -> None:
@@ -104,7 +105,7 @@ def recorded_calls(
     Raises:
         UnsupportedModelError: an encoder that is more than calls of its modules.
     """
-    recording, handles = Recording(model), []
+    recording, handles = Recording(model, modalities_of(model, inputs)), []
     for name, child in callable_children(model.base_model):
         handles.append(
             child.register_forward_pre_hook(

@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
     }
     for name in manifest.encoders:
         child = model.base_model.get_submodule(name)
-        child.forward = encoder_call(child, sessions[name])  # type: ignore[method-assign]
+        child.forward = encoder_call(child, sessions[name], manifest.parts[name])  # type: ignore[method-assign]
     weights = HeadWeights(torch.tensor(manifest.head_weights), manifest.head_weights_origin)
     ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
     decode = decode_call(model, sessions[DECODE], manifest.parts[DECODE])
