@@ -181,11 +181,14 @@ def patches_of(bounds: Tensor) -> Tensor:
 
 
 def named(output: Any) -> dict[str, Tensor]:
-    """The tensors of an output by name: `output` of a tensor, `name` of a field, `name.i.n` of a field of n."""
+    """The tensors of an output by name: `output` of a tensor, `name` of a field, `name.i.n` of a field of n.
+
+    A tuple of n is one field, called `output`.
+    """
     if isinstance(output, Tensor):
         return {WHOLE: output}
     tensors: dict[str, Tensor] = {}
-    for name, value in output.items():
+    for name, value in {WHOLE: output}.items() if isinstance(output, tuple) else output.items():
         if isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, (tuple, list)):

@@ -1,7 +1,7 @@
 """What a cache holds of the tokens before, as tensors by name: what exported components hand on.
 
     key_L, value_L                        layer L's keys and values [B, Hkv, P, d]
-    extra_key_L                           the keys of its indexer [B, P, d] or [B, 1, P, d]
+    extra_key_L                           the keys of its indexer [B, P, d]
     conv_state_L_N, recurrent_state_L_N   its states, which have no length; N where a layer has several
 """
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hawk_compile.compat.models import EXTRA_KEYS, EXTRA_POSITIONS
 from hawk_compile.errors import ExportError
@@ -23,12 +22,12 @@ TOLD = {"conv_states": "is_conv_states_initialized", "recurrent_states": "is_rec
 """Where layers say that they hold something."""
 PAST = "past_"
 """How the inputs of the decode step are called that hold what the step before gave."""
-PER_TOKEN, LENGTH_DIM = ("key", "value", "extra_key"), -2
+LENGTHS = {"key": 2, "value": 2, "extra_key": 1}
 """Kinds of tensors that hold something for each token, and along which dimension."""
 KINDS = (
     "DynamicLayer", "DynamicIndexedLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer",
 )  # fmt: skip
-"""Layers of transformers whose tensors these are all; older releases have no DummyLayer. Models have others."""
+"""Layers of transformers whose tensors these are all; older releases have no DummyLayer."""
 
 
 def check_cache(model: PreTrainedModel) -> None:
@@ -37,19 +36,13 @@ def check_cache(model: PreTrainedModel) -> None:
     Raises:
         ExportError: names the layers.
     """
-    kinds = sorted({type(layer).__name__ for layer in scratch_layers(model) if not is_known(layer)})
+    kinds = sorted({type(layer).__name__ for layer in scratch_layers(model)} - {*KINDS})
     if kinds:
         raise ExportError(
             f"{type(model).__name__} cannot be exported: its cache has layers of the kind {' and '.join(kinds)}, and "
             "the components of an export hand on keys, values, an indexer's keys and linear attention's states alone; "
             "run the model with hawk_compile.optimize"
         )
-
-
-def is_known(layer: CacheLayerMixin) -> bool:
-    """Whether all that a layer keeps has a name here: also one that only adds an indexer's keys to plain ones."""
-    more = vars(layer).keys() - vars(DynamicLayer()).keys()
-    return type(layer).__name__ in KINDS or (isinstance(layer, DynamicLayer) and more <= EXTRA_KEYS.keys())
 
 
 def is_held(name: str) -> bool:
@@ -59,7 +52,7 @@ def is_held(name: str) -> bool:
 
 def length_dim(name: str) -> int | None:
     """Along which dimension of a cache's tensor the tokens lie; None of states."""
-    return LENGTH_DIM if name.rpartition("_")[0] in PER_TOKEN else None
+    return LENGTHS.get(name.rpartition("_")[0])
 
 
 def held_by(cache: Cache) -> dict[str, Tensor]:

@@ -89,6 +89,8 @@ def unnamed(tensors: dict[str, Tensor]) -> Any:
             fields.setdefault(whole, [None] * count)[index] = value
         else:
             fields[whole] = value
+    if fields.keys() == {segments.WHOLE}:
+        return tuple(fields[segments.WHOLE])
     return output_class(tuple(dict.fromkeys((*STANDARD_OUTPUTS, *fields))))(**fields)
 
 
@@ -133,6 +135,8 @@ def encoder_components(model: PreTrainedModel, inputs: dict[str, Any]) -> list[C
             sample = twice(tensors)
             encoder = Encoder(child, fixed, list(outputs))
             component = Component(name, encoder, sample, shapes_of(sample, False), torch.no_grad, visual=visual)
+            if any(key.startswith(f"{segments.WHOLE}.") for key in outputs):
+                check_tuple(component, type(model).__name__)
         components.append(component)
     return components
 
@@ -156,6 +160,17 @@ def packed_component(
         f"{model} cannot be exported: its encoder's {name} reads the sizes of images elsewhere than in its attention "
         f"and positions, which an index of patches cannot give it ({reason}); {REMEDY}"
     )
+
+
+def check_tuple(component: Component, model: str) -> None:
+    """Refuse a module that gives a tuple of as many tensors as there are images: of two such prompts others."""
+    try:
+        _ = component.results
+    except KeyError:
+        raise UnsupportedModelError(
+            f"{model} cannot be exported: its encoder's {component.name} gives a tuple of as many tensors as there are "
+            f"images, which a component cannot; {REMEDY}"
+        ) from None
 
 
 def twice(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -62,10 +62,9 @@ def output_shape(component: Component, name: str, value: Tensor) -> Shape:
     if component.name in (PREFILL, DECODE):
         along = "total" if component.name == DECODE else "prompt" if name == "scores" else "kept"
         tokens = length_dim(name) if is_held(name) else None if name == "logits" else 1
-        sizes: list[str | int] = ["batch", *value.shape[1:]]
-        if tokens is not None:
-            sizes[tokens] = along
-        return tuple(sizes)
+        return tuple(
+            "batch" if dim == 0 else along if dim == tokens else size for dim, size in enumerate(value.shape)
+        )
     first = next(iter(component.shapes.values()))[0]
     rows = component.sample[next(iter(component.sample))].shape[0]
     return tuple(

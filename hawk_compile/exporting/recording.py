@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -65,14 +65,13 @@ class Recording(TorchFunctionMode):
 
     def after(self, name: str, output: Any) -> None:
         self.running -= 1
-        if not isinstance(output, (Tensor, ModelOutput)):
+        if not isinstance(output, (Tensor, ModelOutput, tuple)):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be exported: its encoder's {name} gives a {type(output).__name__} "
                 f"of as many tensors as there are images, which a component cannot; {REMEDY}"
             )
-        others = [] if isinstance(output, Tensor) else [
-            key for key, value in output.items() if not isinstance(value, (Tensor, tuple, list))
-        ]  # fmt: skip
+        fields = output if isinstance(output, ModelOutput) else {}
+        others = [key for key, value in fields.items() if not isinstance(value, (Tensor, tuple, list))]
         if others:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be exported: its encoder's {name} gives {' and '.join(others)}, "
@@ -105,23 +104,11 @@ def recorded_calls(
     Raises:
         UnsupportedModelError: an encoder that is more than calls of its modules.
     """
-    recording, handles = Recording(model, modalities_of(model, inputs)), []
-    for name, child in callable_children(model.base_model):
-        handles.append(
-            child.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: recording.before(name, module, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(
-            child.register_forward_hook(lambda module, args, output, name=name: recording.after(name, output))
-        )
-    try:
-        with torch.enable_grad(), deltas_kept(model), recording:
-            # That of an optimised model may run the modules compiled.
-            encoded = run_encoders(model, dict(inputs), original(model, PREPARE_ENCODERS))["mm_encoder_outputs"]
-    finally:
-        for handle in handles:
-            handle.remove()
+    opened: set[str] = set()
+    recording, encoded = recorded(model, inputs, opened)
+    while holder := bypassed(recording, model.base_model, opened):
+        opened.add(holder)
+        recording, encoded = recorded(model, inputs, opened)
     if recording.outside is not None:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be exported: to encode, it uses {recording.outside} otherwise than by the "
@@ -139,20 +126,61 @@ def recorded_calls(
     }
 
 
+def recorded(
+    model: PreTrainedModel, inputs: dict[str, Any], opened: Set[str]
+) -> tuple[Recording, dict[str, ModelOutput | None]]:
+    """What happens while a model encodes, and what it makes.
+
+    Args:
+        opened: children of the body by name, in the place of which their own children are recorded.
+    """
+    recording, handles = Recording(model, modalities_of(model, inputs)), []
+    for name, child in callable_children(model.base_model, opened):
+        handles.append(
+            child.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: recording.before(name, module, args, kwargs), with_kwargs=True
+            )
+        )
+        handles.append(
+            child.register_forward_hook(lambda module, args, output, name=name: recording.after(name, output))
+        )
+    try:
+        with torch.enable_grad(), deltas_kept(model), recording:
+            # That of an optimised model may run the modules compiled.
+            encoded = run_encoders(model, dict(inputs), original(model, PREPARE_ENCODERS))["mm_encoder_outputs"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recording, encoded
+
+
+def bypassed(recording: Recording, body: nn.Module, opened: Set[str]) -> str | None:
+    """The module of which a weight was used, but never the forward: another method of it runs the modules in it."""
+    outside = recording.outside or ""
+    return next((
+        name for name, child in callable_children(body, opened)
+        if outside.startswith(f"{name}.") and name not in recording.arguments and any(child.children())
+    ), None)  # fmt: skip
+
+
 def read_of(encoded: dict[str, ModelOutput | None], results: list[dict[str, Tensor]]) -> set[int]:
-    """The ids of those tensors from which encoded features were made, found by their gradients."""
+    """The ids of those tensors from which encoded features were made, found by their gradients.
+
+    Whole numbers have none, and are all among them.
+    """
     with torch.enable_grad():
         total: Any = sum(part.sum() for output in encoded.values() if output is not None for part in parts_of(output))
-        tensors = [value for result in results for value in result.values()]
+        tensors = [value for result in results for value in result.values() if value.requires_grad]
         gradients = torch.autograd.grad(total, tensors, allow_unused=True)
-    return {id(value) for value, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
+    whole = {id(value) for result in results for value in result.values() if not value.is_floating_point()}
+    return whole | {id(value) for value, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
 
 
-def callable_children(body: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The direct children of a body by name, and in the place of a list or dict of modules those in it."""
+def callable_children(body: nn.Module, opened: Set[str], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The direct children of a body by name; in the place of a list or dict of modules, or one opened, those in it."""
     for name, child in body.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from callable_children(child, f"{prefix}{name}.")
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or f"{prefix}{name}" in opened:
+            yield from callable_children(child, opened, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 

@@ -10,10 +10,9 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
-    StaticLayer,
 )
 
-from hawk_compile.exporting.caches import fill, held_by, is_held, is_known, length_dim, replace
+from hawk_compile.exporting.caches import fill, held_by, is_held, length_dim, replace
 
 ROWS, HEADS, PAST, WIDTH, KERNEL = 2, 3, 5, 4, 3
 
@@ -61,45 +60,9 @@ def test_a_cache_is_filled_by_what_another_holds() -> None:
     assert changed == ["conv_state_0_0"]  # the first cache's own, which a step writes in place
 
 
-@pytest.mark.parametrize(
-    ("name", "dim"), [("key_12", -2), ("value_0", -2), ("extra_key_3", -2), ("conv_state_3_1", None)]
-)
+@pytest.mark.parametrize(("name", "dim"), [("key_12", 2), ("value_0", 2), ("extra_key_3", 1), ("conv_state_3_1", None)])
 def test_along_which_dimension_tokens_lie(name: str, dim: int | None) -> None:
     assert length_dim(name) == dim
-
-
-class IndexedByAModel(DynamicLayer):
-    """As a model of its own has it: keys of an indexer [B, 1, P, d] beside plain ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.idx_keys: torch.Tensor | None = None
-
-    def update_index(self, keys: torch.Tensor) -> torch.Tensor:
-        self.idx_keys = keys if self.idx_keys is None else torch.cat([self.idx_keys, keys], -2)
-        return self.idx_keys
-
-
-class Counting(DynamicLayer):
-    """Keeps a number that has no name among what is handed on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-
-def test_a_models_own_layer_that_only_adds_an_indexers_keys_is_handed_on() -> None:
-    assert is_known(IndexedByAModel()) and is_known(DynamicIndexedLayer())
-    assert not is_known(Counting()) and not is_known(StaticLayer(max_cache_len=8))
-    caches = [DynamicCache(), DynamicCache()]
-    for cache in caches:
-        cache.layers = [IndexedByAModel()]
-    whole, copy = caches
-    whole.update(torch.randn(ROWS, HEADS, PAST, WIDTH), torch.randn(ROWS, HEADS, PAST, WIDTH), 0)
-    whole.layers[0].update_index(torch.randn(ROWS, 1, PAST, WIDTH))
-    fill(copy, held_by(whole))
-    assert sorted(held_by(copy)) == ["extra_key_0", "key_0", "value_0"]
-    assert torch.equal(copy.layers[0].idx_keys, whole.layers[0].idx_keys)
 
 
 def test_what_a_cache_holds_is_replaced() -> None:

@@ -88,11 +88,11 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "error", "match"), [
-    ("emu3", UnsupportedModelError, r"it uses vqmodel\.encoder\.conv_in\.weight otherwise than by the forward"),
     ("minicpmv4_6", UnsupportedModelError, "its encoder's merger gives a list of as many tensors as there are images"),
     ("lfm2_vl", UnsupportedModelError, "its encoder's vision_tower takes spatial_shapes, which would be fixed"),
     ("video_llava", UnsupportedModelError, "runs multi_modal_projector more than once .*give inputs with one mod"),
     ("blip-2", ExportError, "its own generate embeds the prompt and goes on with its language_model"),
+    ("minimax_m3_vl", ExportError, "its cache has layers of the kind MiniMaxM3VLSparseCacheLayer"),
     ("ovis2", UnsupportedModelError, r"one component does not take; run the model with hawk_compile\.optimize"),
     ("qwen2_audio", ExportError, "it encodes audio in the middle of its forward"),
 ])  # fmt: skip

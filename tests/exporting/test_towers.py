@@ -1,4 +1,5 @@
-"""Towers over packed patches that look at the sizes of images, or at the bounds of segments, beside their attention."""
+"""What components are made of encoders: towers that look at sizes of images or bounds of segments beside their
+attention, and modules that run by another method than their forward."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hawk_compile.capture import segments
-from hawk_compile.errors import CaptureError
+from hawk_compile.errors import CaptureError, UnsupportedModelError
 from hawk_compile.exporting.components import Component
-from hawk_compile.exporting.encoder import encoder_components
+from hawk_compile.exporting.encoder import Encoder, check_tuple, encoder_components, unnamed
 from hawk_compile.tools.survey.tiny import build, prompt, read
+from tests import zoo
 
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 
@@ -60,3 +62,54 @@ def test_a_tower_that_goes_through_images_in_python_is_refused_by_its_line(name:
     with pytest.raises(CaptureError, match=match) as caught:
         component.trace()
     assert "prune the model with hawk_compile.optimize" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "names"), [
+    ("emu3", ["vqmodel.encoder", "vqmodel.quant_conv", "vqmodel.quantize", "text_model.embed_tokens"]),
+    ("chameleon", ["vqmodel.encoder", "vqmodel.quant_conv", "vqmodel.quantize", "embed_tokens"]),
+])  # fmt: skip
+def test_modules_in_one_that_runs_by_another_method_are_components(name: str, names: list[str]) -> None:
+    """A quantiser gives whole numbers, which no gradient comes back through."""
+    tiny = read(ARCHITECTURES / f"{name}.json")
+    components = encoder_components(build(tiny), prompt(tiny, rows=1))
+    assert [component.name for component in components] == names
+    (numbers,) = components[2].results.values()
+    assert numbers.dtype == torch.int64
+
+
+def test_a_weight_that_no_forward_uses_is_named() -> None:
+    model: Any = zoo.build("llava", layers=1)
+    body, features = model.base_model, model.base_model.get_image_features
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = features(*args, **kwargs)
+        weight = body.multi_modal_projector.linear_1.weight
+        output.pooler_output = [part * weight.sum() for part in output.pooler_output]
+        return output
+
+    body.get_image_features = scaled
+    with pytest.raises(UnsupportedModelError, match=r"it uses multi_modal_projector\.linear_1\.weight otherwise"):
+        encoder_components(model, zoo.inputs("llava", model, rows=[zoo.sizes("llava")[0]]))
+
+
+class InParts(nn.Module):
+    """A tuple: of as many tensors as it has rows, or of two."""
+
+    def __init__(self, by_rows: bool):
+        super().__init__()
+        self.by_rows = by_rows
+
+    def forward(self, values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(values) if self.by_rows else (values, values + 1)
+
+
+def test_a_tuple_is_given_part_by_part() -> None:
+    sample = {"values": torch.randn(4, 3)}
+    shapes: Any = {"values": ("tiles", 3)}
+    two = Component("two", Encoder(InParts(False), {}, ["output.1.2"]), sample, shapes)
+    check_tuple(two, "Model")
+    left_out, given = unnamed(two.results)
+    assert left_out is None and torch.equal(given, sample["values"] + 1)
+    by_rows = Component("rows", Encoder(InParts(True), {}, ["output.0.2", "output.1.2"]), sample, shapes)
+    with pytest.raises(UnsupportedModelError, match="its encoder's rows gives a tuple of as many tensors as there are"):
+        check_tuple(by_rows, "Model")

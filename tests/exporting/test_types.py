@@ -23,9 +23,11 @@ FOLDER = Path(__file__).parents[1] / "architectures"
 TYPES = {
     "deepseek_vl_hybrid": "a projector that runs twice",
     "dots3_note": "keys of an indexer beside those of the attention",
+    "emu3": "an encoder that another method than its forward runs, and a quantiser in it",
     "exaone4_5": "an encoder whose keys have fewer heads; no positions, even from generate",
     "fuyu": "features that no encoder pools, from one linear layer",
     "gemma4": "layers that share the keys of others",
+    "glm4v": "a tower that reads the sizes of images and the bounds of segments",
     "granite4_vision": "features for numbered layers alone, by a list of projectors",
     "llama4": "rotary positions by complex numbers",
     "molmo2": "a projector that takes indices of patches, one row for each visual token",
