@@ -65,8 +65,8 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     refuse_unfollowed_writes(gm.graph, ancestors(query, key))
     heads, head_dim = heads_of(query, length)
     kv_heads, _ = heads_of(key, length)
-    query_linear, query_between = projection(query, entry, length)
-    key_linear, key_between = projection(key, entry, length)
+    query_linear, query_between = projection(query, entry, length, query_rotated)
+    key_linear, key_between = projection(key, entry, length, key_rotated)
     position_chain = find_position_chain(gm.graph, merged, length)
     between = tuple(dict.fromkeys(query_between + key_between))
     one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
@@ -222,7 +222,9 @@ def heads_of(node: fx.Node, length: Any) -> tuple[int, int]:
     return int(shape[2] if same(shape[1], length) and not same(shape[2], length) else shape[1]), int(shape[3])
 
 
-def projection(node: fx.Node, merged: fx.Node, length: Any) -> tuple[fx.Node | None, list[str]]:
+def projection(
+    node: fx.Node, merged: fx.Node, length: Any, rotated: dict[fx.Node, fx.Node]
+) -> tuple[fx.Node | None, list[str]]:
     """The linear that makes the heads, and the names of operators in between that change values.
 
     Layout alone lies in between if every operator moves elements and the first four-dimensional value is [B, S, H, d],
@@ -231,6 +233,7 @@ def projection(node: fx.Node, merged: fx.Node, length: Any) -> tuple[fx.Node | N
     between: list[str] = []
     current = node
     while not is_call(current, "linear"):
+        current = rotated.get(current, current)
         sources = [source for source in current.all_input_nodes if tensor(source) is not None]
         hidden = [source for source in sources if source is merged or merged in ancestors(source)]
         found = tensor(current)

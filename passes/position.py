@@ -12,6 +12,9 @@ attention (MLA):
 
 the key is computed as the attention computes it, with `k_rope` in the place of `rope(k_rope)`: what is scored is the
 whole head, its part without position and its part that rotates, before it does (shared by all heads here).
+
+So it is where a norm stands behind position: key = norm(rope(k)) is computed as norm(k). An attention never sees how
+long a key is that it norms.
 """
 
 from typing import Any
@@ -37,6 +40,9 @@ from hawk_compile.passes.graph import (
 PADDING_MASK = "attention_mask"
 """The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
 FORMS_OF_A_MASK = ("getitem", "unsqueeze", "expand", "to", "bool", "float", TO_COPY)
+SCALING = ("mul", "imul", "div", "truediv")
+MOVING = ("to", "float", "half", "bfloat16", "type_as", "expand", "cat", "getitem", TO_COPY)
+"""What moves or casts elements, beside `LAYOUT_OPS`."""
 
 
 def position_free(merged: fx.Node, within: set[fx.Node], graph: fx.Graph, length: Any) -> set[fx.Node]:
@@ -80,8 +86,8 @@ def before_position(
 
     Returns:
         The node that it is: the last [B, H, S, d] or [B, S, H, d] value on the way to `target` that every position-free
-        use comes through. Or `target` itself, and what to compute it with: value in which position has entered -> value
-        of the same shape before that.
+        use comes through. Or one behind that, up to `target` itself, and what to compute it with: value in which
+        position has entered -> value of the same shape before that.
 
     Raises:
         AttentionNotFoundError: position enters in a way that cannot be left out.
@@ -92,8 +98,46 @@ def before_position(
         found = tensor(node)
         heads = found is not None and found.ndim == 4 and sizes_equal_to(found.shape[1:3], length)
         if heads and same(shape_of(node)[-1], shape_of(target)[-1]) and only_rearranged(node, within):
-            return node, {}
+            return changed_behind(graph, merged, node, within, length)
     return target, without_position(graph, merged, target, free, length)
+
+
+def changed_behind(
+    graph: fx.Graph, merged: fx.Node, node: fx.Node, within: set[fx.Node], length: Any
+) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+    """What becomes of heads behind position: the last value on the way to the attention that is not the same numbers
+    moved or scaled, and what to compute it with. The heads themselves where there is none."""
+    after = dependents(merged)
+    behind = in_order(graph, dependents(node) & within)
+    entering = {
+        each for each in behind
+        if any(holds_positions(source, length) for source in each.all_input_nodes if source not in after)
+    }  # fmt: skip
+    if not entering:
+        return node, {}
+    last = behind[-1]
+    rotated = next(
+        (each for each in behind if alike(each, node) and not entering & ancestors(last, replaced={each: node})), None
+    )
+    if rotated is None:
+        return node, {}
+    later = dependents(rotated)
+    changed = [each for each in behind if each in later and alike(each, node) and changes_values(each)]
+    return (changed[-1], {rotated: node}) if changed else (node, {})
+
+
+def alike(left: fx.Node, right: fx.Node) -> bool:
+    """Whether two values are heads [B, H, S, d] of the same sizes."""
+    sizes = [each.shape for each in (tensor(left), tensor(right)) if each is not None and each.ndim == 4]
+    return len(sizes) == 2 and all(map(same, *sizes))
+
+
+def changes_values(node: fx.Node) -> bool:
+    """Whether a node makes other numbers of one value than the same ones, moved, cast, or scaled all alike."""
+    sources = [source for source in node.all_input_nodes if tensor(source) is not None]
+    if is_call(node, *SCALING) and len(sources) == 1:
+        return False
+    return not is_call(node, *LAYOUT_OPS, *MOVING)
 
 
 def common_sources(node: fx.Node, within: set[fx.Node], free: set[fx.Node]) -> set[fx.Node]:
@@ -147,8 +191,6 @@ def unrotated(graph: fx.Graph, node: fx.Node, free: set[fx.Node]) -> fx.Node | N
         return None
     within = ancestors(node)
     for source in reversed(in_order(graph, common_sources(node, within, free))):
-        found = tensor(source)
-        alike = found is not None and found.ndim == 4 == len(shape_of(node))
-        if alike and all(map(same, shape_of(source), shape_of(node))) and only_rearranged(source, within):
+        if alike(source, node) and only_rearranged(source, within):
             return source
     return None

@@ -44,7 +44,8 @@ class Located:
     """[B, S] input that marks real tokens, if the graph has one."""
     attention: fx.Node
     query: fx.Node
-    """[B, H, S, d] or [B, S, H, d]: the queries of the first attention just before position enters them."""
+    """[B, H, S, d] or [B, S, H, d]: the queries of the first attention just before position enters them; where a norm
+    stands behind that, those behind it, to be computed without position (`rotated`)."""
     key: fx.Node
     rotated: dict[fx.Node, fx.Node]
     """What position has entered on the way to `query` and `key`, and what to compute them with in its place."""

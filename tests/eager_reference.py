@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
 
 from tests.zoo import common
@@ -68,6 +70,22 @@ def latent_query_key(attention: nn.Module, normed: Tensor) -> tuple[Tensor, Tens
     made = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
     fixed = made[..., : attention.qk_nope_head_dim]
     return query, torch.cat([fixed, rotating.unsqueeze(1).expand(*fixed.shape[:-1], -1)], dim=-1)
+
+
+def rotated_query_key(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Query [B, H, S, d] and key [B, H, S, d] of the first attention over a prompt's tokens, as it gets them."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            over_prompt = function is scaled_dot_product_attention and args[0].shape[2] == inputs["input_ids"].shape[1]
+            if over_prompt:
+                seen.append((args[0], args[1]))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watching():
+        model(**inputs)
+    return seen[0]
 
 
 def scores(query: Tensor, key: Tensor, visual: Tensor, votes: Tensor, head_weights: Tensor) -> Tensor:

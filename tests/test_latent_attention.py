@@ -51,6 +51,11 @@ def test_equal_calls_keep_the_same(backend):
     uniform = torch.full((query.shape[1],), 1 / query.shape[1])
     scores = reference.scores(query[0], key[0], visual, torch.tensor(votes), uniform)
     torch.testing.assert_close(reports[0].scores[0, visual].double(), scores, atol=1e-5, rtol=1e-4)
+    kept = int(reports[0].kept_visual_tokens)
+    assert keeps[0] == reference.kept_positions(scores, visual, kept).tolist()
+    query, key = reference.rotated_query_key(hawk_compile.restore(model), inputs)
+    rotated = reference.scores(query[0], key[0], visual, torch.tensor(votes), uniform)
+    assert keeps[0] != reference.kept_positions(rotated, visual, kept).tolist(), "position decides here"
 
 
 @pytest.mark.slow

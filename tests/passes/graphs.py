@@ -20,17 +20,21 @@ class Decoder(nn.Module):
 
     Args:
         qk_norm: normalise queries and keys before position enters.
+        norm_behind: and then behind it instead.
         own_positions: count positions inside instead of taking them.
         merges: number of masked_scatter in a row.
     """
 
-    def __init__(self, qk_norm: bool = False, own_positions: bool = False, merges: int = 1):
+    def __init__(
+        self, qk_norm: bool = False, own_positions: bool = False, merges: int = 1, norm_behind: bool = False
+    ):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.qk_norm = nn.LayerNorm(HEAD_DIM) if qk_norm else nn.Identity()
         self.has_qk_norm, self.own_positions, self.merges = qk_norm, own_positions, merges
+        self.norm_behind = norm_behind
 
     def forward(self, ids: Tensor, features: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         hidden = self.embed(ids)
@@ -45,9 +49,11 @@ class Decoder(nn.Module):
         query, key, value = (
             linear(normed).view(*ids.shape, HEADS, HEAD_DIM).transpose(1, 2) for linear in (self.q, self.k, self.v)
         )
-        if self.has_qk_norm:
+        if self.has_qk_norm and not self.norm_behind:
             query, key = self.qk_norm(query), self.qk_norm(key)
         query, key = query * cos + query.flip(-1) * sin, key * cos + key.flip(-1) * sin
+        if self.has_qk_norm and self.norm_behind:
+            query, key = self.qk_norm(query), self.qk_norm(key)
         slot = torch.arange(ids.shape[1])
         mask = (slot[None, :] <= slot[:, None]) & attention_mask[:, None, None, :].bool()
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -57,6 +57,17 @@ def scores_of(model, weights, **options):
         return compiled(inputs, (*ahead, weights, *behind))[3]
 
 
+def test_a_norm_scores_alike_on_both_sides_of_position():
+    """What leaves position out leaves nothing else out."""
+    model, weights = graphs.Decoder(qk_norm=True), torch.tensor([0.3, 0.7])
+    model.qk_norm.weight.data.uniform_(0.5, 2)
+    before = scores_of(model, weights)
+    model.norm_behind = True
+    torch.testing.assert_close(scores_of(model, weights), before)
+    model.has_qk_norm = False
+    assert not torch.allclose(scores_of(model, weights), before, rtol=1e-2)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_scores_by_its_own_heads_and_asks_for_the_sum(rank, monkeypatch):
     """A sum that says nothing of other ranks shows what this one gave to it."""

@@ -46,6 +46,17 @@ def test_a_norm_between_projection_and_position_makes_the_form_projected():
     assert is_call(site.query, "layer_norm") and is_call(site.key, "layer_norm")
 
 
+def test_a_norm_behind_position_is_computed_without_it():
+    site = read_located(located(graphs.Decoder(qk_norm=True, norm_behind=True)))
+    assert site.form == "projected" and site.between == ("layer_norm",)
+    assert is_call(site.query, "layer_norm") and is_call(site.key, "layer_norm")
+    for normed in (site.query, site.key):
+        rotated = normed.args[0]
+        assert is_call(rotated, "add") and is_call(site.rotated[rotated], "transpose")
+    site = read_located(located(graphs.Decoder()))
+    assert site.rotated == {}, "what only moves and scales is left to the attention"
+
+
 def test_two_merges_are_one_site():
     site = read_located(located(graphs.Decoder(merges=2), merges=2))
     assert len(site.merges) == 2 and site.merged is site.merges[-1] and len(site.visual) == 2
