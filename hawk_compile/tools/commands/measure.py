@@ -130,6 +130,7 @@ def survey(
     types: Annotated[list[str] | None, typer.Argument(help="Names of some of them; all, if left out.")] = None,
     exports: Annotated[str, typer.Option(help="Formats to export to as well, with commas between.")] = "",
     exports_only: Annotated[bool, typer.Option("--exports-only", help="Export, and check nothing else.")] = False,
+    checks: Annotated[str, typer.Option(help="Checks to run, with commas between; all, if left out.")] = "",
     before: Annotated[Path | None, typer.Option(help="An earlier survey to compare with; the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     table: Annotated[Path | None, typer.Option(help="The page of Markdown to write.")] = None,
@@ -137,5 +138,5 @@ def survey(
     """Hold tiny models of architectures to the plain ones: what is right, new, broken or mended."""
     from hawk_compile.tools.survey.commands import survey_folder
 
-    forms = [each.strip() for each in exports.split(",") if each.strip()]
-    survey_folder(console(), folder, types or [], out, table, before, forms, exports_only)
+    forms, only = ([each.strip() for each in names.split(",") if each.strip()] for names in (exports, checks))
+    survey_folder(console(), folder, types or [], out, table, before, forms, exports_only, only)

@@ -15,9 +15,18 @@ from hawk_compile.errors import CaptureError, HawkError, UnsupportedCallError
 from hawk_compile.exporting.formats import FORMATS
 from hawk_compile.passes.errors import AttentionNotFoundError, MergeNotFoundError, ShapeError
 from hawk_compile.runtime.api import optimize, report, restore
-from hawk_compile.tools.survey import oracle
+from hawk_compile.tools.survey import oracle, scores
 from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike, without_folders
-from hawk_compile.tools.survey.prompts import LONGER, at_places_of, lengthened, others_kept, padded, rows_in, visual_of
+from hawk_compile.tools.survey.prompts import (
+    LONGER,
+    at_places_of,
+    lengthened,
+    others_kept,
+    padded,
+    question_of,
+    rows_in,
+    visual_of,
+)
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt
 
 STEPS = 5
@@ -61,6 +70,33 @@ def prefill(tiny: Tiny, model: PreTrainedModel) -> str:
     other, _ = oracle.pruned_forward(model, inputs, others_kept(keep, visual), visual, layer)
     unlike("logits of other kept tokens", other.logits[:, -1], pruned.logits[:, -1], ROUNDING)
     return f"{difference:.2g}"
+
+
+def selection(tiny: Tiny, model: PreTrainedModel) -> str:
+    """The visual tokens that score best by hand are kept, and score so; not those that another question would keep."""
+    inputs = prompt(tiny, rows=1)
+    visual = visual_of(model, inputs)
+    question = question_of(visual)
+    _, keep, layer = pruned_call(tiny, model, inputs | {"question_mask": question[None].long()})
+    record = pruned_record(model)
+    restore(model)
+    seen = scores.compared(model, inputs, layer)
+    expected = scores.scored(seen, visual, question)
+    difference = equal("scores", record.scores[0, visual].double(), expected, ROUNDING)
+    best_kept(expected, torch.isin(visual.nonzero()[:, 0], keep))
+    unlike("scores by another query", scores.scored(seen, visual, visual), expected, ROUNDING)
+    return f"{difference:.2g}"
+
+
+def best_kept(expected: Tensor, kept: Tensor) -> None:
+    """Hold kept visual tokens, [V] bool, to the best by scores [V]; those that rounding alone tells apart may differ.
+
+    Raises:
+        Wrong: others score better.
+    """
+    worst, best = expected[kept].min(), expected[~kept].max()
+    if worst < best - ROUNDING * expected.abs().max():
+        raise Wrong(f"a visual token that scores {worst:.6g} is kept, and one that scores {best:.6g} is not")
 
 
 def steps(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -172,8 +208,8 @@ def restored(tiny: Tiny, model: PreTrainedModel) -> str:
 
 
 CHECKS: dict[str, Check] = {
-    "ratio 0": at_ratio_zero, "prefill": prefill, "decode": steps, "turns": turns, "batch": batches,
-    "restore": restored,
+    "ratio 0": at_ratio_zero, "selection": selection, "prefill": prefill, "decode": steps, "turns": turns,
+    "batch": batches, "restore": restored,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The command `hawk-compile survey`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from hawk_compile.tools.survey.tiny import read
 
 def survey_folder(
     console: Console, folder: Path, types: list[str], out: Path | None, table: Path | None, before: Path | None,
-    exports: list[str], exports_only: bool = False,
+    exports: list[str], exports_only: bool = False, only: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Check the tiny models of a folder, a line for each, and say what differs from an earlier survey.
 
@@ -23,20 +24,21 @@ def survey_folder(
     Args:
         exports: formats to export to as well.
         exports_only: nothing else is checked.
+        only: names of the checks to run; all, if empty.
 
     Raises:
-        InputError: a folder without descriptions, a type that is not among them, an earlier survey that is none, or
-            one in `out` that other releases made and that is to be kept.
+        InputError: a folder without descriptions, a type that is not among them, a check that is none, an earlier
+            survey that is none, or one in `out` that other releases made and that is to be kept.
     """
     described = {path.stem: path for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
     if not described:
         raise InputError(f"{folder} must be a folder with tiny models, one JSON file each, and holds none: correct it")
     earlier = read_types() if before is None else read_types(before)
     names = chosen(described, types)
-    kept = kept_surveys(out, bool(types) or exports_only)
+    kept = kept_surveys(out, bool(types or exports_only or only))
     if not types:
         kept = {name: each for name, each in kept.items() if name in described}
-    checks = checks_of(exports, exports_only)
+    checks = checks_of(exports, exports_only, only)
     found = []
     for name in names:
         result = survey(read(described[name]), checks)
@@ -60,10 +62,12 @@ def survey_folder(
         table.write_text(page(whole, f"hawk-compile survey {folder} {written}--table {table}"))
 
 
-def checks_of(exports: list[str], exports_only: bool) -> dict[str, Check]:
+def checks_of(exports: list[str], exports_only: bool, only: Sequence[str]) -> dict[str, Check]:
     if exports_only and not exports:
         raise InputError("exports_only leaves nothing to check without exports: name formats, as --exports onnx")
-    checks = {} if exports_only else dict(CHECKS)
+    if unknown := sorted(set(only) - CHECKS.keys()):
+        raise InputError(f"checks must be among {', '.join(CHECKS)}, got {', '.join(unknown)}")
+    checks = {} if exports_only else {name: check for name, check in CHECKS.items() if not only or name in only}
     if exports:
         from hawk_compile.tools.survey.exports import exported_as
 

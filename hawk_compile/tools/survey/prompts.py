@@ -19,6 +19,12 @@ def visual_of(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return torch.isin(inputs["input_ids"][0], torch.tensor(placeholder_ids(model)))
 
 
+def question_of(visual: Tensor) -> Tensor:
+    """[S] bool: the text behind the last visual token, or all text where none is behind it."""
+    behind = ~visual & (visual.flip(0).cumsum(0).flip(0) == 0)
+    return behind if behind.any() else ~visual
+
+
 def rows_in(tiny: Tiny) -> int:
     return len(tiny.inputs["input_ids"]["values"])
 

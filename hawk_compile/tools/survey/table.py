@@ -19,8 +19,8 @@ SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
 """The survey of the release that this package was tested with."""
 MARKS = {"right": "yes", "refused": "refused", "wrong": "**wrong**", "failed": "**fails**", "unasked": "—"}
 COLUMNS = {
-    "ratio 0": "nothing removed", "prefill": "prefill", "decode": "decode", "turns": "several turns",
-    "batch": "padded batches", "restore": "restore", "onnx": "ONNX", "openvino": "OpenVINO",
+    "ratio 0": "nothing removed", "selection": "selection", "prefill": "prefill", "decode": "decode",
+    "turns": "several turns", "batch": "padded batches", "restore": "restore", "onnx": "ONNX", "openvino": "OpenVINO",
 }  # fmt: skip
 
 
@@ -122,8 +122,10 @@ def page(types: Types, command: str) -> str:
         "variant of it, with other layers or sizes: *linear_first* and *conv_first* have the order of layers of "
         "published checkpoints, which begin without softmax attention, where the one named as the type begins with "
         "it.", "",
-        "*Nothing removed*: at ratio 0 the logits are bit for bit the plain model's. *Prefill* and *decode*: with half "
-        "of the visual tokens removed, the logits are those of the plain model run on hand-gathered tokens, in the "
+        "*Nothing removed*: at ratio 0 the logits are bit for bit the plain model's. *Selection*: of the visual tokens "
+        "those are kept that score best by hand, from the queries and keys that the plain model's attention compares "
+        "where every angle of its rotary embedding is zero. *Prefill* and *decode*: with half of the visual tokens "
+        "removed, the logits are those of the plain model run on hand-gathered tokens, in the "
         "prefill, where other kept tokens give other ones, and over five more tokens of `generate`. *Several turns*: "
         "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Restore*: "
         "afterwards the model is the plain one. *Layer*: the decoder layer that scores, in front of which tokens are "
