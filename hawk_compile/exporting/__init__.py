@@ -4,6 +4,7 @@
     settings.py    which settings an export takes
     components.py  what a component is, and how it is traced
     encoder.py, prefill.py, decode.py    the components of a model; the passes on the prefill's graph
+    modules.py     one module of an encoder as a component
     recording.py   which modules encode, and what of them is read
     caches.py      what a cache holds, as tensors by name
     mixers.py      linear attention in chunks, as a scan
@@ -22,7 +23,7 @@ Tracing is done by `transformers.exporters` (5.23). What was wrapped there, and 
 - Its decomposition of a generative model leaves the merge outside its components, and misses the encoder, which
   generate runs ahead of the prefill. Components of our own go through its exporters instead.
 - Its attention for towers over packed patches needs images of one size; with others ONNX gives wrong results and no
-  error. `encoder.py` hands segments over as an index instead.
+  error. `modules.py` hands segments over as an index instead.
 - Towers that undo a permutation by argsort export a sort, which TensorRT limits; a permutation is undone by a scatter.
 - Masks are built by broadcasting in the first trace too, as its ONNX patches do in theirs: no pass can work out shapes
   inside vmap. Its other ONNX patches stay away from the first trace, since they put copies of the mask behind the

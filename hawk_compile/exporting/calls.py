@@ -17,8 +17,8 @@ from hawk_compile.capture.features import EXTRA_ROWS
 from hawk_compile.capture.modalities import AUDIO, MERGED_BY_NAME, positions_by_images, token_kinds
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.exporting.caches import PAST, fill, held_by, is_held, length_dim, replace
-from hawk_compile.exporting.encoder import unnamed
 from hawk_compile.exporting.manifest import Part, TensorSpec
+from hawk_compile.exporting.modules import unnamed
 from hawk_compile.exporting.prefill import named_features
 from hawk_compile.plan.plan import Plan
 from hawk_compile.runtime.conversation import physical_length

@@ -65,10 +65,11 @@ def output_shape(component: Component, name: str, value: Tensor) -> Shape:
         return tuple(
             "batch" if dim == 0 else along if dim == tokens else size for dim, size in enumerate(value.shape)
         )
-    first = next(iter(component.shapes.values()))[0]
-    rows = component.sample[next(iter(component.sample))].shape[0]
+    taken, shape = next(iter(component.shapes.items()))
+    along = next(dim for dim, size in enumerate(shape) if isinstance(size, str))
+    rows = component.sample[taken].shape[along]
     return tuple(
-        "merged_patches" if dim == 0 and size != rows else first if dim == 0 else size
+        "merged_patches" if dim == 0 and size != rows else shape[along] if dim == 0 else size
         for dim, size in enumerate(value.shape)
     )
 

@@ -21,6 +21,9 @@ from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.runtime.overrides import original
 from hawk_compile.runtime.positions import deltas_kept
 
+Call = tuple[dict[str, Any], dict[str, Tensor]]
+"""Arguments of a module's first call by name, and the tensors of its output that are read."""
+
 REMEDY = "run the model with hawk_compile.optimize"
 
 
@@ -96,18 +99,18 @@ def structure(arguments: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recorded_calls(
-    model: PreTrainedModel, inputs: dict[str, Any]
-) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+def recorded_calls(model: PreTrainedModel, inputs: dict[str, Any], opened: Set[str]) -> dict[str, Call]:
     """Of each module of the body that encodes: its arguments by name, and those of its outputs that are read.
+
+    Args:
+        opened: modules in the place of which those in them are recorded.
 
     Raises:
         UnsupportedModelError: an encoder that is more than calls of its modules.
     """
-    opened: set[str] = set()
     recording, encoded = recorded(model, inputs, opened)
     while holder := bypassed(recording, model.base_model, opened):
-        opened.add(holder)
+        opened = {*opened, holder}
         recording, encoded = recorded(model, inputs, opened)
     if recording.outside is not None:
         raise UnsupportedModelError(

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from hawk_compile.capture import segments
 from hawk_compile.errors import CaptureError, UnsupportedModelError
+from hawk_compile.exporting.calls import encoder_call
 from hawk_compile.exporting.components import Component
-from hawk_compile.exporting.encoder import Encoder, check_tuple, encoder_components, unnamed
+from hawk_compile.exporting.encoder import encoder_components
+from hawk_compile.exporting.manifest import Part, TensorSpec
+from hawk_compile.exporting.modules import Encoder, check_tuple, unnamed
 from hawk_compile.tools.survey.tiny import build, prompt, read
 from tests import zoo
 
@@ -90,6 +93,39 @@ def test_a_weight_that_no_forward_uses_is_named() -> None:
     body.get_image_features = scaled
     with pytest.raises(UnsupportedModelError, match=r"it uses multi_modal_projector\.linear_1\.weight otherwise"):
         encoder_components(model, zoo.inputs("llava", model, rows=[zoo.sizes("llava")[0]]))
+
+
+def run_by_graphs(model: Any, components: list[Component]) -> None:
+    """Let the modules of an encoder be run by graphs, as `load` lets them by sessions."""
+    for component in components:
+        child = model.base_model.get_submodule(component.name)
+        graph = component.trace().module(check_guards=False)
+        inputs = [TensorSpec(name, "", list(shape)) for name, shape in component.shapes.items()]
+        part = Part(component.name, "", {}, inputs, [], {}, 0.0)
+        child.forward = encoder_call(child, lambda given, graph=graph: graph(**given), part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "opened"), [("paddleocr_vl", "projector"), ("ernie4_5_vl_moe", "resampler_model")])
+def test_modules_on_rows_are_components_where_one_lays_rows_out_by_sizes(name: str, opened: str) -> None:
+    """Two images of other sizes than what was traced, behind a tower that may take its patches as a batch of one."""
+    tiny = read(ARCHITECTURES / f"{name}.json")
+    model, plain = build(tiny), build(tiny)
+    inputs = prompt(tiny, rows=1)
+    components = encoder_components(model, inputs)
+    assert sum(component.name.startswith(f"{opened}.") for component in components) == len(components) - 1
+    sizes = torch.tensor([[1, 4, 6], [1, 8, 4]])
+    pixels = torch.randn(56, *inputs["pixel_values"].shape[1:])
+    run_by_graphs(model, components)
+    with torch.no_grad():
+        expected, found = (each.get_image_features(pixels, sizes).pooler_output for each in (plain, model))
+    for values, wanted in zip(found, expected, strict=True):
+        assert (values - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_a_row_of_patches_in_a_batch_of_one_is_symbolic() -> None:
+    _, component = tower("paddleocr_vl")
+    assert component.shapes["pixel_values"][:2] == (1, "patches") and component.shapes["position_ids"][0] == "patches"
 
 
 class InParts(nn.Module):
