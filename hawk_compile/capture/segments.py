@@ -13,7 +13,7 @@ same, where a target cannot sort.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
+from hawk_compile.compat.exporters import precompute
 from hawk_compile.compat.models import set_attention
 
 ATTENTION, PLAIN_ATTENTION = "hawk_flash_segments", "hawk_flash_bounds"
@@ -57,11 +58,12 @@ indices: ContextVar[dict[int, tuple[Tensor, Tensor]]] = ContextVar("indices")
 def run_plainly(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """A module's forward on what `prepared(plain=True)` gives: it gets sizes and bounds as without an index."""
     given = dict(tensors)
-    arguments: dict[str, Any] = {GRID: given.pop(GRIDS)}
+    arguments: dict[str, Any] = {GRID: given.pop(GRIDS)} if GRIDS in given else {}
     known = {}
     for name, places in PLACES.items():
-        if name in given:
+        if ENDS[name] in given:
             bounds = arguments[ARGUMENTS[name]] = pad(given.pop(ENDS[name]), (1, 0))
+        if name in given:
             # Places stand where the longest length would, which is read from the bounds if it is not there.
             places_of = arguments[ARGUMENTS[places]] = given.pop(places)
             known[id(bounds)] = (given.pop(name), places_of)
@@ -125,11 +127,21 @@ def attention_within_bounds(
     scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Any = None, max_length_q: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """`attention_over_segments` by the index of these very bounds `cu_seq_lens_q` [segments + 1]."""
-    index = indices.get().get(id(cu_seq_lens_q))
-    if index is None:
-        raise ValueError("its attention has bounds of its own")
-    return attention_over_segments(module, query, key, value, None, scaling, 0.0, *index)
+    """Attention [1, H, N, d] within bounds `cu_seq_lens_q` [segments + 1].
+
+    Where there is an index of these very bounds, by `attention_over_segments`; else by a mask [N, N] made of them.
+    """
+    if (index := indices.get({}).get(id(cu_seq_lens_q))) is not None:
+        return attention_over_segments(module, query, key, value, None, scaling, 0.0, *index)
+    if cu_seq_lens_q is None:
+        raise ValueError("some of its attention is not within bounds")
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        key, value = (values.repeat_interleave(group, 1) for values in (key, value))
+    patches = torch.arange(query.shape[2], device=query.device)
+    segment = (patches[:, None] >= cu_seq_lens_q[1:]).sum(1)
+    mask = segment[:, None] == segment
+    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask[None, None], scale=scaling)
+    return mixed.transpose(1, 2), None
 
 
 def attend_by_segments(copy: nn.Module, plain: bool = False) -> None:
@@ -150,14 +162,13 @@ def prepared(child: nn.Module, tensors: dict[str, Tensor], plain: bool = False) 
     """The inputs of an encoder component for the tensors that its module would get: grids become indices.
 
     Args:
-        plain: what the indices are made from stays beside them.
+        plain: what the indices are made from stays beside them; and bounds of segments that a module without a grid
+            would count from other inputs are there too.
     """
     if GRID not in tensors:
-        return tensors
-    from transformers.exporters.utils import precompute_export_inputs
-
+        return {**tensors, **counted_ends(child, tensors)} if plain else tensors
     inputs = dict(tensors)
-    precompute_export_inputs(child, inputs)
+    precompute()(child, inputs)
     inputs = {name: value for name, value in inputs.items() if name in tensors or takes(child, name)}
     grids = inputs.pop(GRID)
     if plain:
@@ -171,6 +182,15 @@ def prepared(child: nn.Module, tensors: dict[str, Tensor], plain: bool = False) 
             inputs[name] = patches_of(bounds)
             inputs[places] = torch.nonzero(inputs[name].flatten() >= 0).squeeze(1)
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def counted_ends(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The ends of segments by name, where the exporters know how a module counts them."""
+    inputs: dict[str, Any] = dict(tensors)
+    if has_bounds(child):
+        precompute()(child, inputs)
+    bounds = inputs.get(ARGUMENTS["segments"])
+    return {} if bounds is None else {ENDS["segments"]: bounds[1:]}
 
 
 def patches_of(bounds: Tensor) -> Tensor:
@@ -219,6 +239,17 @@ def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
     named_arguments = dict(bound.arguments)
     more = named_arguments.pop(rest, {}) if rest else {}
     return {**named_arguments, **more}
+
+
+def has_bounds(module: nn.Module) -> bool:
+    """Whether there is attention within bounds in a module."""
+    bounds = ARGUMENTS["segments"]
+    return any(bounds in inspect.signature(part.forward).parameters for part in module.modules())
+
+
+def is_plain(names: Iterable[str]) -> bool:
+    """Whether these are inputs as `prepared(plain=True)` gives them."""
+    return not {GRIDS, *ENDS.values()}.isdisjoint(names)
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -1,11 +1,14 @@
 """Private names of transformers' exporters, and of onnxscript's and ExecuTorch's settings behind them."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 
+SEGMENTED = "_patch_chunked_vision_attention"
+"""Makes what the exporters put in the place of attention within segments."""
 VMAP, INDEXING = "_vmap_expansion_sdpa", "TransformGetItemToIndex"
 COUNTS = "histc"
 SORT_FIX = "_fix_sort_stable"
@@ -29,16 +32,31 @@ def traced_portably() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_vision_attention() -> Iterator[None]:
-    """Leave vision towers the attention that they are set to: the exporters have one for images of a single size."""
+    """Leave towers the attention that they are set to, and their inputs as they are.
+
+    The exporters have an attention for segments of a single length, which a graph outside of PyTorch does not check;
+    and they add inputs of their own, by the names of those that there are.
+    """
     from transformers.exporters import exporter_dynamo, utils  # noqa: F401  the first fills the second's tables
 
+    precompute()  # while it is the original
     patches = utils._PATCHES["dynamo"]
-    # Each is (owner, attribute, factory); the owner is a class, from transformers 5.21 or so on its dotted path.
-    utils._PATCHES["dynamo"] = [patch for patch in patches if "VisionAttention" not in str(patch[0])]
+    # Each is (owner, attribute, factory).
+    utils._PATCHES["dynamo"] = [patch for patch in patches if getattr(patch[2], "__name__", "") != SEGMENTED]
+    added: list[Any] = [(utils, precompute().__name__, lambda original: lambda model, inputs: None)]
     try:
-        yield
+        with utils.patch_attributes(added):
+            yield
     finally:
         utils._PATCHES["dynamo"] = patches
+
+
+@functools.cache
+def precompute() -> Callable[[torch.nn.Module, dict[str, Any]], None]:
+    """What adds the inputs that towers ask for where nothing may depend on data, to those that there are."""
+    from transformers.exporters.utils import precompute_export_inputs
+
+    return precompute_export_inputs
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def encoder_call(child: nn.Module, session: Session, part: Part) -> Callable[..., Any]:
     """What stands in for the forward of one of the encoder's modules."""
     signature = inspect.signature(type(child).forward)
-    plain = any(each.name == segments.GRIDS for each in part.inputs)
+    plain = segments.is_plain(each.name for each in part.inputs)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = segments.flat(signature.bind(self, *args, **kwargs))

@@ -53,7 +53,7 @@ class Encoder(nn.Module):
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
         with segments.SortedByScatter(tensors.get(segments.WINDOW_INDEX)):
-            run = segments.run_plainly if segments.GRIDS in tensors else segments.run
+            run = segments.run_plainly if segments.is_plain(tensors) else segments.run
             named = segments.named(run(self.child, self.fixed, tensors))
         return {name: named[name] for name in self.outputs or named}
 
@@ -102,11 +102,20 @@ def missing_field(output: ModelOutput, name: str) -> None:
 def component_of_tiles(name: str, child: nn.Module, call: Call, visual: int, model: str) -> Component:
     """A module that takes as much of every image."""
     tensors, fixed = apart(call)
-    sample = twice(tensors, {})
+    sample = segments.prepared(child, twice(tensors, {}), plain=True)
+    within_bounds = segments.has_bounds(child)
+    if within_bounds:
+        child = sharing_copy(child)
+        segments.attend_by_segments(child, plain=True)
     encoder = Encoder(child, fixed, list(call[1]))
-    component = Component(name, encoder, sample, shapes_of_tiles(sample), torch.no_grad, visual=visual)
+    component = Component(name, encoder, sample, shapes_of_tiles(sample), own_attention, visual=visual)
     if any(key.startswith(f"{segments.WHOLE}.") for key in call[1]):
         check_tuple(component, model)
+    if within_bounds and (reason := difference_from(component, call[1])):
+        raise UnsupportedModelError(
+            f"{model} cannot be exported: its encoder's {name} gives something else where its attention is within the "
+            f"bounds of a mask ({reason}); {REMEDY}"
+        )
     return component
 
 
@@ -178,11 +187,14 @@ def shapes_of_tiles(sample: dict[str, Tensor]) -> dict[str, Shape]:
     What has another number of rows is there once for each visual token, as indices of the patches that make it up.
     """
     first = next(iter(sample.values())).shape[0]
-    others = {value.shape[0] for value in sample.values()} - {first}
+    others = {value.shape[0] for key, value in sample.items() if key not in SIZES} - {first}
     rows: dict[int, str] = {first: "tiles"}
     if len(others) == 1:
         rows[others.pop()] = MERGED
-    return {key: (rows.get(value.shape[0], value.shape[0]), *value.shape[1:]) for key, value in sample.items()}
+    return {
+        key: SIZES[key] if key in SIZES else (rows.get(value.shape[0], value.shape[0]), *value.shape[1:])
+        for key, value in sample.items()
+    }
 
 
 def difference_from(component: Component, expected: dict[str, Tensor]) -> str:
