@@ -246,7 +246,10 @@ def test_tables_of_the_exporters() -> None:
     assert any(getattr(fix, "__name__", "") == exporters.SORT_FIX for fix in utils._FX_NODE_FIXES["onnx"])
     before, vmap = utils._PATCHES["dynamo"], getattr(masking_utils, exporters.VMAP)
     with exporters.own_vision_attention():
-        assert 0 < len(utils._PATCHES["dynamo"]) < len(before)
+        kept = utils._PATCHES["dynamo"]
+        assert 0 < len(kept) < len(before) and not any("VisionAttention" in str(patch[0]) for patch in kept)
+        assert utils.precompute_export_inputs is not exporters.precompute()
+    assert utils.precompute_export_inputs is exporters.precompute()
     assert utils._PATCHES["dynamo"] is before
     with exporters.traced_portably():
         assert getattr(masking_utils, exporters.VMAP) is not vmap

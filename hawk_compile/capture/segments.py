@@ -5,28 +5,24 @@ one size and gives wrong results for others. Here attention is handed the segmen
 on the host. It is registered as an attention implementation; its name holds "flash", which makes models pass the
 segments on instead of splitting them.
 
-Some towers look at the bounds of segments or the sizes of images elsewhere too. An export gives them those as they are,
-and their attention finds the index of the bounds that it is handed, see `run_plainly`.
-
 A tower undoes its window order by sorting the index that made it. The index is a permutation, so a scatter gives the
 same, where a target cannot sort.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
 from hawk_compile.compat.exporters import precompute
 from hawk_compile.compat.models import set_attention
 
-ATTENTION, PLAIN_ATTENTION = "hawk_flash_segments", "hawk_flash_bounds"
+ATTENTION = "hawk_flash_segments"
 GRID = "grid_thw"
 WINDOW_INDEX = "window_index"
 PLACES = {"segments": "segment_places", "windows": "window_places"}
@@ -35,10 +31,6 @@ ARGUMENTS = {
     "windows": "cu_window_seqlens", "window_places": "max_window_seqlen",
 }  # fmt: skip
 """Under which arguments a tower hands these inputs on to its attention."""
-GRIDS = "grids"
-"""How the sizes of images [images, 3] are called as an input beside an index."""
-ENDS = {"segments": "segment_ends", "windows": "window_ends"}
-"""And the patch behind the last of each segment: [segments] or [windows]."""
 WHOLE = "output"
 """How an encoder component's output is called that is one tensor; some modules call what they take their features."""
 TOLERANCE = 0.02
@@ -49,29 +41,6 @@ def run(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, T
     """A module's forward on what `prepared` gives, beside arguments that are no tensors."""
     renamed = {ARGUMENTS.get(name, name): value for name, value in tensors.items()}
     return forward(**fixed, **renamed)
-
-
-indices: ContextVar[dict[int, tuple[Tensor, Tensor]]] = ContextVar("indices")
-"""By the id of a tensor with bounds: segments and places, while a module runs that is given both."""
-
-
-def run_plainly(forward: Callable[..., Any], fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """A module's forward on what `prepared(plain=True)` gives: it gets sizes and bounds as without an index."""
-    given = dict(tensors)
-    arguments: dict[str, Any] = {GRID: given.pop(GRIDS)} if GRIDS in given else {}
-    known = {}
-    for name, places in PLACES.items():
-        if ENDS[name] in given:
-            bounds = arguments[ARGUMENTS[name]] = pad(given.pop(ENDS[name]), (1, 0))
-        if name in given:
-            # Places stand where the longest length would, which is read from the bounds if it is not there.
-            places_of = arguments[ARGUMENTS[places]] = given.pop(places)
-            known[id(bounds)] = (given.pop(name), places_of)
-    token = indices.set(known)
-    try:
-        return forward(**fixed, **arguments, **given)
-    finally:
-        indices.reset(token)
 
 
 class SortedByScatter(TorchFunctionMode):
@@ -122,75 +91,42 @@ def attention_over_segments(
     return rows.index_select(0, max_length_q).reshape(1, patches, heads, width), None
 
 
-def attention_within_bounds(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-    scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Any = None, max_length_q: Any = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention [1, H, N, d] within bounds `cu_seq_lens_q` [segments + 1].
-
-    Where there is an index of these very bounds, by `attention_over_segments`; else by a mask [N, N] made of them.
-    """
-    if (index := indices.get({}).get(id(cu_seq_lens_q))) is not None:
-        return attention_over_segments(module, query, key, value, None, scaling, 0.0, *index)
-    if cu_seq_lens_q is None:
-        raise ValueError("some of its attention is not within bounds")
-    if (group := query.shape[1] // key.shape[1]) > 1:
-        key, value = (values.repeat_interleave(group, 1) for values in (key, value))
-    patches = torch.arange(query.shape[2], device=query.device)
-    segment = (patches[:, None] >= cu_seq_lens_q[1:]).sum(1)
-    mask = segment[:, None] == segment
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask[None, None], scale=scaling)
-    return mixed.transpose(1, 2), None
+def attend_by_segments(copy: nn.Module) -> None:
+    """Let a tower over packed patches attend by segments: a copy (`sharing_copy`), whose configs are its own."""
+    AttentionInterface.register(ATTENTION, attention_over_segments)
+    attend_by(copy, ATTENTION)
 
 
-def attend_by_segments(copy: nn.Module, plain: bool = False) -> None:
-    """Let a tower over packed patches attend by segments: a copy (`sharing_copy`), whose configs are its own.
-
-    Args:
-        plain: by the index of the bounds that it hands on, instead of by what it hands on in their place.
-    """
-    name = PLAIN_ATTENTION if plain else ATTENTION
-    AttentionInterface.register(name, attention_within_bounds if plain else attention_over_segments)
+def attend_by(copy: nn.Module, name: str) -> None:
+    """Let all modules of a copy, whose configs are its own, attend by an implementation of this name."""
     for part in copy.modules():
         config: Any = getattr(part, "config", None)
         if config is not None:
             set_attention(config, name)
 
 
-def prepared(child: nn.Module, tensors: dict[str, Tensor], plain: bool = False) -> dict[str, Tensor]:
-    """The inputs of an encoder component for the tensors that its module would get: grids become indices.
+def prepared(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of an encoder component for the tensors that its module would get: grids become indices."""
+    return indexed(precomputed(child, tensors)) if GRID in tensors else tensors
 
-    Args:
-        plain: what the indices are made from stays beside them; and bounds of segments that a module without a grid
-            would count from other inputs are there too.
-    """
-    if GRID not in tensors:
-        return {**tensors, **counted_ends(child, tensors)} if plain else tensors
-    inputs = dict(tensors)
+
+def precomputed(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A module's inputs, with those beside them that it takes and that the exporters know how to make."""
+    inputs: dict[str, Any] = dict(tensors)
     precompute()(child, inputs)
-    inputs = {name: value for name, value in inputs.items() if name in tensors or takes(child, name)}
-    grids = inputs.pop(GRID)
-    if plain:
-        inputs[GRIDS] = grids
+    return {name: value for name, value in inputs.items() if name in tensors or takes(child, name)}
+
+
+def indexed(precomputed_inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Inputs with an index of segments, and of windows, in the place of grids and bounds."""
+    inputs = {name: value for name, value in precomputed_inputs.items() if name != GRID}
     for name, places in PLACES.items():
         bounds = inputs.pop(ARGUMENTS[name], None)
         inputs.pop(ARGUMENTS[places], None)  # the length of the longest, which the index holds
         if bounds is not None:
-            if plain:
-                inputs[ENDS[name]] = bounds[1:]
             inputs[name] = patches_of(bounds)
             inputs[places] = torch.nonzero(inputs[name].flatten() >= 0).squeeze(1)
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-
-
-def counted_ends(child: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The ends of segments by name, where the exporters know how a module counts them."""
-    inputs: dict[str, Any] = dict(tensors)
-    if has_bounds(child):
-        precompute()(child, inputs)
-    bounds = inputs.get(ARGUMENTS["segments"])
-    return {} if bounds is None else {ENDS["segments"]: bounds[1:]}
 
 
 def patches_of(bounds: Tensor) -> Tensor:
@@ -239,17 +175,6 @@ def flat(bound: inspect.BoundArguments) -> dict[str, Any]:
     named_arguments = dict(bound.arguments)
     more = named_arguments.pop(rest, {}) if rest else {}
     return {**named_arguments, **more}
-
-
-def has_bounds(module: nn.Module) -> bool:
-    """Whether there is attention within bounds in a module."""
-    bounds = ARGUMENTS["segments"]
-    return any(bounds in inspect.signature(part.forward).parameters for part in module.modules())
-
-
-def is_plain(names: Iterable[str]) -> bool:
-    """Whether these are inputs as `prepared(plain=True)` gives them."""
-    return not {GRIDS, *ENDS.values()}.isdisjoint(names)
 
 
 def takes(module: nn.Module, name: str) -> bool:

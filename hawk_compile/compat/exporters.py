@@ -41,8 +41,11 @@ def own_vision_attention() -> Iterator[None]:
 
     precompute()  # while it is the original
     patches = utils._PATCHES["dynamo"]
-    # Each is (owner, attribute, factory).
-    utils._PATCHES["dynamo"] = [patch for patch in patches if getattr(patch[2], "__name__", "") != SEGMENTED]
+    # Each is (owner, attribute, factory); the owner is a class, from transformers 5.21 or so on its dotted path.
+    utils._PATCHES["dynamo"] = [
+        patch for patch in patches
+        if "VisionAttention" not in str(patch[0]) and getattr(patch[2], "__name__", "") != SEGMENTED
+    ]  # fmt: skip
     added: list[Any] = [(utils, precompute().__name__, lambda original: lambda model, inputs: None)]
     try:
         with utils.patch_attributes(added):

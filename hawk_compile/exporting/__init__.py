@@ -5,6 +5,7 @@
     components.py  what a component is, and how it is traced
     encoder.py, prefill.py, decode.py    the components of a model; the passes on the prefill's graph
     modules.py     one module of an encoder as a component
+    bounds.py      towers that get sizes of images and bounds of segments beside their index
     recording.py   which modules encode, and what of them is read
     caches.py      what a cache holds, as tensors by name
     mixers.py      linear attention in chunks, as a scan

@@ -16,6 +16,7 @@ from hawk_compile.capture import segments
 from hawk_compile.capture.features import EXTRA_ROWS
 from hawk_compile.capture.modalities import AUDIO, MERGED_BY_NAME, positions_by_images, token_kinds
 from hawk_compile.errors import InputError, UnsupportedCallError
+from hawk_compile.exporting import bounds
 from hawk_compile.exporting.caches import PAST, fill, held_by, is_held, length_dim, replace
 from hawk_compile.exporting.manifest import Part, TensorSpec
 from hawk_compile.exporting.modules import unnamed
@@ -31,12 +32,12 @@ Session = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def encoder_call(child: nn.Module, session: Session, part: Part) -> Callable[..., Any]:
     """What stands in for the forward of one of the encoder's modules."""
     signature = inspect.signature(type(child).forward)
-    plain = segments.is_plain(each.name for each in part.inputs)
+    prepared = bounds.prepared if bounds.are_prepared(each.name for each in part.inputs) else segments.prepared
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = segments.flat(signature.bind(self, *args, **kwargs))
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        return unnamed(session(segments.prepared(child, tensors, plain)))
+        return unnamed(session(prepared(child, tensors)))
 
     return types.MethodType(forward, child)
 

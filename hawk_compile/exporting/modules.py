@@ -21,6 +21,7 @@ from hawk_compile.capture import segments
 from hawk_compile.capture.twin import sharing_copy
 from hawk_compile.compat.exporters import own_vision_attention
 from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.exporting import bounds
 from hawk_compile.exporting.components import Component, Shape
 from hawk_compile.exporting.recording import REMEDY, Call
 
@@ -31,9 +32,9 @@ SIZES: dict[str, Shape] = {
     "windows": ("windows", "longest_window"),
     "window_places": ("patches",),
     segments.WINDOW_INDEX: (MERGED,),
-    segments.GRIDS: ("images", 3),
-    segments.ENDS["segments"]: ("segments",),
-    segments.ENDS["windows"]: ("windows",),
+    bounds.GRIDS: ("images", 3),
+    bounds.ENDS["segments"]: ("segments",),
+    bounds.ENDS["windows"]: ("windows",),
 }
 STANDARD_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 """Fields that every encoder's output has, so that a model can set them; others that it reads are None."""
@@ -53,7 +54,7 @@ class Encoder(nn.Module):
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
         with segments.SortedByScatter(tensors.get(segments.WINDOW_INDEX)):
-            run = segments.run_plainly if segments.is_plain(tensors) else segments.run
+            run = bounds.run if bounds.are_prepared(tensors) else segments.run
             named = segments.named(run(self.child, self.fixed, tensors))
         return {name: named[name] for name in self.outputs or named}
 
@@ -102,11 +103,11 @@ def missing_field(output: ModelOutput, name: str) -> None:
 def component_of_tiles(name: str, child: nn.Module, call: Call, visual: int, model: str) -> Component:
     """A module that takes as much of every image."""
     tensors, fixed = apart(call)
-    sample = segments.prepared(child, twice(tensors, {}), plain=True)
-    within_bounds = segments.has_bounds(child)
+    sample = bounds.prepared(child, twice(tensors, {}))
+    within_bounds = bounds.has_bounds(child)
     if within_bounds:
         child = sharing_copy(child)
-        segments.attend_by_segments(child, plain=True)
+        bounds.attend_within_bounds(child)
     encoder = Encoder(child, fixed, list(call[1]))
     component = Component(name, encoder, sample, shapes_of_tiles(sample), own_attention, visual=visual)
     if any(key.startswith(f"{segments.WHOLE}.") for key in call[1]):
@@ -121,13 +122,13 @@ def component_of_tiles(name: str, child: nn.Module, call: Call, visual: int, mod
 
 def packed_component(name: str, child: nn.Module, call: Call, visual: int) -> Component | None:
     """A tower over packed patches, by indices alone; None if it gives something else by them."""
-    component = component_of_patches(name, child, call, visual, plain=False)
+    component = component_of_patches(name, child, call, visual, with_sizes=False)
     return None if difference_from(component, call[1]) else component
 
 
 def component_with_sizes(name: str, child: nn.Module, call: Call, visual: int, model: str) -> Component:
     """A tower over packed patches, with the sizes of images and the ends of segments beside the indices."""
-    component = component_of_patches(name, child, call, visual, plain=True)
+    component = component_of_patches(name, child, call, visual, with_sizes=True)
     if reason := difference_from(component, call[1]):
         raise UnsupportedModelError(
             f"{model} cannot be exported: its encoder's {name} reads the sizes of images elsewhere than in its "
@@ -136,16 +137,20 @@ def component_with_sizes(name: str, child: nn.Module, call: Call, visual: int, m
     return component
 
 
-def component_of_patches(name: str, child: nn.Module, call: Call, visual: int, plain: bool) -> Component:
+def component_of_patches(name: str, child: nn.Module, call: Call, visual: int, with_sizes: bool) -> Component:
     tensors, fixed = apart(call)
     patches = int(tensors[segments.GRID].prod(-1).sum())
     # A tower may want its row of patches in a batch of one.
     along = {key: 1 if value.shape[:2] == (1, patches) else 0 for key, value in tensors.items()}
-    sample = segments.prepared(child, twice(tensors, along), plain)
+    sample = (bounds if with_sizes else segments).prepared(child, twice(tensors, along))
     shapes = {key: SIZES.get(key) or named_size(value, 2 * patches, along.get(key, 0)) for key, value in sample.items()}
     copy = sharing_copy(child)
-    segments.attend_by_segments(copy, plain)
-    encoder = Encoder(copy, fixed if plain else {**fixed, segments.GRID: None}, list(call[1]))
+    if with_sizes:
+        bounds.attend_within_bounds(copy)
+    else:
+        segments.attend_by_segments(copy)
+        fixed[segments.GRID] = None
+    encoder = Encoder(copy, fixed, list(call[1]))
     return Component(name, encoder, sample, shapes, own_attention, visual=visual)
 
 

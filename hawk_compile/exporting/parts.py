@@ -66,10 +66,10 @@ def output_shape(component: Component, name: str, value: Tensor) -> Shape:
             "batch" if dim == 0 else along if dim == tokens else size for dim, size in enumerate(value.shape)
         )
     taken, shape = next(iter(component.shapes.items()))
-    along = next(dim for dim, size in enumerate(shape) if isinstance(size, str))
-    rows = component.sample[taken].shape[along]
+    symbolic = next(dim for dim, size in enumerate(shape) if isinstance(size, str))
+    rows = component.sample[taken].shape[symbolic]
     return tuple(
-        "merged_patches" if dim == 0 and size != rows else shape[along] if dim == 0 else size
+        "merged_patches" if dim == 0 and size != rows else shape[symbolic] if dim == 0 else size
         for dim, size in enumerate(value.shape)
     )
 

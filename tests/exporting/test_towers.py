@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hawk_compile.capture import segments
 from hawk_compile.errors import CaptureError, UnsupportedModelError
+from hawk_compile.exporting import bounds
 from hawk_compile.exporting.calls import encoder_call
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.encoder import encoder_components
@@ -44,10 +45,24 @@ def test_sizes_and_bounds_are_inputs_where_a_tower_reads_them(name: str) -> None
         patches = torch.randn(int(sizes.prod(1).sum()), width)
         with torch.no_grad():
             expected = segments.named(child(patches, grid_thw=sizes))
-            given = segments.prepared(child, {pixels: patches, "grid_thw": sizes}, plain=True)
+            given = bounds.prepared(child, {pixels: patches, "grid_thw": sizes})
             found: dict[str, Tensor] = graph(**given)
         for key, values in found.items():
             assert (values - expected[key]).abs().max() < 1e-4 * expected[key].abs().max()
+
+
+def test_attention_within_bounds_that_a_tower_counts_itself() -> None:
+    """Rows of unequal lengths, which the exporters' own attention mixes up."""
+    child, component = tower("qwen3_asr")
+    assert {"input_features", "input_features_mask", "segment_ends"} == component.shapes.keys()
+    graph = component.trace().module(check_guards=False)
+    width, frames = component.sample["input_features"].shape[1:]
+    mask = (torch.arange(frames) < torch.tensor([[frames], [frames // 3], [frames - 7]])).long()
+    given = {"input_features": torch.randn(3, width, frames), "input_features_mask": mask}
+    with torch.no_grad():
+        expected = child(**given).last_hidden_state
+        (found,) = graph(**bounds.prepared(child, given)).values()
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_tower_that_reads_neither_has_indices_alone() -> None:
