@@ -41,7 +41,10 @@ PADDING_MASK = "attention_mask"
 """The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
 FORMS_OF_A_MASK = ("getitem", "unsqueeze", "expand", "to", "bool", "float", TO_COPY)
 SCALING = ("mul", "imul", "div", "truediv")
-MOVING = ("to", "float", "half", "bfloat16", "type_as", "expand", "cat", "getitem", TO_COPY)
+MOVING = (
+    "to", "float", "half", "bfloat16", "type_as", TO_COPY, "expand", "repeat_interleave", "cat", "getitem", "slice",
+    "narrow", "unsqueeze", "squeeze",
+)  # fmt: skip
 """What moves or casts elements, beside `LAYOUT_OPS`."""
 
 
