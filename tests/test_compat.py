@@ -294,15 +294,30 @@ def test_no_other_file_uses_a_private_name() -> None:
 def test_chunked_mixers(file: str, mixer: str, shapes: list[tuple[int, ...]], states: tuple[int, ...]) -> None:
     """Functions of a modeling file, found under these names, of [B, S, ...]: results are tokens and a state."""
     module = pytest.importorskip(f"transformers.models.{file}.modeling_{file}")
-    function, (asks, alone) = getattr(module, mixer), models.CHUNKED_MIXERS[mixer]
+    function, kind = getattr(module, mixer), models.MIXERS[mixer]
     names = list(inspect.signature(inspect.unwrap(function)).parameters)
     arguments = dict(zip(names, (-torch.rand(shape) for shape in shapes), strict=False))
     sizes = {"chunk_size": 64} if "chunk_size" in names else {}
-    tokens, state = function(**arguments, **sizes, **{asks: True})
+    tokens, state = function(**arguments, **sizes, **{kind.asks: True})
     assert tokens.shape == shapes[2 if file != "nemotron_h" else 0] and state.shape == states
     assert any(name.startswith("initial_state") for name in names)
     without = function(**arguments, **sizes)
-    assert without.shape == tokens.shape if alone else without[0].shape == tokens.shape and without[1] is None
+    assert without.shape == tokens.shape if kind.alone else without[0].shape == tokens.shape and without[1] is None
+
+
+@pytest.mark.parametrize("file", ["jamba", "falcon_mamba", "mamba", "zamba"])
+def test_mixers_token_by_token(file: str) -> None:
+    """Functions of [B, D, S] without a state to begin with: another takes it, and the same arguments for one token."""
+    module = pytest.importorskip(f"transformers.models.{file}.modeling_{file}")
+    mixer = models.MIXERS["mamba_selective_scan"]
+    function, one = (inspect.unwrap(getattr(module, name)) for name in ("mamba_selective_scan", mixer.step))
+    along = [torch.rand(2, 8, 5)] * 2
+    states = [-torch.rand(8, 4), torch.rand(2, 4, 5), torch.rand(2, 4, 5), torch.rand(8)]
+    tokens, state = function(*along, *states, **{mixer.asks: True}, **mixer.fixed)
+    assert function(*along, *states, **mixer.fixed).equal(tokens) and tokens.shape == (2, 8, 5)
+    assert state.shape == (2, 8, 4) and tokens.shape[mixer.tokens] == 5
+    taken, whole = (list(inspect.signature(each).parameters) for each in (one, function))
+    assert taken[0] == "state" and {mixer.renamed.get(name, name) for name in taken[1:]} <= {*whole}
 
 
 def test_what_caches_hold_beside_keys_and_values() -> None:

@@ -48,7 +48,7 @@ def pruned(name: str) -> PreTrainedModel:
     return hawk_compile.optimize(build(tiny(name)), **SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl.conv_first", "nemotron_h_omni"])
+@pytest.mark.parametrize("name", ["lfm2_vl.conv_first", "nemotron_h_omni", "llava.jamba"])
 def test_a_hybrid_equals_the_plain_model_gathered_in_front_of_the_layer_that_scores(name: str) -> None:
     """Bit for bit. tests/tools/survey/test_types.py has all checks of every type."""
     prefill(tiny(name), build(tiny(name)))

@@ -1,9 +1,9 @@
-"""Token mixers that work chunk by chunk: one operator in the graph instead of a loop for one number of chunks.
+"""Token mixers that work chunk by chunk or token by token: one operator in the graph instead of a loop of one length.
 
 Where no kernel is installed, transformers runs the chunked delta rule and its like by a loop in Python over S / 64
-chunks. Captured as it is, the graph would serve prompts of that many chunks only; and behind the cut, where the prompt
-is shorter, it would have more turns than chunks. As an operator it has no loop. What the operator runs is the model's
-own function, kernel or not: numerics are the model's.
+chunks, and selective scans by one over S tokens. Captured as it is, the graph would serve prompts of that length only;
+and behind the cut, where the prompt is shorter, it would have more turns than chunks. As an operator it has no loop.
+What the operator runs is the model's own function, kernel or not: numerics are the model's.
 
 These functions belong to modeling files, so what stands in for one is seen by every model of that file. It does what
 the function does, makes a difference only to what is captured without gradients, and goes with the last model that
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hawk_compile.capture.patches import is_captured
 from hawk_compile.capture.while_used import WhileUsed
-from hawk_compile.compat.models import CHUNKED_MIXERS
+from hawk_compile.compat.models import MIXERS, Mixer
 
 TENSOR = "<tensor>"
 """Stands for a tensor among a call's values."""
@@ -51,6 +51,15 @@ class Call:
     names: tuple[str, ...]
     values: tuple[Any, ...]
 
+    @property
+    def kind(self) -> Mixer:
+        return MIXERS[self.mixer.rpartition(".")[2]]
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of arguments that are tensors."""
+        return [name for name, value in zip(self.names, self.values, strict=True) if value == TENSOR]
+
     def arguments(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         remaining = iter(tensors)
         pairs = zip(self.names, self.values, strict=True)
@@ -58,12 +67,12 @@ class Call:
 
     def shapes(self, tensors: Sequence[Tensor]) -> tuple[Shape, ...]:
         """The tensors' shapes, with ROWS and LENGTH for B and S."""
-        names = [name for name, value in zip(self.names, self.values, strict=True) if value == TENSOR]
+        tokens = self.kind.tokens
         return tuple(
             tuple(tensor.shape) if tensor.ndim < 3
             else (ROWS, *tensor.shape[1:]) if name.startswith(STATE)
-            else (ROWS, LENGTH, *tensor.shape[2:])
-            for name, tensor in zip(names, tensors, strict=True)
+            else (ROWS, *tensor.shape[1:tokens], LENGTH, *tensor.shape[tokens + 1:])
+            for name, tensor in zip(self.tensors, tensors, strict=True)
         )  # fmt: skip
 
 
@@ -77,10 +86,10 @@ results: dict[Any, list[tuple[Shape, torch.dtype]]] = {}
 
 @torch.library.custom_op("hawk::mix_chunks", mutates_args=())
 def mix_chunks(tensors: list[Tensor], call: str) -> list[Tensor]:
-    """A mixer's results: mixed tokens [B, S, H, d] and the state behind the last one, [B, H, ...].
+    """A mixer's results: mixed tokens, as [B, S, H, d] or [B, D, S], and the state behind the last one, [B, H, ...].
 
     Args:
-        tensors: in the order of the mixer's arguments; the first is [B, S, ...].
+        tensors: in the order of the mixer's arguments; the first is of tokens.
         call: one of `calls`.
     """
     asked = calls[call]
@@ -95,7 +104,7 @@ def mix_chunks(tensors: list[Tensor], call: str) -> list[Tensor]:
 
 @mix_chunks.register_fake
 def _(tensors: list[Tensor], call: str) -> list[Tensor]:
-    rows, length = tensors[0].shape[:2]
+    rows, length = tensors[0].shape[0], tensors[0].shape[calls[call].kind.tokens]
     return [
         tensors[0].new_empty(sized(shape, rows, length), dtype=dtype)
         for shape, dtype in results_of(call, tensors)
@@ -130,13 +139,8 @@ def sized(shape: Shape, rows: Any, length: Any) -> list[Any]:
     return [rows if size == ROWS else length if size == LENGTH else size for size in shape]
 
 
-def stand_in(path: str, original: Callable[..., Any], returns_state: str, alone: bool) -> Callable[..., Any]:
-    """What stands in for a mixer.
-
-    Args:
-        returns_state: the argument that asks for the state beside the mixed tokens.
-        alone: whether these come by themselves where it does not.
-    """
+def stand_in(path: str, original: Callable[..., Any], kind: Mixer) -> Callable[..., Any]:
+    """What stands in for a mixer."""
     names = tuple(inspect.signature(inspect.unwrap(original)).parameters)
 
     @functools.wraps(original)
@@ -144,11 +148,12 @@ def stand_in(path: str, original: Callable[..., Any], returns_state: str, alone:
         if torch.is_grad_enabled() or not is_captured():
             return original(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in kwargs if name in names}}
-        asked, given[returns_state] = given.get(returns_state), True
+        given |= kind.fixed
+        asked, given[kind.asks] = given.get(kind.asks), True
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         values = tuple(TENSOR if isinstance(value, Tensor) else value for value in given.values())
         mixed, state = torch.ops.hawk.mix_chunks(tensors, name_of_call(path, tuple(given), values))
-        return (mixed, state) if asked else mixed if alone else (mixed, None)
+        return (mixed, state) if asked else mixed if kind.alone else (mixed, None)
 
     return mixer
 
@@ -173,11 +178,11 @@ class MixersStoodFor(WhileUsed):
         """For a model's modeling files; none for a copy of a model that has them already."""
         for name in {type(module).__module__ for module in model.modules()} if model is not None else ():
             file = sys.modules.get(name)
-            for mixer, (returns_state, alone) in CHUNKED_MIXERS.items():
+            for mixer, kind in MIXERS.items():
                 path, there = f"{name}.{mixer}", getattr(file, mixer, None)
                 if callable(there) and there is not self.stand_ins.get(path):
                     if originals.get(path) is not there:
-                        originals[path], self.stand_ins[path] = there, stand_in(path, there, returns_state, alone)
+                        originals[path], self.stand_ins[path] = there, stand_in(path, there, kind)
                     setattr(file, mixer, self.stand_ins[path])
 
     def undo(self) -> None:

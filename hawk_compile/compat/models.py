@@ -1,6 +1,7 @@
 """Private names of modules, and of transformers' models, configurations and generate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -113,14 +114,39 @@ def device_mesh_of(model: PreTrainedModel) -> Any:
     return model._device_mesh
 
 
-CHUNKED_MIXERS = {
-    "torch_chunk_gated_delta_rule": ("output_final_state", False),
-    "chunk_kimi_delta_attention": ("output_final_state", False),
-    "mamba2_chunk_scan": ("return_final_states", True),
-}
-"""The functions of modeling files that mix tokens chunk by chunk: which argument asks for the state behind the last one
-beside the mixed tokens, and whether these come alone without it, or with None. Their arguments are [B, S, ...], states
-[B, H, ...], or have no tokens at all; `inspect.unwrap` leads to the function without kernel."""
+@dataclass(frozen=True)
+class Mixer:
+    """How a function of modeling files that mixes tokens is called.
+
+    Attributes:
+        asks: the argument that asks for the state behind the last token beside the mixed tokens.
+        alone: whether these come alone where it does not, or else with None.
+        tokens: the dimension along which tokens lie in what it takes and gives, of three dimensions or more; rows
+            lie along the first. Arguments of fewer dimensions have no tokens, states [B, H, ...] neither.
+        step: the function beside it that takes a state and one token, where a mixer takes no state to begin with.
+        renamed: what arguments of `step` are called by the mixer, where that is something else.
+        fixed: arguments that make a difference to compiled code alone, and what they are for code that is not.
+    """
+
+    asks: str
+    alone: bool
+    tokens: int = 1
+    step: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+MIXERS = {
+    "torch_chunk_gated_delta_rule": Mixer("output_final_state", alone=False),
+    "chunk_kimi_delta_attention": Mixer("output_final_state", alone=False),
+    "mamba2_chunk_scan": Mixer("return_final_states", alone=True),
+    "mamba_selective_scan": Mixer(
+        "return_last_state", alone=True, tokens=2, step="mamba_selective_state_update",
+        renamed={"dt_bias": "delta_bias", "dt_softplus": "delta_softplus"}, fixed={"use_associative_scan": False},
+    ),
+}  # fmt: skip
+"""The functions of modeling files that mix tokens chunk by chunk, or one by one. `inspect.unwrap` leads to the function
+without kernel."""
 PROMPT_LENGTH = "prefill_length"
 """The attribute of layers of a cache that keep a prompt apart from what follows: its length, where they were told."""
 EXTRA_KEYS = {"indexer_keys": "update_indexer", "idx_keys": "update_index"}

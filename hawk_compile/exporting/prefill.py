@@ -143,9 +143,19 @@ def prefill_component(
     shapes = {name: shape_of(name, value) for name, value in sample.items()}
     weights = head_weights.to(prompt["input_ids"].device)
     module = Prefill(model, original(model, "forward"), weights, outputs)
-    # Features of later layers are added to at least two tokens: one row would broadcast.
     around = functools.partial(attending, model)
-    return Component(PREFILL, module.eval(), sample, shapes, around, least={"visual": 2} if layered else {})
+    return Component(PREFILL, module.eval(), sample, shapes, around, least_of(model, layered))
+
+
+def least_of(model: PreTrainedModel, layered: bool) -> dict[str, int]:
+    """The least sizes of a prefill. Features of later layers are added to two tokens or more: one row would broadcast.
+    A convolution keeps as many tokens as its kernel is wide: fewer would be padded, which is another graph."""
+    kernels = [
+        part.kernel_size[0] for part in model.get_decoder().modules()
+        if isinstance(part, nn.Conv1d) and part.groups == part.in_channels
+    ]  # fmt: skip
+    widest = max(kernels, default=0)
+    return ({"visual": 2} if layered else {}) | ({"prompt": widest, "kept": widest} if widest > 2 else {})
 
 
 def encoded_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
