@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.compat.models import AUDIO_LENGTHS
 from hawk_compile.errors import InputError
+from hawk_compile.plan.ids import is_any
 from hawk_compile.settings.config import MODALITIES
 
 AUDIO = "audio"
@@ -224,6 +225,16 @@ def placeholder_of(config: Any, modality: str) -> int | None:
 def placeholder_ids(model: Any, modalities: Iterable[str] = MODALITIES) -> list[int]:
     """The ids that wait for features of these modalities."""
     return sorted({number for number in placeholders_by_modality(model, modalities).values() if number is not None})
+
+
+def visual_places(model: Any, ids: Tensor, present: Iterable[str]) -> Tensor:
+    """[B, S] bool: the placeholders that features are merged into.
+
+    Those of a modality that the call does not hold are text to the model, unless there are no others: some models put
+    the frames of a video in the places of images.
+    """
+    named = is_any(ids, placeholder_ids(model, present))
+    return named if named.any() else is_any(ids, placeholder_ids(model))
 
 
 def known_ids(model: Any, inputs_embeds: Tensor, wanted: Iterable[int]) -> Tensor:

@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture import segments
-from hawk_compile.capture.modalities import placeholder_ids
+from hawk_compile.capture.modalities import modalities_of, visual_places
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.modules import component_of_tiles, component_with_sizes, packed_component
 from hawk_compile.exporting.recording import REMEDY, recorded_calls
-from hawk_compile.plan.ids import is_any
 
 IMAGE_SIZES = re.compile("(grid|shape|size)s?(_|$)")
 """In the name of whole numbers that say how large images are, by which a module lays out their patches."""
@@ -40,8 +39,8 @@ def encoder_components(
     """
     calls = recorded_calls(model, inputs, opened)
     components = []
-    placeholders = placeholder_ids(model)
-    visual = 2 * int(is_any(inputs["input_ids"], tuple(placeholders)).sum())  # the sample is the inputs twice
+    places = visual_places(model, inputs["input_ids"], modalities_of(model, inputs))
+    visual = 2 * int(places.sum())  # the sample is the inputs twice
     for name, call in calls.items():
         child, owner = model.base_model.get_submodule(name), type(model).__name__
         taken = [key for key, value in call[0].items() if isinstance(value, Tensor)]

@@ -27,7 +27,7 @@ from hawk_compile.capture.features import (
     of_layer,
     of_level,
 )
-from hawk_compile.capture.modalities import placeholder_ids, token_kinds
+from hawk_compile.capture.modalities import token_kinds, visual_places
 from hawk_compile.compile.backend import options_of
 from hawk_compile.compile.pipeline import EXPORT_PASSES, PORTABLE_PASSES, run_passes
 from hawk_compile.exporting.caches import held_by
@@ -188,7 +188,7 @@ def plan_sample(
     """What the prefill is told of its plan: the question, budgets, and two inputs of which only the lengths count."""
     ids = prompt["input_ids"]
     host, real = on_host(ids, prompt["attention_mask"])
-    visual = is_any(host, placeholder_ids(model))
+    visual = visual_places(model, host, outputs)
     count = sum(2 * len(rows_of(features_of(output))) for output in outputs.values())
     plan = make_plan(host, visual, real, count, special, config).to(ids.device)
     sample = {"question_mask": plan.question_mask.long(), "budget": plan.budget}

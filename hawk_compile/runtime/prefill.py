@@ -20,6 +20,7 @@ from hawk_compile.capture.modalities import (
     placeholder_ids,
     placeholders_by_modality,
     tokens_of,
+    visual_places,
 )
 from hawk_compile.capture.patches import install_recorders
 from hawk_compile.plan.chat import ChatFormat
@@ -107,16 +108,6 @@ def plan_of(
         None if asked is None else asked.on_prompt(ids, real, runtime.ids, prompt, earlier),
     )  # fmt: skip
     return plan.to(tokens.device), left
-
-
-def visual_places(model: PreTrainedModel, ids: Tensor, present: set[str]) -> Tensor:
-    """[B, S] bool: the placeholders that features are merged into.
-
-    Those of a modality that the call does not hold are text to the model, unless there are no others: some models put
-    the frames of a video in the places of images.
-    """
-    named = is_any(ids, placeholder_ids(model, present))
-    return named if named.any() else is_any(ids, placeholder_ids(model))
 
 
 def run_graph(

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
-from hawk_compile.capture.modalities import placeholder_ids
-from hawk_compile.plan.ids import is_any
+from hawk_compile.capture.modalities import modalities_of, visual_places
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.calibration.ablation import SCORE, ablated
 from hawk_compile.tools.calibration.likelihood import likelihoods
@@ -48,7 +47,8 @@ class Batch:
     def __post_init__(self) -> None:
         self.inputs = encoded(self.model, self.processor, self.samples)
         self.heads = heads_of(self.model)
-        self.visual = is_any(self.inputs["input_ids"], tuple(placeholder_ids(self.model)))
+        present = modalities_of(self.model, self.inputs)
+        self.visual = visual_places(self.model, self.inputs["input_ids"], present)
 
     def scores(self) -> list[list[float]]:
         """[1 + H][samples]: with all heads, then without each."""
