@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hawk_compile.exporting.caches import PAST, fill, held_by, is_held, length_dim
 from hawk_compile.exporting.components import DECODE, Component, Shape
 from hawk_compile.runtime.handover import scratch_cache, scratch_layers
-from hawk_compile.runtime.overrides import original
+from hawk_compile.runtime.originals import original
 
 
 class Decode(nn.Module):

@@ -35,10 +35,10 @@ from hawk_compile.exporting.components import PREFILL, Component, Shape, attendi
 from hawk_compile.exporting.mixers import inline_mixers
 from hawk_compile.kernels.compat import check
 from hawk_compile.kernels.plan.op import slots
-from hawk_compile.plan.ids import SpecialIds, is_any, special_ids
+from hawk_compile.plan.ids import SpecialIds, special_ids
 from hawk_compile.plan.plan import make_plan, on_host
 from hawk_compile.runtime.handover import scratch_cache, scratch_layers
-from hawk_compile.runtime.overrides import original
+from hawk_compile.runtime.originals import original
 from hawk_compile.runtime.positions import deltas_kept
 from hawk_compile.settings.config import HawkConfig
 

@@ -18,7 +18,7 @@ from hawk_compile.capture.modalities import modalities_of
 from hawk_compile.compat.dynamo import tree_leaves
 from hawk_compile.compat.models import PREPARE_ENCODERS
 from hawk_compile.errors import UnsupportedModelError
-from hawk_compile.runtime.overrides import original
+from hawk_compile.runtime.originals import original
 from hawk_compile.runtime.positions import deltas_kept
 
 Call = tuple[dict[str, Any], dict[str, Tensor]]

@@ -36,7 +36,9 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.plan.template import chat_of, chat_of_settings
 from hawk_compile.progress import Listener, nobody
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.parts import pruned_part, text_part
+from hawk_compile.runtime.parts import text_part
+from hawk_compile.runtime.wholes import pruned_part
+from hawk_compile.settings.checkpoint import checkpoint_of
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights, resolve
 from hawk_compile.versions import check_exporters
@@ -181,7 +183,7 @@ def chat_of_export(model: PreTrainedModel, config: HawkConfig, processor: Any) -
     Raises:
         ConfigError: nothing can be learned from the processor that the settings name.
     """
-    path = getattr(model.config, "name_or_path", "")
+    path = checkpoint_of(model)
     ends = special_ids(model, config).end_of_turn
     if processor is None:
         return chat_of_settings(config, path, ends)

@@ -17,10 +17,10 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
 from hawk_compile.runtime.checks import check_model, check_vision
 from hawk_compile.runtime.conversation import conversation_of, physical_length
-from hawk_compile.runtime.parts import PART, hold, let_go, whole_part
 from hawk_compile.runtime.records import PrefillRecord, Report
 from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
-from hawk_compile.runtime.state import RUNTIME, Runtime, put_aside, ranks_of
+from hawk_compile.runtime.state import PART, RUNTIME, Runtime, holder, put_aside, ranks_of
+from hawk_compile.runtime.wholes import hold, let_go, whole_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.settings.head_weights import resolve
 
@@ -140,8 +140,7 @@ def report(source: Any) -> Report:
 
 
 def last_of(model: nn.Module) -> PrefillRecord:
-    if (part := model.__dict__.get(PART)) is not None:
-        model = getattr(model, part)
+    model = holder(model)
     runtime = model.__dict__.get(RUNTIME)
     if runtime is None or not isinstance(model, PreTrainedModel):
         raise HawkError(

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,12 +30,14 @@ from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
 from hawk_compile.runtime.conversation import note, physical_length
 from hawk_compile.runtime.forward import run
 from hawk_compile.runtime.generation import Generation, generating, running
-from hawk_compile.runtime.parts import HandedOn, class_of, handing_on, refuse_speech, text_forward_of, text_part
+from hawk_compile.runtime.originals import looks_like, original
+from hawk_compile.runtime.parts import HandedOn, class_of, handing_on, text_forward_of, text_part
 from hawk_compile.runtime.positions import deltas_of
 from hawk_compile.runtime.prefill import run_prefill
-from hawk_compile.runtime.saving import write_head_weights
+from hawk_compile.runtime.saving import save_of, upload
 from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask
+from hawk_compile.runtime.wholes import refuse_speech
 
 Overrides = dict[str, tuple[nn.Module, types.MethodType]]
 """Name of an attribute, with the part's in front where it is one of a part -> (the module it is put on, what is put
@@ -75,26 +76,6 @@ def prunes(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether a prompt of generate holds what the settings ask to prune."""
     runtime = model.__dict__.get(RUNTIME)
     return runtime is not None and bool(modalities_of(model, kwargs) & set(runtime.config.modalities))
-
-
-def original(model: PreTrainedModel, name: str) -> Any:
-    """A method of the model as it is without `optimize`."""
-    runtime = model.__dict__.get(RUNTIME)
-    if runtime is not None and name in runtime.originals:
-        return runtime.originals[name]
-    return getattr(type(model), name).__get__(model)
-
-
-def looks_like(function: Callable[..., Any], shadowed: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with the name, the text and the signature of the method that it shadows.
-
-    It gets no `__wrapped__`: whoever unwraps a model would follow it past us, and nothing would be pruned.
-    """
-    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(function, name, getattr(shadowed, name))
-    function.__signature__ = inspect.signature(shadowed)  # type: ignore[attr-defined]
-    function.__dict__.pop("__wrapped__", None)
-    return function
 
 
 @functools.cache
@@ -165,31 +146,6 @@ def call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
             "input_ids: give what the model's processor returns for images and text"
         )
     return HandedOn(model, part[1], ids, functools.partial(run_prefill, model, runtime, original(model, "forward")))
-
-
-@functools.cache
-def save_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
-    """save_pretrained, with the head weights in use beside the checkpoint."""
-
-    def save_pretrained(
-        self: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        result = original(self, "save_pretrained")(save_directory, is_main_process, *args, **kwargs)
-        runtime = self.__dict__.get(RUNTIME)
-        if is_main_process and runtime is not None:
-            write_head_weights(save_directory, self, runtime)
-        return result
-
-    return looks_like(save_pretrained, kind.save_pretrained)
-
-
-def upload(self: PreTrainedModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    """What sends a saved folder to the Hub, in the middle of save_pretrained; the head weights go with it."""
-    runtime = self.__dict__.get(RUNTIME)
-    if runtime is not None:
-        write_head_weights(working_dir, self, runtime)
-    return original(self, UPLOAD)(working_dir, *args, **kwargs)
 
 
 def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = False, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """Models whose `generate` does not run their forward, but that of a part.
 
-Omni models hand the prompt on to a whole vision-language model inside them and go on from its text: that part is
-optimised in their place. Others merge the images themselves and let their language model generate from embeddings: its
-first forward is then run by the model's own, which prunes, and the later ones read the pruned cache.
+Omni models hand the prompt on to a whole vision-language model inside them (`hawk_compile.runtime.wholes`). Others
+merge the images themselves and let their language model generate from embeddings: its first forward is then run by the
+model's own, which prunes, and the later ones read the pruned cache.
 """
 
 import contextlib
@@ -29,11 +29,6 @@ from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.forward import by_slots
 from hawk_compile.runtime.tracked import TrackedCache, opened
-from hawk_compile.settings.config import MODALITIES
-
-PART = "_hawk_part"
-"""The attribute of a model that holds the name of the part that was optimised in its place."""
-HIDDEN_STATES = "output_hidden_states"
 
 
 @functools.cache
@@ -63,22 +58,6 @@ def code_of(method: Any) -> types.CodeType | None:
     return getattr(inspect.unwrap(method), "__code__", None)
 
 
-def whole_part(model: Any) -> tuple[str, PreTrainedModel] | None:
-    """The part of an omni model that is a whole vision-language model: (its name, itself); None of other models."""
-    if not isinstance(model, PreTrainedModel) or not goes_around_forward(class_of(model)):
-        return None
-    if any(takes(model, modality) for modality in MODALITIES):
-        return None
-    parts = generating_parts(model)
-    return next(((name, part) for name, part in parts if any(takes(part, each) for each in MODALITIES)), None)
-
-
-def pruned_part(model: Any) -> Any:
-    """What prunes where a model is optimised: the model itself, or the part of an omni model."""
-    inner = whole_part(model)
-    return model if inner is None else inner[1]
-
-
 def text_part(model: PreTrainedModel) -> tuple[str, PreTrainedModel] | None:
     """The language model that generates from embeddings in a model's place: (its name, itself); None of others."""
     if not goes_around_forward(class_of(model)):
@@ -95,58 +74,6 @@ def generating_parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]
 
 def class_of(model: PreTrainedModel) -> Any:
     return type(model)
-
-
-whole: ContextVar[str | None] = ContextVar("hawk_whole", default=None)
-"""Inside the generate of an omni model that nobody has asked for hidden states: the name of its class."""
-
-
-@functools.cache
-def generate_of_whole(kind: Any) -> Callable[..., Any]:
-    """generate of an omni model, whose part learns that it is called by it."""
-    plain: Callable[..., Any] = kind.generate
-
-    @functools.wraps(plain)
-    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        asked = any(name.endswith(HIDDEN_STATES) and value for name, value in kwargs.items())
-        token = whole.set(None if asked else kind.__name__)
-        try:
-            return plain(self, *args, **kwargs)
-        finally:
-            whole.reset(token)
-
-    return generate
-
-
-def hold(model: PreTrainedModel, name: str) -> None:
-    """Note which part prunes in a model's place."""
-    model.__dict__[PART] = name
-    model.__dict__["generate"] = types.MethodType(generate_of_whole(class_of(model)), model)
-
-
-def let_go(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Undo `hold`; the part, or None where none was held."""
-    name = model.__dict__.pop(PART, None)
-    if name is None:
-        return None
-    there = model.__dict__.get("generate")
-    if getattr(there, "__func__", None) is generate_of_whole(class_of(model)):
-        del model.__dict__["generate"]
-    return getattr(model, name)  # type: ignore[no-any-return]
-
-
-def refuse_speech(kwargs: dict[str, Any]) -> None:
-    """Refuse to prune what an omni model goes on to make speech from.
-
-    Raises:
-        UnsupportedCallError: it asks its part for the hidden states of the prompt.
-    """
-    name = whole.get()
-    if name is not None and kwargs.get(HIDDEN_STATES):
-        raise UnsupportedCallError(
-            f"{name} makes speech from the hidden states of every token of the prompt, of which a pruned prefill has "
-            'those that it kept only: ask for text alone (generation_mode="text"), or hawk_compile.restore the model'
-        )
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,23 @@ from hawk_compile.runtime.compiled import CompiledPrefill, CompiledStep
 from hawk_compile.runtime.conversation import note
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.records import PrefillRecord
+from hawk_compile.settings.checkpoint import checkpoint_of
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import HeadWeights
 
 RUNTIME = "_hawk_runtime"
 """The attribute of an optimised model that holds its `Runtime`."""
+PART = "_hawk_part"
+"""The attribute of a model that holds the name of the part that was optimised in its place."""
 
 put_aside: "weakref.WeakKeyDictionary[PreTrainedModel, Runtime]" = weakref.WeakKeyDictionary()
 """The runtimes of models that are not optimised any more."""
+
+
+def holder(model: Any) -> Any:
+    """What holds the settings of an optimised model: the model itself, or the part that was optimised in its place."""
+    part = model.__dict__.get(PART)
+    return model if part is None else getattr(model, part)
 
 
 class Runtime:
@@ -137,8 +146,7 @@ class Runtime:
             return self.chat
         with self.learning:
             if not self.chat_known:
-                path = getattr(model.config, "name_or_path", "")
-                self.chat = chat_of_settings(self.settings, path, self.ids.end_of_turn)
+                self.chat = chat_of_settings(self.settings, checkpoint_of(model), self.ids.end_of_turn)
                 self.chat_known = self.chat.lasting
             return self.chat
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.errors import HeadWeightsError
+from hawk_compile.settings.checkpoint import checkpoint_of
 
 FILE_NAME = "head_weights.json"
 """A checkpoint folder may hold its weights under this name; the package holds the published ones under it too."""
@@ -109,7 +110,7 @@ def fetched(hub_id: str) -> Path:
 
 def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
     """Weights that lie beside the checkpoint, or that were published for it."""
-    name = str(getattr(model.config, "name_or_path", "") or "")
+    name = checkpoint_of(model)
     beside = Path(name) / FILE_NAME
     if name and beside.is_file():
         return read(beside), f"beside the checkpoint ({beside})"

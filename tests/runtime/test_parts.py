@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import operator
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 import hawk_compile
 from hawk_compile.errors import HawkError, InputError, UnsupportedCallError, UnsupportedModelError
 from hawk_compile.runtime.parts import goes_around_forward
+from hawk_compile.settings.checkpoint import checkpoint_of
 from hawk_compile.tools.survey.checks import batches, generated, prefill, steps
 from hawk_compile.tools.survey.tiny import build, prompt, spread_weights
 from tests.tiny import tiny
@@ -206,6 +208,23 @@ def test_a_whole_omni_model_generates_text_as_its_part_does(omni_prompt):
     assert torch.equal(model.generate(**omni_prompt, **TEXT_ALONE), plain)
     with pytest.raises(HawkError, match="needs an optimised model"):
         hawk_compile.report(model)
+
+
+def test_a_saved_omni_model_prunes_alike_when_it_is_loaded_again(omni_prompt, tmp_path):
+    """By the weights that lie beside it, and by the chat template that lies there."""
+    weights = [5.0, 1.0, 0.0, 2.0]
+    model = hawk_compile.optimize(omni(), **{**SETTINGS, "head_weights": weights})
+    model.save_pretrained(tmp_path)
+    expected = json.loads((tmp_path / "head_weights.json").read_text())
+    assert expected["weights"] == [each / sum(weights) for each in weights]
+    hawk_compile.restore(model)
+    assert "save_pretrained" not in vars(model)
+    torch.save({}, tmp_path / "spk_dict.pt")  # its voices, which the class wants there
+    again = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(tmp_path)
+    hawk_compile.optimize(again, **{**SETTINGS, "head_weights": "auto"})
+    runtime = again.thinker._hawk_runtime
+    assert runtime.head_weights.values.tolist() == expected["weights"]
+    assert checkpoint_of(again.thinker) == str(tmp_path)
 
 
 def test_a_block_around_a_whole_omni_model(omni_prompt):

@@ -26,7 +26,7 @@ from hawk_compile.errors import ConfigError, InputError, UnsupportedModelError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.handover import first_with_keys
-from hawk_compile.runtime.parts import pruned_part
+from hawk_compile.runtime.wholes import pruned_part
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
 from hawk_compile.tools.calibration.ablation import ABLATIONS, FUNCTION, SCORE
 from hawk_compile.tools.calibration.batch import Batch, heads_of

@@ -16,7 +16,7 @@ from hawk_compile.errors import ConfigError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.parts import pruned_part
+from hawk_compile.runtime.wholes import pruned_part
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config_of_ratios
 from hawk_compile.tools.evaluation.asking import answer_scores, batches, encoded, prefill_seconds
 from hawk_compile.tools.evaluation.methods import Cell, Methods, Selectable, cells_of, methods_of

@@ -14,7 +14,7 @@ from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.checks import check_model
 from hawk_compile.runtime.handover import first_with_keys
-from hawk_compile.runtime.parts import pruned_part
+from hawk_compile.runtime.wholes import pruned_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.tools.inspection.findings import Gathered, described, identifiers
 from hawk_compile.tools.inspection.flops import count_flops, scoring_flops

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hawk_compile.capture.modalities import placeholder_ids
+from hawk_compile.capture.modalities import modalities_of, visual_places
 from hawk_compile.errors import InputError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.checks import check_model
-from hawk_compile.runtime.parts import pruned_part
+from hawk_compile.runtime.wholes import pruned_part
 from hawk_compile.settings.config import HawkConfig, check_at_least_1, make_config
 from hawk_compile.settings.head_weights import resolve
 from hawk_compile.tools.checkpoints import fit, prompt
@@ -60,7 +60,7 @@ def show(
     made = make_config(config, settings)
     opened = picture(image if isinstance(image, Image.Image) else Path(image), "image")
     inputs = fit(model, prompt(processor, [opened], question))
-    visual = torch.isin(inputs["input_ids"][0].cpu(), torch.tensor(placeholder_ids(model)))
+    visual = visual_places(model, inputs["input_ids"][:1].cpu(), modalities_of(model, inputs))[0]
     shape = grid(inputs, int(visual.sum()))
     weights = resolve(made.used_head_weights, model).values
     progress(Progress(0, len(weights)))
