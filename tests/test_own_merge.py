@@ -153,6 +153,25 @@ def test_it_equals_the_model_on_gathered_embeddings_and_a_step_behind_it() -> No
     assert torch.equal(pruned.logits, expected.logits) and torch.equal(step.logits, behind.logits)
 
 
+def test_steps_of_generate_do_not_look_at_the_ids_that_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would wait for the device at every one; pixels are handed to all of them."""
+    model, given, seen, looks = own(merge="index"), inputs(), [], []
+    isin = torch.isin
+    monkeypatch.setattr(torch, "isin", lambda *args, **kwargs: looks.append(args) or isin(*args, **kwargs))
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    prepare = model.prepare_inputs_for_generation
+    handing_on = lambda *args, **kwargs: {**prepare(*args, **kwargs), "pixel_values": given["pixel_values"]}  # noqa: E731
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", handing_on)
+    optimize(model, ratio=0.5, backend="eager", head_weights="uniform")
+    counts = []
+    for tokens in (2, 6):
+        seen.clear(), looks.clear()
+        model.generate(**given, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+        assert len(seen) == tokens
+        counts.append(len(looks))
+    assert counts[0] == counts[1] > 0
+
+
 def test_embeddings_that_change_behind_the_merge_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="changes all embeddings"), torch.no_grad():
         encode_in_forward(own(scale=2.0), inputs())

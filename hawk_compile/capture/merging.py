@@ -211,14 +211,20 @@ def merge_and_run(
     return forward(inputs_embeds=embeds, **kwargs)
 
 
-def without_unawaited(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_unawaited(model: PreTrainedModel, kwargs: dict[str, Any], chosen: bool = False) -> dict[str, Any]:
     """The arguments without pixels and frames that no id of the call waits for: a forward that merges itself passes
-    them over, and generate hands them to every step."""
+    them over, and generate hands them to every step.
+
+    Args:
+        chosen: whether the ids are those that the model has chosen itself, for which no features come: they are not
+            looked at, since reading them would wait for the device at every step.
+    """
     ids = kwargs.get("input_ids")
-    if ids is None or not merges_itself(model) or not (raw := raw_modalities(model, kwargs)):
+    if ids is None or not (raw := raw_modalities(model, kwargs)):
         return kwargs
-    numbers = [placeholders_by_modality(model)[modality] for modality in raw]
-    if torch.isin(ids, torch.tensor([each for each in numbers if each is not None], device=ids.device)).any():
-        return kwargs
+    if not chosen:
+        numbers = [placeholders_by_modality(model)[modality] for modality in raw]
+        if torch.isin(ids, torch.tensor([each for each in numbers if each is not None], device=ids.device)).any():
+            return kwargs
     idle = {name for modality in raw for name in raw_inputs(model)[modality]}
     return {name: value for name, value in kwargs.items() if name not in idle}

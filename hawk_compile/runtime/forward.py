@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hawk_compile.capture.encode import positions_of
 from hawk_compile.capture.merging import without_unawaited
 from hawk_compile.capture.modalities import (
+    merges_itself,
     modalities_of,
     placeholders_by_modality,
     positions_by_images,
@@ -57,8 +58,14 @@ def without_idle_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[
     Raises:
         UnsupportedCallError: they belong to a prompt, which the model may read them for all the same.
     """
-    awaited = without_unawaited(model, kwargs)
-    if awaited is not kwargs and physical_length(kwargs.get("past_key_values")) == 0:
+    if not merges_itself(model):
+        return kwargs
+    generation, past = running.get(), physical_length(kwargs.get("past_key_values"))
+    chosen = generation is not None and generation.begun and past > 0 and tokens_of(kwargs).shape[1] == 1
+    awaited = without_unawaited(model, kwargs, chosen)
+    if generation is not None:
+        generation.begun = True
+    if awaited is not kwargs and past == 0:
         idle = ", ".join(sorted({*kwargs} - {*awaited}))
         raise UnsupportedCallError(
             f"{idle} were given, and none of input_ids waits for them, so that what {type(model).__name__} does with "

@@ -20,12 +20,14 @@ class Generation:
         record: what the prefill of the prompt did.
         question: what this call says of who votes.
         step_options: options of torch.compile for the decode step, where generate compiles it.
+        begun: whether a forward of it has run: a single token behind that is one that the model has chosen.
     """
 
     prompt_length: int | None = None
     record: PrefillRecord | None = None
     question: AskedQuestion | None = None
     step_options: dict[str, Any] | None = None
+    begun: bool = False
 
 
 running: ContextVar[Generation | None] = ContextVar("hawk_generation", default=None)
