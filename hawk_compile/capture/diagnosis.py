@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from hawk_compile.capture.dynamo import CAPTURE_FAILURES, CompilerFailed
+from hawk_compile.capture.experts import runs_switched_loop
 from hawk_compile.errors import CaptureError, HawkError
 
 NOT_THE_MODEL = (
@@ -22,6 +23,10 @@ GENERATED = "<eval_with_key>"
 """How the files of a graph's code are called, which is no model's either."""
 LONGEST_REASON = 300
 """Characters; Dynamo's own messages run to a hundred lines."""
+GROUPED = (
+    'let its experts run without a loop over those that tokens choose '
+    '(model.set_experts_implementation("grouped_mm"), or load it with experts_implementation="grouped_mm"), or '
+)
 RESTORE = "call hawk_compile.restore(model) to run it unpruned, and see whether it runs then"
 
 
@@ -52,9 +57,10 @@ def capture_error(error: BaseException, model: nn.Module, what: str, remedy: str
     """The error in words: what, where in the model, why, and the remedy."""
     stack = user_stack(error)
     place = line_of(stack)
-    change = "change that line, or " if place else ""
-    module = module_of(model, stack)
-    within = f" of {module}" if module else ""
+    path, module, count = module_of(model, stack)
+    change = "" if not place else GROUPED if runs_switched_loop(module) else "change that line, or "
+    more = f" (the first of {count})" if count > 1 else ""
+    within = f" of {type(module).__name__} {path or 'itself'}{more}" if module is not None else ""
     at = f" at {place}{within}" if place else ""
     return CaptureError(f"{what} cannot be captured as one graph{at} ({reason_of(error)}): {change}{remedy}")
 
@@ -79,19 +85,15 @@ def line_of(stack: Sequence[traceback.FrameSummary]) -> str:
     return f"{frame.filename}:{frame.lineno}, in {frame.name}: `{(frame.line or '').strip()}`"
 
 
-def module_of(model: nn.Module, stack: Sequence[traceback.FrameSummary]) -> str:
-    """The module whose method holds the innermost line, or the innermost of the lines that called it; '' if none does.
-
-    Modules of one class share their lines, so the first of them is named.
-    """
+def module_of(model: nn.Module, stack: Sequence[traceback.FrameSummary]) -> tuple[str, nn.Module | None, int]:
+    """The module whose method holds the innermost line, or the innermost of the lines that called it: its path, itself,
+    and how many share that line, of which it is the first. None if no module does."""
     modules = list(model.named_modules())
     for frame in reversed(stack):
         holders = [(path, module) for path, module in modules if holds(module, frame)]
         if holders:
-            path, module = holders[0]
-            more = f" (the first of {len(holders)})" if len(holders) > 1 else ""
-            return f"{type(module).__name__} {path or 'itself'}{more}"
-    return ""
+            return *holders[0], len(holders)
+    return "", None, 0
 
 
 def holds(module: nn.Module, frame: traceback.FrameSummary) -> bool:

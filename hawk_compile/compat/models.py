@@ -74,6 +74,11 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
+def experts_of(config: PretrainedConfig) -> str | None:
+    """How the experts of a module that has this configuration run; "eager" is their own loop."""
+    return config._experts_implementation
+
+
 def supports_sdpa(module: PreTrainedModel) -> bool:
     """Whether a module can attend by scaled_dot_product_attention: with its softcaps and sinks, if it has any."""
     return bool(module._supports_sdpa)
