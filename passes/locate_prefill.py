@@ -36,7 +36,7 @@ from hawk_compile.passes.graph import (
     value,
     written_by,
 )
-from hawk_compile.passes.position import PADDING_MASK, before_position
+from hawk_compile.passes.position import PADDING_MASK, both_before_position
 from hawk_compile.passes.site import Located, find, note
 from hawk_compile.passes.slots import find_position_chain
 
@@ -60,8 +60,8 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     after = dependents(merged)
     attention, attending_query, attending_key = find_attention(gm.graph, after, length)
     entry = find_entry(merged, attention)
-    query, query_rotated = before_position(gm.graph, entry, attending_query, length)
-    key, key_rotated = before_position(gm.graph, entry, attending_key, length)
+    found = both_before_position(gm.graph, entry, attending_query, attending_key, length)
+    (query, query_rotated), (key, key_rotated) = found
     refuse_unfollowed_writes(gm.graph, ancestors(query, key))
     heads, head_dim = heads_of(query, length)
     kv_heads, _ = heads_of(key, length)

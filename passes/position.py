@@ -13,6 +13,9 @@ attention (MLA):
 the key is computed as the attention computes it, with `k_rope` in the place of `rope(k_rope)`: what is scored is the
 whole head, its part without position and its part that rotates, before it does (shared by all heads here).
 
+The query, all of which comes through one value, is then computed in the same way where its rotated part is not just a
+slice of it: a rotation that first puts the dimensions in another order does so in both.
+
 So it is where a norm stands behind position: key = norm(rope(k)) is computed as norm(k). An attention never sees how
 long a key is that it norms.
 """
@@ -40,6 +43,7 @@ from hawk_compile.passes.graph import (
 PADDING_MASK = "attention_mask"
 """The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
 FORMS_OF_A_MASK = ("getitem", "unsqueeze", "expand", "to", "bool", "float", TO_COPY)
+SLICING = ("getitem", "slice", "narrow", "split", "split_with_sizes", "chunk", "contiguous")
 SCALING = ("mul", "imul", "div", "truediv")
 MOVING = (
     "to", "float", "half", "bfloat16", "type_as", TO_COPY, "expand", "repeat_interleave", "cat", "getitem", "slice",
@@ -82,9 +86,55 @@ def marks_padding(node: fx.Node, length: Any) -> bool:
     return True
 
 
-def before_position(
-    graph: fx.Graph, merged: fx.Node, target: fx.Node, length: Any
-) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+Heads = tuple[fx.Node, dict[fx.Node, fx.Node]]
+"""An input of an attention before position, and what to compute it with; see `before_position`."""
+
+
+def both_before_position(
+    graph: fx.Graph, merged: fx.Node, query: fx.Node, key: fx.Node, length: Any
+) -> tuple[Heads, Heads]:
+    """An attention's query and key before position enters them, with the dimensions of heads in one order.
+
+    Raises:
+        AttentionNotFoundError: position enters in a way that cannot be left out.
+    """
+    targets = query, key
+    found = [before_position(graph, merged, target, length) for target in targets]
+    if is_in_parts(*found[0]) != is_in_parts(*found[1]):
+        whole = int(is_in_parts(*found[0]))
+        found[whole] = reordered(graph, merged, targets[whole], found[whole], length)
+    return found[0], found[1]
+
+
+def is_in_parts(node: fx.Node, rotated: dict[fx.Node, fx.Node]) -> bool:
+    """Whether what rotates of heads is a part that is made apart from the rest."""
+    return any(not same(shape_of(origin)[-1], shape_of(node)[-1]) for origin in rotated.values())
+
+
+def reordered(graph: fx.Graph, merged: fx.Node, target: fx.Node, whole: Heads, length: Any) -> Heads:
+    """Whole heads, or what they are computed with in parts, where the part that rotates is not just a slice of them."""
+    after, within = dependents(merged), ancestors(target)
+    free = position_free(merged, within, graph, length)
+    behind = in_order(graph, dependents(whole[0]) & within)
+    entering = entered(behind, after, length)
+    for node in behind:
+        origin = None if node in free else unrotated(graph, node, free)
+        if origin is None or entering & ancestors(target, replaced={node: origin}):
+            continue
+        moved = (dependents(whole[0]) & ancestors(origin)) - {whole[0]}
+        return whole if all(is_call(each, *SLICING) for each in moved) else (target, {node: origin})
+    return whole
+
+
+def entered(nodes: list[fx.Node], after: set[fx.Node], length: Any) -> set[fx.Node]:
+    """Those of the nodes that take in what may differ by position from elsewhere than the merged embeddings."""
+    return {
+        node for node in nodes
+        if any(holds_positions(source, length) for source in node.all_input_nodes if source not in after)
+    }  # fmt: skip
+
+
+def before_position(graph: fx.Graph, merged: fx.Node, target: fx.Node, length: Any) -> Heads:
     """An attention's input before position enters it.
 
     Returns:
@@ -105,17 +155,12 @@ def before_position(
     return target, without_position(graph, merged, target, free, length)
 
 
-def changed_behind(
-    graph: fx.Graph, merged: fx.Node, node: fx.Node, within: set[fx.Node], length: Any
-) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+def changed_behind(graph: fx.Graph, merged: fx.Node, node: fx.Node, within: set[fx.Node], length: Any) -> Heads:
     """What becomes of heads behind position: the last value on the way to the attention that is not the same numbers
     moved or scaled, and what to compute it with. The heads themselves where there is none."""
     after = dependents(merged)
     behind = in_order(graph, dependents(node) & within)
-    entering = {
-        each for each in behind
-        if any(holds_positions(source, length) for source in each.all_input_nodes if source not in after)
-    }  # fmt: skip
+    entering = entered(behind, after, length)
     if not entering:
         return node, {}
     last = behind[-1]

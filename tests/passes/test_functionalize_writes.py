@@ -148,7 +148,8 @@ def test_what_cannot_be_followed_is_refused_by_name(write):
         functionalize_writes(graphs.captured(function, *inputs()), [])
 
 
-WAYS = ("copy_", "setitem", "index_put_", "out", "cat")
+WAYS = ("copy_", "setitem", "index_put_", "out", "cat", "permuted")
+"""The last one puts the dimensions that rotate in another order before it does."""
 
 
 class Latent(graphs.Decoder):
@@ -173,6 +174,8 @@ class Latent(graphs.Decoder):
         angle = positions.unsqueeze(-1).float().unsqueeze(1)
 
         def rope(x):
+            if self.way == "permuted":
+                x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
             return x * angle.cos() + torch.cat([-x[..., 1::2], x[..., ::2]], dim=-1) * angle.sin()
 
         half = graphs.HEAD_DIM // 2
@@ -185,7 +188,7 @@ class Latent(graphs.Decoder):
 
     def join(self, fixed, shared):
         half = graphs.HEAD_DIM // 2
-        if self.way == "cat":
+        if self.way in ("cat", "permuted"):
             return torch.cat([fixed, shared], dim=-1)
         key = fixed.new_empty(*fixed.shape[:-1], graphs.HEAD_DIM)
         if self.way == "copy_":
