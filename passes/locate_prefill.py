@@ -48,7 +48,8 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         MergeNotFoundError: no masked_scatter into [B, S, D] embeddings.
         AttentionNotFoundError: no attention over the prompt's tokens follows the merge, or its query or key cannot be
             traced back to the merged embeddings.
-        GraphError: its query or key is read from an input of the graph that is written in place.
+        GraphError: its query or key is read from an input of the graph that is written in place, or features enter
+            behind layers that attend.
         ShapeError: the sizes of the graph are specialised in a way that makes S ambiguous.
     """
     if find(gm, Located) is not None:
@@ -114,22 +115,40 @@ def find_merges(graph: fx.Graph) -> list[fx.Node]:
     chain = [found[-1]]
     while (before := previous_merge(chain[0])) is not None:
         chain.insert(0, before)
+    refuse_late_merge(chain[0])
     return chain
 
 
+def refuse_late_merge(merge: fx.Node) -> None:
+    """Refuse features that enter behind layers that attend: these keep the keys of every token.
+
+    Raises:
+        GraphError: names the layer.
+    """
+    layers = [number for node in in_front(merge) if attends(node) and (number := layer_of(node)) is not None]
+    if layers:
+        raise GraphError(
+            f"visual features enter this model behind the attention of layer {min(layers)} ({merge.name} merges them "
+            "into what that layer gives), where visual tokens are nothing yet that could be scored; its keys are those "
+            "of every token, and a cache of unequal layers serves no further one. Call hawk_compile.restore(model) to "
+            "run the model whole"
+        )
+
+
 def is_behind_layers(merge: fx.Node) -> bool:
-    """Whether what is merged into has passed an attention or a numbered layer; an encoder's, of what is merged, do not
-    count."""
+    """Whether what is merged into has passed an attention or a numbered layer."""
+    return any(attends(node) or layer_of(node) is not None for node in in_front(merge))
+
+
+def in_front(merge: fx.Node) -> set[fx.Node]:
+    """What a merge's embeddings are computed from; not the encoder, which gives what is merged into them."""
     stack, seen = [merge.args[0]], set()
     while stack:
         node = stack.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        if attends(node) or layer_of(node) is not None:
-            return True
-        seen.add(node)
-        stack.extend(node.args[:1] if is_merge(node) else node.all_input_nodes)
-    return False
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            stack.extend(node.args[:1] if is_merge(node) else node.all_input_nodes)
+    return seen
 
 
 def is_merge(node: fx.Node) -> bool:

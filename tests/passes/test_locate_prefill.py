@@ -90,6 +90,20 @@ def test_what_later_layers_merge_is_no_merge_of_the_prompt(attends):
     assert len(merges) == 1 and op_name(merges[0].args[0]) == "embedding"
 
 
+def test_features_that_enter_behind_a_layer_that_attends_are_refused():
+    layers, embed = nn.ModuleList([Mixed(False), Mixed(True)]), nn.Embedding(8, 4)
+
+    def forward(ids, features):
+        mask = (ids == 7).unsqueeze(-1)
+        return layers[1](embed(ids)).masked_scatter(mask, features).masked_scatter(mask, features)
+
+    ids = torch.tensor([[1, 7, 7, 7, 2, 3, 4, 5, 6]])
+    with pytest.raises(GraphError, match=r"enter this model behind the attention of layer 1 .* every token"):
+        find_merges(graphs.captured(forward, ids, torch.ones(3, 4)).graph)
+    layers[1] = layers[0]
+    assert len(find_merges(graphs.captured(forward, ids, torch.ones(3, 4)).graph)) == 2
+
+
 def test_positions_that_the_graph_counts_itself_are_told_from_slots():
     site = read_located(located(graphs.Decoder(own_positions=True)))
     assert [node.name for node in site.position_chain if is_call(node, "arange")] != []

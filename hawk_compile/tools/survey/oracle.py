@@ -76,20 +76,21 @@ def positions_seen(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | N
 
 def gathered(value: Any, length: int, keep: Tensor, visual: Tensor) -> Any:
     """A value of a one-row prompt with every dimension of S positions cut to the kept ones, and one of V to the kept
-    visual tokens. What has a row for each position, [1, S, ...], may be S wide by chance."""
+    visual tokens. What has a row for each position, [1, S, ...], or for each visual token, [V, D], may be S wide by
+    chance."""
     if isinstance(value, dict):
         return {name: gathered(part, length, keep, visual) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(gathered(part, length, keep, visual) for part in value)
     if not isinstance(value, Tensor):
         return value
-    count, ranks = int(visual.sum()), visual.long().cumsum(0) - 1
+    if value.ndim == 2 and value.shape[0] == int(visual.sum()) and value.is_floating_point():
+        ranks = visual.long().cumsum(0) - 1  # features that later layers add
+        return value[ranks[keep[visual[keep]]]]
     rows_only = value.ndim >= 3 and value.is_floating_point() and value.shape[1] == length
     for dim, size in enumerate(value.shape):
         if size == length and (dim == 1 or not rows_only):
             value = value.index_select(dim, keep)
-    if value.ndim == 2 and value.shape[0] == count and value.is_floating_point():  # features that later layers add
-        value = value[ranks[keep[visual[keep]]]]
     return value
 
 

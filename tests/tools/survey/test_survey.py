@@ -97,6 +97,13 @@ def test_a_check_that_cannot_fail_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         checks.prefill(tiny, model)
 
 
+def test_features_of_later_layers_may_be_as_wide_as_the_prompt_is_long() -> None:
+    visual, keep = torch.tensor([0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool), torch.tensor([0, 2, 3, 6, 7])
+    features = torch.rand(5, 8)
+    assert oracle.gathered([features], 8, keep, visual)[0].equal(features[1:3])
+    assert oracle.gathered(torch.rand(1, 8), 8, keep, visual).shape == (1, 5)
+
+
 def test_a_prompt_of_which_nothing_is_removed_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"visual_tokens": torch.tensor([4, 1]), "scores": torch.ones(2, 9), "reason": "ratio=0.5"}
     record = SimpleNamespace(**counts, kept_visual_tokens=torch.tensor([2, 1]))
