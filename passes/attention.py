@@ -14,7 +14,7 @@ from torch import fx
 
 from hawk_compile.passes.compat import ATEN_SOFTMAX, TO_COPY
 from hawk_compile.passes.entry import works_on_elements
-from hawk_compile.passes.graph import expr, is_call, op_name, same, tensor
+from hawk_compile.passes.graph import argument, expr, is_call, op_name, same, tensor
 
 OPERATOR = "scaled_dot_product_attention"
 SOFTMAX = ("softmax", ATEN_SOFTMAX)
@@ -46,11 +46,6 @@ def query_and_key(node: fx.Node, length: Any) -> tuple[fx.Node, fx.Node] | None:
         return None
     over_prompt = same(shapes[0][-2], length) and any(holds(size, length) for size in shapes[1][1:-1])
     return (query, key) if over_prompt else None
-
-
-def argument(node: fx.Node, index: int, name: str) -> fx.Node | None:
-    found = node.kwargs.get(name) if len(node.args) <= index else node.args[index]
-    return found if isinstance(found, fx.Node) else None
 
 
 def compared(softmax: fx.Node, length: Any) -> tuple[fx.Node | None, fx.Node | None]:

@@ -85,6 +85,11 @@ def is_call(node: fx.Node, *names: str) -> bool:
     return node.op in ("call_function", "call_method") and op_name(node) in names
 
 
+def argument(node: fx.Node, index: int, name: str) -> Any:
+    """What a call is given, by place or by name; None if nothing."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+
+
 def expr(size: Any) -> sympy.Expr | None:
     """A size as a sympy expression, with what the shape environment has since learned put in; None if it is no size."""
     if isinstance(size, SymInt):

@@ -31,7 +31,17 @@ import hawk_compile.kernels.score.op  # noqa: F401  both register operators
 from hawk_compile.kernels.score.by_token import last_of_question, last_token, split_heads
 from hawk_compile.passes.compat import all_reduce
 from hawk_compile.passes.errors import GraphError
-from hawk_compile.passes.graph import Builder, ancestors, expr, is_call, same, shape_of, sizes_equal_to, tensor
+from hawk_compile.passes.graph import (
+    Builder,
+    ancestors,
+    argument,
+    expr,
+    is_call,
+    same,
+    shape_of,
+    sizes_equal_to,
+    tensor,
+)
 from hawk_compile.passes.site import Located, Scored, Split, find, note, read
 
 
@@ -154,10 +164,6 @@ def check_heads(weights: Any, located: Located) -> None:
             f"head_weights has {given} entries, but the first attention of this model, {located.attention.name}, has "
             f"{located.heads} query heads: give one weight per query head"
         )
-
-
-def argument(node: fx.Node, index: int, name: str) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
 def for_each_question(rows: Tensor, groups: Tensor) -> Tensor:

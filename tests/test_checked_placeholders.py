@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ import hawk_compile
 from hawk_compile.errors import InputError
 from hawk_compile.tools.survey.checks import Check, settings, steps
 from hawk_compile.tools.survey.tiny import build, prompt, read
+from tests.tiny import FOLDER
 
-FOLDER = Path(__file__).parent / "architectures"
 CASES = [
     ("exaone4_5", steps),  # a place for position offsets, and positions that count like any other's
     ("step3p7", steps),  # experts in a loop over those that tokens have chosen

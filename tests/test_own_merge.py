@@ -1,6 +1,5 @@
 """Models that encode and merge in the middle of their forward: what they merge by does not matter."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from hawk_compile.capture.modalities import merges_itself
 from hawk_compile.errors import ExportError, UnsupportedCallError, UnsupportedModelError
 from hawk_compile.exporting.write import check_encoder
 from hawk_compile.tools.survey.tiny import build, prompt, read
+from tests.tiny import FOLDER
 
 IMAGE = 3
 IDS = torch.tensor([[7, 8, *[IMAGE] * 12, 9, 10, 11]])
@@ -221,7 +221,7 @@ def test_pixels_that_nothing_waits_for_are_no_prompt() -> None:
 
 
 def test_ids_of_the_encoders_own_configs_are_found() -> None:
-    tiny = read(Path(__file__).parent / "architectures" / "phi4_multimodal.json")
+    tiny = read(FOLDER / "phi4_multimodal.json")
     model, given = build(tiny), prompt(tiny, rows=1)
     with torch.no_grad():
         encoded = encode_in_forward(model, given)["mm_encoder_outputs"]

@@ -5,7 +5,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +17,9 @@ from hawk_compile.tools.survey.oracle import layers_of
 from hawk_compile.tools.survey.prompts import visual_of
 from hawk_compile.tools.survey.tiny import build, prompt, read
 from tests import eager_reference
+from tests.tiny import FOLDER
 
-FOLDER = Path(__file__).parent / "architectures"
+
 @dataclass(frozen=True)
 class Heads:
     """Where a tiny model's queries and keys before position are had from.

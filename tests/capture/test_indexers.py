@@ -1,6 +1,5 @@
 """Indexers that pick keys by data: the operator that stands for them is what they are."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from hawk_compile.capture.shells import name_of_shell, shells, weights_of
 from hawk_compile.runtime.handover import keep_positions, scratch_layers
 from hawk_compile.runtime.tracked import opened, track
 from hawk_compile.tools.survey.tiny import build, read
+from tests.tiny import FOLDER
 
-ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 PAST, LENGTH = 5, 9
 
 
@@ -26,7 +25,7 @@ class User:
 
 @pytest.fixture(scope="module")
 def indexer() -> nn.Module:
-    model = build(read(ARCHITECTURES / "qwen4_exp.json"))
+    model = build(read(FOLDER / "qwen4_exp.json"))
     found = [module for module in model.modules() if is_opaque(module)]
     assert len(found) == 1
     return found[0]
@@ -106,7 +105,7 @@ def test_positions_that_a_layer_remembers_are_cut_to_the_kept_ones() -> None:
 @pytest.fixture(scope="module")
 def blocks() -> Any:
     """An indexer that counts blocks of keys, and takes positions for slots."""
-    model = build(read(ARCHITECTURES / "minimax_m3_vl.json"))
+    model = build(read(FOLDER / "minimax_m3_vl.json"))
     found = next(module for module in model.modules() if is_opaque(module))
     user = User()
     indexers_stood_for.begin(user, found)
@@ -133,7 +132,7 @@ def test_numbers_of_blocks_fill_the_keys_and_say_the_same(blocks: Any) -> None:
 
 def test_behind_a_pruned_prompt_positions_are_slots(blocks: Any) -> None:
     """The cache holds 4 of 30 tokens: a step at position 30 is slot 4."""
-    layer = next(each for each in scratch_layers(build(read(ARCHITECTURES / "minimax_m3_vl.json")))
+    layer = next(each for each in scratch_layers(build(read(FOLDER / "minimax_m3_vl.json")))
                  if hasattr(each, "idx_keys"))  # fmt: skip
     cache = DynamicCache()
     cache.layers = [layer] * (blocks.layer_idx + 1)

@@ -20,9 +20,9 @@ from hawk_compile.exporting.settings import settings_of
 from hawk_compile.tools.survey.tiny import build, read
 from hawk_compile.tools.survey.tiny import prompt as tiny_prompt
 from tests import zoo
+from tests.tiny import FOLDER
 
 NAME = "llava"
-ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 
 
 def prompt() -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_types_that_cannot_be_exported(tmp_path: Path, name: str, error: type[Exception], match: str) -> None:
     """Before anything is traced."""
-    tiny = read(ARCHITECTURES / f"{name}.json")
+    tiny = read(FOLDER / f"{name}.json")
     settings = {} if tiny.modalities is None else {"modalities": tiny.modalities}
     with pytest.raises(error, match=match):
         hawk_compile.export(build(tiny), tiny_prompt(tiny, rows=1), tmp_path / "out", **settings)

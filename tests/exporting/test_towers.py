@@ -3,7 +3,6 @@ attention, and modules that run by another method than their forward."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +19,12 @@ from hawk_compile.exporting.manifest import Part, TensorSpec
 from hawk_compile.exporting.modules import Encoder, check_tuple, unnamed
 from hawk_compile.tools.survey.tiny import build, prompt, read
 from tests import zoo
-
-ARCHITECTURES = Path(__file__).parents[1] / "architectures"
+from tests.tiny import FOLDER
 
 
 def tower(name: str) -> tuple[Any, Component]:
     """A type's tower, and the component that is made of it."""
-    tiny = read(ARCHITECTURES / f"{name}.json")
+    tiny = read(FOLDER / f"{name}.json")
     model = build(tiny)
     component = encoder_components(model, prompt(tiny, rows=1))[0]
     return model.base_model.get_submodule(component.name), component
@@ -88,7 +86,7 @@ def test_a_tower_that_goes_through_images_in_python_is_refused_by_its_line(name:
 ])  # fmt: skip
 def test_modules_in_one_that_runs_by_another_method_are_components(name: str, names: list[str]) -> None:
     """A quantiser gives whole numbers, which no gradient comes back through."""
-    tiny = read(ARCHITECTURES / f"{name}.json")
+    tiny = read(FOLDER / f"{name}.json")
     components = encoder_components(build(tiny), prompt(tiny, rows=1))
     assert [component.name for component in components] == names
     (numbers,) = components[2].results.values()
@@ -124,7 +122,7 @@ def run_by_graphs(model: Any, components: list[Component]) -> None:
 @pytest.mark.parametrize(("name", "opened"), [("paddleocr_vl", "projector"), ("ernie4_5_vl_moe", "resampler_model")])
 def test_modules_on_rows_are_components_where_one_lays_rows_out_by_sizes(name: str, opened: str) -> None:
     """Two images of other sizes than what was traced, behind a tower that may take its patches as a batch of one."""
-    tiny = read(ARCHITECTURES / f"{name}.json")
+    tiny = read(FOLDER / f"{name}.json")
     model, plain = build(tiny), build(tiny)
     inputs = prompt(tiny, rows=1)
     components = encoder_components(model, inputs)

@@ -18,8 +18,8 @@ from hawk_compile.exporting.check import compare
 from hawk_compile.tools.survey.exports import exported_as
 from hawk_compile.tools.survey.prompts import padded
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
+from tests.tiny import FOLDER
 
-FOLDER = Path(__file__).parents[1] / "architectures"
 TYPES = {
     "deepseek_vl_hybrid": "a projector that runs twice",
     "dots3_note": "keys of an indexer beside those of the attention",

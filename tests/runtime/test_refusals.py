@@ -34,9 +34,8 @@ from tests import zoo
 from tests.runtime.models import ROUNDING, conversation, fresh, generate, picture, plain, prompt, pruned
 from tests.runtime.test_optimize import state
 from tests.runtime.test_turns import follow_up, turn
+from tests.tiny import FOLDER
 from tests.zoo import Row, common
-
-FOLDER = Path(__file__).parents[1] / "architectures"
 
 
 def refused(model: Any, error: type[Exception], match: str, *args: Any, **settings: Any) -> None:

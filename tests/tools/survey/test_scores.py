@@ -15,8 +15,8 @@ from hawk_compile.tools.survey.checks import best_kept, survey
 from hawk_compile.tools.survey.outcome import Unasked, Wrong
 from hawk_compile.tools.survey.prompts import others_kept, question_of, visual_of
 from hawk_compile.tools.survey.tiny import build, prompt, read
+from tests.tiny import FOLDER
 
-FOLDER = Path(__file__).parents[2] / "architectures"
 LLAVA = read(FOLDER / "llava.json")
 
 

@@ -20,8 +20,7 @@ from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, e
 from hawk_compile.tools.survey.prompts import others_kept, visual_of
 from hawk_compile.tools.survey.table import Types, changes, counts, here, of_type, page, read_types, untried
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
-
-FOLDER = Path(__file__).parents[2] / "architectures"
+from tests.tiny import FOLDER
 
 
 def result(name: str, **statuses: str) -> Survey:

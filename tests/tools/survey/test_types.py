@@ -1,6 +1,5 @@
 """Every type of tests/architectures, held to the plain model; what the shipped survey says of it is so."""
 
-from pathlib import Path
 
 import pytest
 
@@ -8,8 +7,8 @@ from hawk_compile.tools.survey.checks import CHECKS, survey
 from hawk_compile.tools.survey.table import read_types, standing
 from hawk_compile.tools.survey.tiny import read
 from tests import timm_at_hand
+from tests.tiny import FOLDER
 
-FOLDER = Path(__file__).parents[2] / "architectures"
 QUICK = ("qwen3_5.linear_first", "mllama")
 TYPES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
