@@ -17,7 +17,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.ids import SpecialIds
+from hawk_compile.plan.template import learn
 
 VISUAL = 6
 """Visual tokens of an image."""
@@ -252,3 +254,9 @@ def batch(name: str, lines: list[list[int]], left: bool = True) -> tuple[Tensor,
 def words_at(name: str, ids: Tensor, mask: Tensor) -> str:
     """The words at these places of a row."""
     return " ".join(tokenizer(name).convert_ids_to_tokens(ids[mask].tolist()))
+
+
+@cache
+def chat(name: str) -> ChatFormat:
+    """What is learned of a format from its template."""
+    return learn(tokenizer(name), special_of(name).end_of_turn)
