@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from hawk_compile.capture import segments
 from hawk_compile.capture.segments import ARGUMENTS, GRID, PLACES
+from hawk_compile.errors import UnsupportedModelError
 
 ATTENTION = "hawk_flash_bounds"
 GRIDS = "grids"
@@ -81,7 +82,7 @@ def attention_within_bounds(
     if (index := indices.get({}).get(id(cu_seq_lens_q))) is not None:
         return segments.attention_over_segments(module, query, key, value, None, scaling, 0.0, *index)
     if cu_seq_lens_q is None:
-        raise ValueError("some of its attention is not within bounds")
+        raise UnsupportedModelError("some of its attention is not within bounds")
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (values.repeat_interleave(group, 1) for values in (key, value))
     patches = torch.arange(query.shape[2], device=query.device)

@@ -210,5 +210,5 @@ def difference_from(component: Component, expected: dict[str, Tensor]) -> str:
     """
     try:
         return segments.difference(component.results, expected)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (UnsupportedModelError, RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         return str(error)
