@@ -195,7 +195,8 @@ def chat_of(processor: Any, path: str, ends: Sequence[int], chosen_ends: bool = 
         beside = "" if system_stands_apart(source, form, ends) else ", whose system prompt votes with the question"
         return Chat(form, f"chat template of {where}{beside}")
     except UnknownTemplate as error:
-        return Chat(None, f"chat template of {where}: {error}")
+        whose = f"chat template of {where}" if processor is not None or path else "none"
+        return Chat(None, f"{whose}: {error}")
     except Exception as error:  # what a foreign tokenizer raises must not stop a prefill
         return Chat(None, f"chat template of {where}: {type(error).__name__} while it was read: {error}", lasting=False)
 
