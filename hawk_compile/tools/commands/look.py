@@ -29,10 +29,10 @@ def inspect(
 ) -> None:
     """Show what the passes find in a model, from its configuration alone: no weights are loaded. Of a model type, what
     was tried and what works."""
-    from hawk_compile.tools.survey.table import facts_of, of_type, read_types
+    from hawk_compile.tools.survey.table import facts_of, read_types, tried
 
-    if not path.exists() and (known := of_type(read_types(), str(path))):
-        for survey in known:
+    if not path.exists() and len(path.parts) == 1:
+        for survey in tried(read_types(), str(path)):
             console().print(rows(facts_of(survey)), "")
         return
     from hawk_compile.tools.inspection.inspect import inspect_model
@@ -75,7 +75,10 @@ def inspect(
 
 
 def where_cut(layer: int) -> str:
-    return f": the first with attention; layers 0 to {layer - 1} run at S" if layer else ", the first"
+    if not layer:
+        return ", the first"
+    ahead = f"layers 0 to {layer - 1} run" if layer > 1 else "layer 0 runs"
+    return f": the first with attention; {ahead} at S"
 
 
 def show(

@@ -13,6 +13,7 @@ import transformers
 from hawk_compile.compat.models import image_text_types
 from hawk_compile.errors import InputError
 from hawk_compile.exporting.formats import FORMATS
+from hawk_compile.settings.closest import meant
 from hawk_compile.tools.survey.outcome import Outcome, Survey
 
 SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
@@ -77,6 +78,8 @@ def facts_of(survey: Survey) -> dict[str, str]:
     facts = {"type": survey.model_type, "tiny model": survey.name, "class": survey.model_class}
     if survey.right:
         facts["scores with"] = f"decoder layer {survey.layer}" + ("" if survey.layer else ", the first")
+    if survey.refusal is not None:
+        return facts | {"refused": survey.refusal}
     for name, outcome in survey.outcomes.items():
         detail = f": {outcome.detail}" if outcome.status != "right" else ""
         facts[COLUMNS.get(name, name)] = MARKS[outcome.status].strip("*") + detail
@@ -87,6 +90,21 @@ def of_type(types: Types, name: str) -> list[Survey]:
     """The surveys of a model type, or the one of that very name."""
     return [types.surveys[each] for each in sorted(types.surveys)
             if name in (each, types.surveys[each].model_type)]  # fmt: skip
+
+
+def tried(types: Types, name: str) -> list[Survey]:
+    """The surveys of a model type that was tried.
+
+    Raises:
+        InputError: it was not; says which was meant.
+    """
+    if known := of_type(types, name):
+        return known
+    names = types.surveys.keys() | {each.model_type for each in types.surveys.values()}
+    raise InputError(
+        f"{name} is neither a file or folder nor a model type that was tried{meant(name, names) or '.'} docs/models.md "
+        "lists those; of another type give the config.json"
+    )
 
 
 def untried(model_types: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ from hawk_compile.compat.models import image_text_types
 from hawk_compile.errors import CaptureError, ExportError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.passes.errors import ShapeError
 from hawk_compile.tools.cli import app
+from hawk_compile.tools.commands.look import where_cut
 from hawk_compile.tools.survey import checks, exports, oracle
 from hawk_compile.tools.survey.checks import survey
 from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike
@@ -212,6 +213,24 @@ def test_the_command_surveys_a_folder_and_inspect_knows_its_types(tmp_path: Path
     assert result.exit_code == 2 and "holds none" in result.output
     result = run(app, ["survey", str(FOLDER), "lava"])
     assert result.exit_code == 2 and "got lava" in result.output
+
+
+def test_inspect_says_of_a_type_what_was_tried() -> None:
+    """A refusal once; a name that is no type, with the one that was meant; a folder that is not there is no type."""
+    run = CliRunner().invoke
+    answer = run(app, ["inspect", "mllama"])
+    assert answer.exit_code == 0 and answer.output.count("refused") == 1 and "cross-attention" in answer.output
+    for name, hint in (("qwen9_vl", "did you mean 'qwen"), ("jamba", "docs/models.md lists those")):
+        answer = run(app, ["inspect", name])
+        assert answer.exit_code == 2 and f"{name} is neither a file or folder nor a model type" in answer.output
+        assert hint in answer.output
+    answer = run(app, ["inspect", "folders/llava"])
+    assert answer.exit_code == 2 and "there is no file" in answer.output
+
+
+def test_layers_ahead_of_the_one_that_scores_are_told_of_in_number() -> None:
+    assert where_cut(0) == ", the first"
+    assert where_cut(1).endswith("layer 0 runs at S") and where_cut(3).endswith("layers 0 to 2 run at S")
 
 
 def test_exports_alone_leave_what_else_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
