@@ -19,6 +19,9 @@ from hawk_compile.tools.commands.common import (
     settings_of,
 )
 
+CHECKS = ("nothing removed", "selection", "prefill", "decode", "several turns", "padded batches", "restore")
+"""Names of the survey's checks; it is heavy to import."""
+
 
 def demo(
     questions: Annotated[int, typer.Option(help="Held-out questions to ask, at least 8.")] = 320,
@@ -130,13 +133,17 @@ def survey(
     types: Annotated[list[str] | None, typer.Argument(help="Names of some of them; all, if left out.")] = None,
     exports: Annotated[str, typer.Option(help="Formats to export to as well, with commas between.")] = "",
     exports_only: Annotated[bool, typer.Option("--exports-only", help="Export, and check nothing else.")] = False,
-    checks: Annotated[str, typer.Option(help="Checks to run, with commas between; all, if left out.")] = "",
+    checks: Annotated[str, typer.Option(help=f"Of {', '.join(CHECKS)}, with commas between; all, if left out.")] = "",
     before: Annotated[Path | None, typer.Option(help="An earlier survey to compare with; the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     table: Annotated[Path | None, typer.Option(help="The page of Markdown to write.")] = None,
 ) -> None:
-    """Hold tiny models of architectures to the plain ones: what is right, new, broken or mended."""
+    """Hold tiny models of architectures to the plain ones: what is right, new, broken or mended.
+
+    The exit code is 1 if one broke that was right in the earlier survey.
+    """
     from hawk_compile.tools.survey.commands import survey_folder
 
     forms, only = ([each.strip() for each in names.split(",") if each.strip()] for names in (exports, checks))
-    survey_folder(console(), folder, types or [], out, table, before, forms, exports_only, only)
+    if not survey_folder(console(), folder, types or [], out, table, before, forms, exports_only, only):
+        raise typer.Exit(1)

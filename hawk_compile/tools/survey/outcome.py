@@ -49,16 +49,19 @@ class Survey:
         return {name: outcome for name, outcome in self.outcomes.items() if name not in FORMATS}
 
     @property
+    def asked(self) -> list[Outcome]:
+        """Of what the tiny model has something to check with."""
+        return [outcome for outcome in self.pruned.values() if outcome.status != "unasked"]
+
+    @property
     def right(self) -> bool:
-        statuses = {outcome.status for outcome in self.pruned.values()}
-        return statuses <= {"right", "unasked"} and "right" in statuses
+        return {outcome.status for outcome in self.asked} == {"right"}
 
     @property
     def refusal(self) -> str | None:
         """Why the model is refused; None unless every call that would prune is."""
-        asked = [outcome for outcome in self.pruned.values() if outcome.status != "unasked"]
-        refused = asked and all(outcome.status == "refused" for outcome in asked)
-        return asked[0].detail.partition(": ")[2] if refused else None
+        refused = {outcome.status for outcome in self.asked} == {"refused"}
+        return self.asked[0].detail.partition(": ")[2] if refused else None
 
     @property
     def trouble(self) -> str | None:

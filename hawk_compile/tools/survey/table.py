@@ -121,8 +121,12 @@ def counts(surveys: Iterable[Survey]) -> tuple[int, int, int]:
     return right, refused, len(states) - right - refused
 
 
-def page(types: Types, command: str) -> str:
-    """A page of Markdown: types that are right, those that are refused, and those that fail."""
+def page(types: Types, command: str, whole: bool = True) -> str:
+    """A page of Markdown: types that are right, those that are refused, and those that fail.
+
+    Args:
+        whole: the surveys are all that there are, and the page names the types that are not among them.
+    """
     surveys = [types.surveys[name] for name in sorted(types.surveys)]
     right = [each for each in surveys if each.right]
     refused = [each for each in surveys if each.refusal is not None]
@@ -130,7 +134,7 @@ def page(types: Types, command: str) -> str:
     versions = " and ".join(f"{name} {version}" for name, version in types.versions.items())
     of_right, of_refused, of_others = counts(surveys)
     model_types = {each.model_type for each in surveys}
-    missing = untried(model_types)
+    missing = untried(model_types) if whole else []
     lines = [
         "# Which models work", "",
         f"`{command}` wrote this page: tiny models of each type, with random weights, held to the plain model. With "
@@ -148,11 +152,14 @@ def page(types: Types, command: str) -> str:
         "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Restore*: "
         "afterwards the model is the plain one. *Layer*: the decoder layer that scores, in front of which tokens are "
         "removed. *ONNX* and *OpenVINO*: the exported model generates the ids that the optimised one does, and keeps "
-        "the same tokens.", "",
-        "## Right", "", *table_of(right), *not_exported(right),
-        "", "## Refused", "", "Nothing is changed: `optimize`, or the first prompt, raises an error that says so.", "",
-        "| type | why |", "| --- | --- |", *(f"| {each.name} | {cell(each.refusal)} |" for each in refused),
+        "the same tokens.",
     ]  # fmt: skip
+    if right:
+        lines += ["", "## Right", "", *table_of(right), *not_exported(right)]
+    if refused:
+        text = "Nothing is changed: `optimize`, or the first prompt, raises an error that says so."
+        lines += ["", "## Refused", "", text, "", "| type | why |", "| --- | --- |"]
+        lines += [f"| {each.name} | {cell(each.refusal)} |" for each in refused]
     if others:
         lines += ["", "## Falls short", "", *table_of(others), ""]
         lines += [f"- {each.name}: {cell(each.trouble)}" for each in others]
@@ -195,17 +202,26 @@ def cell(text: str | None) -> str:
 
 
 def changes(before: Types, now: Types) -> list[str]:
-    """What is new, what broke and what was mended since an earlier survey, a line each."""
+    """What is new, what broke and what was mended since an earlier survey, a line each; of what was asked."""
     lines = []
     for name, survey in sorted(now.surveys.items()):
+        if not survey.asked:
+            continue
         earlier = before.surveys.get(name)
         state = standing(survey)
         if earlier is None:
             lines.append(f"new: {name}: {state}")
         elif standing(earlier) != state:
-            word = "broke" if earlier.right else "mended" if survey.right else "changed"
+            word = "broke" if name in broken(before, now) else "mended" if survey.right else "changed"
             lines.append(f"{word}: {name}: {state}; it was {standing(earlier)}")
     return lines + [f"gone: {name}" for name in sorted(before.surveys.keys() - now.surveys.keys())]
+
+
+def broken(before: Types, now: Types) -> list[str]:
+    """The tiny models that were right in an earlier survey and are not."""
+    both = sorted(before.surveys.keys() & now.surveys.keys())
+    return [name for name in both if before.surveys[name].right and now.surveys[name].asked
+            and not now.surveys[name].right]  # fmt: skip
 
 
 def standing(survey: Survey) -> str:
@@ -215,7 +231,7 @@ def standing(survey: Survey) -> str:
     if survey.refusal is not None:
         return "refused"
     fine = ("right", "unasked")
-    name, outcome = next((name, each) for name, each in survey.outcomes.items() if each.status not in fine)
+    name, outcome = next((name, each) for name, each in survey.pruned.items() if each.status not in fine)
     kind = outcome.detail.partition(":")[0]
     return f"{outcome.status} at {COLUMNS.get(name, name)} ({kind})"
 

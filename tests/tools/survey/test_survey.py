@@ -14,12 +14,13 @@ from hawk_compile.compat.models import image_text_types
 from hawk_compile.errors import CaptureError, ExportError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.passes.errors import ShapeError
 from hawk_compile.tools.cli import app
+from hawk_compile.tools.commands import measure
 from hawk_compile.tools.commands.look import where_cut
-from hawk_compile.tools.survey import checks, exports, oracle
+from hawk_compile.tools.survey import checks, commands, exports, oracle
 from hawk_compile.tools.survey.checks import survey
 from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike
 from hawk_compile.tools.survey.prompts import others_kept, visual_of
-from hawk_compile.tools.survey.table import Types, changes, counts, here, of_type, page, read_types, untried
+from hawk_compile.tools.survey.table import COLUMNS, Types, changes, counts, here, of_type, page, read_types, untried
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
 from tests.tiny import FOLDER
 
@@ -213,6 +214,69 @@ def test_the_command_surveys_a_folder_and_inspect_knows_its_types(tmp_path: Path
     assert result.exit_code == 2 and "holds none" in result.output
     result = run(app, ["survey", str(FOLDER), "lava"])
     assert result.exit_code == 2 and "got lava" in result.output
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, **statuses: str) -> None:
+    """Surveys of the command end so, without a model."""
+    monkeypatch.setattr(commands, "survey", lambda tiny, _: result(tiny.name, **statuses))
+
+
+def folder_of(path: Path, *names: str) -> Path:
+    path.mkdir()
+    for name in names:
+        (path / f"{name}.json").write_text((FOLDER / "mllama.json").read_text())
+    return path
+
+
+def test_a_folder_of_ones_own_is_not_told_of_all_that_the_shipped_one_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked(monkeypatch, prefill="right")
+    folder, table = folder_of(tmp_path / "own", "mine"), tmp_path / "models.md"
+    asked = ["survey", str(folder), "--table", str(table), "--checks", "prefill"]
+    answer = CliRunner().invoke(app, asked)
+    assert answer.exit_code == 0 and "new: mine: right" in answer.output and "gone" not in answer.output
+    line = next(line for line in answer.output.splitlines() if line.startswith("not in"))
+    assert line.endswith("model types with images that transformers has")
+    text = table.read_text()
+    assert "## Right" in text and "## Refused" not in text and "## Not tried" not in text
+    assert f"survey {folder} --checks prefill --table {table}`" in text
+    Types({}, {"old": result("old", prefill="right")}).write(tmp_path / "old.json")
+    answer = CliRunner().invoke(app, [*asked, "--before", str(tmp_path / "old.json")])
+    assert answer.exit_code == 0 and "gone: old" in answer.output and "pix2struct" in answer.output
+    assert f"--before {tmp_path / 'old.json'} --table" in table.read_text() and "## Not tried" in table.read_text()
+
+
+def test_the_exit_code_says_that_something_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = folder_of(tmp_path / "own", "mine", "other"), tmp_path / "before.json"
+    known = (result("mine", prefill="right"), result("other", prefill="failed"))
+    Types({}, {each.name: each for each in known}).write(before)
+    for status, code in (("right", 0), ("failed", 1), ("unasked", 0)):
+        checked(monkeypatch, prefill=status)
+        answer = CliRunner().invoke(app, ["survey", str(folder), "--before", str(before)])
+        assert answer.exit_code == code and ("broke: mine" in answer.output) == bool(code), answer.output
+    checked(monkeypatch, onnx="right")
+    asked = ["survey", str(folder), "--before", str(before), "--exports", "onnx", "--exports-only"]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert "exit code is 1" in " ".join(CliRunner().invoke(app, ["survey", "--help"]).output.split())
+
+
+def test_files_are_all_read_before_the_first_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked(monkeypatch, prefill="right")
+    folder = folder_of(tmp_path / "own", "first")
+    (folder / "second.json").write_text("no")
+    answer = CliRunner().invoke(app, ["survey", str(folder)])
+    assert answer.exit_code == 2 and "second.json" in answer.output and "first:" not in answer.output
+
+
+def test_checks_are_named_as_on_the_page() -> None:
+    names = [COLUMNS[name] for name in checks.CHECKS]
+    assert list(measure.CHECKS) == names
+    assert ", ".join(names) in " ".join(CliRunner().invoke(app, ["survey", "--help"]).output.split())
+    for asked in (["nothing removed", "turns"], ["ratio 0", "several turns"]):
+        assert list(commands.checks_of([], False, asked)) == ["ratio 0", "turns"]
+    with pytest.raises(InputError, match="among nothing removed, selection"):
+        commands.checks_of([], False, ["ratios"])
 
 
 def test_inspect_says_of_a_type_what_was_tried() -> None:
