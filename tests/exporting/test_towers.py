@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from hawk_compile.capture import segments
 from hawk_compile.errors import CaptureError, UnsupportedModelError
-from hawk_compile.exporting import bounds
-from hawk_compile.exporting.calls import encoder_call
+from hawk_compile.exporting import bounds, onnx
+from hawk_compile.exporting.calls import Session, encoder_call
 from hawk_compile.exporting.components import Component
 from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.manifest import Part, TensorSpec
 from hawk_compile.exporting.modules import Encoder, check_tuple, unnamed
+from hawk_compile.exporting.parts import write_part
 from hawk_compile.tools.survey.tiny import build, prompt, read
 from tests import zoo
 from tests.tiny import FOLDER
@@ -30,23 +31,36 @@ def tower(name: str) -> tuple[Any, Component]:
     return model.base_model.get_submodule(component.name), component
 
 
+def check_other_sizes(child: Any, component: Component, session: Session) -> None:
+    """A tower's own outputs, of one image and of three, none of the size that was traced."""
+    pixels = next(key for key, shape in component.shapes.items() if len(shape) == 2 and shape[0] == "patches")
+    width = component.sample[pixels].shape[1]
+    for grids in ([[1, 4, 8]], [[1, 8, 4], [1, 4, 4], [1, 12, 8]]):
+        sizes = torch.tensor(grids)
+        patches = torch.randn(int(sizes.prod(1).sum()), width)
+        with torch.no_grad():
+            expected = segments.named(child(patches, grid_thw=sizes))
+            found = session(bounds.prepared(child, {pixels: patches, "grid_thw": sizes}))
+        for key, values in found.items():
+            assert (values - expected[key]).abs().max() < 1e-4 * expected[key].abs().max()
+
+
 @pytest.mark.parametrize("name", ["glm4v", "muse_glimmer"])
 def test_sizes_and_bounds_are_inputs_where_a_tower_reads_them(name: str) -> None:
     """Positions by sizes and bounds; layers that hand on bounds and no longest length, with windows among them."""
     child, component = tower(name)
     assert {"grids", "segment_ends"} <= component.shapes.keys()
     graph = component.trace().module(check_guards=False)
-    pixels = next(key for key, shape in component.shapes.items() if len(shape) == 2 and shape[0] == "patches")
-    width = component.sample[pixels].shape[1]
-    for grids in ([[1, 4, 8]], [[1, 8, 4], [1, 4, 4], [1, 12, 8]]):  # height, width: neither is what was traced
-        sizes = torch.tensor(grids)
-        patches = torch.randn(int(sizes.prod(1).sum()), width)
-        with torch.no_grad():
-            expected = segments.named(child(patches, grid_thw=sizes))
-            given = bounds.prepared(child, {pixels: patches, "grid_thw": sizes})
-            found: dict[str, Tensor] = graph(**given)
-        for key, values in found.items():
-            assert (values - expected[key]).abs().max() < 1e-4 * expected[key].abs().max()
+    check_other_sizes(child, component, lambda given: graph(**given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm4v", "muse_glimmer"])
+def test_onnx_takes_sizes_and_bounds(name: str, tmp_path: Path) -> None:
+    """Nothing in a graph of ONNX checks its inputs, so that a size that was fixed would be answered wrongly."""
+    child, component = tower(name)
+    part = write_part(onnx, component, tmp_path, onnx.Options())
+    check_other_sizes(child, component, onnx.open_session(tmp_path, part.file, part))
 
 
 def test_attention_within_bounds_that_a_tower_counts_itself() -> None:
