@@ -42,7 +42,7 @@ from hawk_compile.passes.graph import (
 
 PADDING_MASK = "attention_mask"
 """The one input that is known by its name: every Hugging Face model calls its [B, S] mask of real tokens so."""
-FORMS_OF_A_MASK = ("getitem", "unsqueeze", "expand", "to", "bool", "float", TO_COPY)
+FORMS_OF_A_MASK = ("getitem", "slice", "unsqueeze", "expand", "to", "bool", "float", TO_COPY)
 SLICING = ("getitem", "slice", "narrow", "split", "split_with_sizes", "chunk", "contiguous")
 SCALING = ("mul", "imul", "div", "truediv")
 MOVING = (
@@ -74,9 +74,15 @@ def holds_positions(node: fx.Node, length: Any) -> bool:
 
 def marks_padding(node: fx.Node, length: Any) -> bool:
     """Whether a value is the mask of real tokens in another form: it says what is a token, not where it stands."""
-    for source in ancestors(node):
+    stack, seen = [node], set()
+    while stack:
+        source = stack.pop()
         found = tensor(source)
-        if found is None or not sizes_equal_to(found.shape, length):
+        if found is None or source in seen:  # a number, as the length that a mask is cut to, says nothing of tokens
+            continue
+        seen.add(source)
+        stack += source.all_input_nodes
+        if not sizes_equal_to(found.shape, length):
             continue
         if source.op == "placeholder":
             if PADDING_MASK not in source.name:
