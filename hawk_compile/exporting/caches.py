@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hawk_compile.compat.models import EXTRA_KEYS, EXTRA_POSITIONS
 from hawk_compile.errors import ExportError
@@ -42,6 +42,24 @@ def check_cache(model: PreTrainedModel) -> None:
             f"{type(model).__name__} cannot be exported: its cache has layers of the kind {' and '.join(kinds)}, and "
             "the components of an export hand on keys, values, an indexer's keys and linear attention's states alone; "
             "run the model with hawk_compile.optimize"
+        )
+
+
+def check_window(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention has no window and whose cache has: a step would see more than the model's own.
+
+    Raises:
+        ExportError: says which setting of the config contradicts which.
+    """
+    config: Any = model.config.get_text_config()
+    if getattr(config, "use_sliding_window", None) is not False:
+        return
+    if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: by its config, attention has no window "
+            f"(use_sliding_window=False), and yet its cache drops all but the last tokens "
+            f"(sliding_window={config.sliding_window}), which an export keeps: set sliding_window=None in its text "
+            "config, or run the model with hawk_compile.optimize"
         )
 
 

@@ -21,7 +21,7 @@ from hawk_compile.capture.modalities import (
     raw_modalities,
 )
 from hawk_compile.errors import ExportError, InputError
-from hawk_compile.exporting.caches import check_cache
+from hawk_compile.exporting.caches import check_cache, check_window
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.decode import decode_component
 from hawk_compile.exporting.encoder import encoder_components
@@ -96,6 +96,7 @@ def export(
     check_encoder(model)
     check_generate(model)
     check_cache(model)
+    check_window(model)
     check_dtype(model, target, format)
     chat = chat_of_export(model, made, processor)
     with capture_lock, written_whole(Path(path), overwrite) as folder:

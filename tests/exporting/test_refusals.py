@@ -94,6 +94,7 @@ def test_models_and_prompts_that_cannot_be_exported(tmp_path: Path) -> None:
     ("blip-2", ExportError, "its own generate embeds the prompt and goes on with its language_model"),
     ("minimax_m3_vl", ExportError, "its cache has layers of the kind MiniMaxM3VLSparseCacheLayer"),
     ("ovis2", UnsupportedModelError, r"one component does not take; run the model with hawk_compile\.optimize"),
+    ("qwen3_omni_moe_thinker", ExportError, r"has no window \(use_sliding_window=False\), and yet its cache drops all"),
     ("qwen2_audio", ExportError, "it encodes audio in the middle of its forward"),
 ])  # fmt: skip
 def test_types_that_cannot_be_exported(tmp_path: Path, name: str, error: type[Exception], match: str) -> None:

@@ -3,6 +3,7 @@ attention, and modules that run by another method than their forward."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest

@@ -8,7 +8,7 @@ from hawk_compile.passes.position import marks_padding
 
 
 class Forms(nn.Module):
-    """The mask cut to the length of another input, as short convolutions have it, and beside it what is no such mask."""
+    """The mask cut to the length of another input, as short convolutions have it, and what is no such mask."""
 
     def forward(self, attention_mask: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cut = attention_mask[:, -question_mask.shape[1] :].unsqueeze(2)

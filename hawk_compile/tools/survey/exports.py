@@ -12,9 +12,12 @@ from hawk_compile.tools.survey.checks import STEPS, Check, settings
 from hawk_compile.tools.survey.outcome import Wrong
 from hawk_compile.tools.survey.tiny import Tiny, prompt
 
+TOLERANCE = 0.01
+"""Of logits around 1, between an export and the optimised model: what rounding makes of them is far below."""
+
 
 def exported_as(form: str) -> Check:
-    """A check of an export: ids and kept tokens as of the optimised model."""
+    """A check of an export: ids and kept tokens as of the optimised model, and logits within `TOLERANCE`."""
 
     def check(tiny: Tiny, model: PreTrainedModel) -> str:
         inputs = prompt(tiny, rows=1)
@@ -23,7 +26,7 @@ def exported_as(form: str) -> Check:
             chosen = {name: given for name, given in settings(tiny, 0.5).items() if name != "backend"}
             export(model, inputs, out, format=form, **chosen)
             found = compare(load(out), model, [inputs], max_new_tokens=STEPS)
-        if not found.whole:
+        if not found.whole or found.logits > TOLERANCE:
             raise Wrong(f"{found}")
         return f"{found.logits:.2g}"
 
