@@ -133,8 +133,8 @@ def survey(
     types: Annotated[list[str] | None, typer.Argument(help="Names of some of them; all, if left out.")] = None,
     exports: Annotated[str, typer.Option(help="Formats to export to as well, with commas between.")] = "",
     exports_only: Annotated[bool, typer.Option("--exports-only", help="Export, and check nothing else.")] = False,
-    checks: Annotated[str, typer.Option(help=f"Of {', '.join(CHECKS)}, with commas between; all, if left out.")] = "",
-    before: Annotated[Path | None, typer.Option(help="An earlier survey to compare with; the shipped one.")] = None,
+    checks: Annotated[str, typer.Option(help=f"{', '.join(CHECKS)}: all, or some with commas between.")] = "",
+    before: Annotated[Path | None, typer.Option(help="An earlier survey to compare with, or the shipped one.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     table: Annotated[Path | None, typer.Option(help="The page of Markdown to write.")] = None,
 ) -> None:

@@ -16,7 +16,16 @@ from hawk_compile.exporting.formats import FORMATS
 from hawk_compile.passes.errors import AttentionNotFoundError, MergeNotFoundError, ShapeError
 from hawk_compile.runtime.api import optimize, report, restore
 from hawk_compile.tools.survey import oracle, scores
-from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike, without_folders
+from hawk_compile.tools.survey.outcome import (
+    Misdescribed,
+    Outcome,
+    Survey,
+    Unasked,
+    Wrong,
+    equal,
+    unlike,
+    without_folders,
+)
 from hawk_compile.tools.survey.prompts import (
     LONGER,
     at_places_of,
@@ -27,7 +36,7 @@ from hawk_compile.tools.survey.prompts import (
     rows_in,
     visual_of,
 )
-from hawk_compile.tools.survey.tiny import Tiny, build, prompt
+from hawk_compile.tools.survey.tiny import Tiny, build, plain, prompt
 
 STEPS = 5
 ROUNDING = 1e-5
@@ -48,11 +57,12 @@ def settings(tiny: Tiny, ratio: float) -> dict[str, Any]:
 def at_ratio_zero(tiny: Tiny, model: PreTrainedModel) -> str:
     """Nothing is removed: logits bit for bit as without us."""
     inputs = prompt(tiny, rows=2 if rows_in(tiny) > 1 else 1)
+    inputs["use_cache"] = True  # what fills no cache may go another way, and round otherwise
+    before = plain(model, inputs)
+    optimize(model, **settings(tiny, 0.0))
     with torch.no_grad():
-        plain = model(**inputs, use_cache=True)  # what fills no cache may go another way, and round otherwise
-        optimize(model, **settings(tiny, 0.0))
-        pruned = model(**inputs, use_cache=True)
-    return f"{equal('logits', pruned.logits, plain.logits):.2g}"
+        pruned = model(**inputs)
+    return f"{equal('logits', pruned.logits, before.logits):.2g}"
 
 
 def prefill(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -198,13 +208,13 @@ def restored(tiny: Tiny, model: PreTrainedModel) -> str:
     """After `restore` the model is as it was."""
     inputs = prompt(tiny, rows=1)
     with torch.no_grad():
-        plain = model(**inputs)
+        before = model(**inputs)
         optimize(model, **settings(tiny, 0.5))
         model(**inputs)
         pruned_record(model)
         restore(model)
         after = model(**inputs)
-    return f"{equal('logits', after.logits, plain.logits):.2g}"
+    return f"{equal('logits', after.logits, before.logits):.2g}"
 
 
 CHECKS: dict[str, Check] = {
@@ -229,6 +239,8 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
             status, detail = "unasked", str(error)
         except Wrong as error:
             status, detail = "wrong", str(error)
+        except Misdescribed as error:
+            status, detail = "failed", str(error)
         except HawkError as error:
             status = "refused" if is_refusal(error, name) else "failed"
             detail = f"{type(error).__name__}: {error}"

@@ -95,6 +95,10 @@ class Unasked(Exception):
     """The tiny model has nothing to check this with."""
 
 
+class Misdescribed(Exception):
+    """The JSON of a tiny model describes none that runs without us."""
+
+
 class Wrong(Exception):
     """Two results differ that must not."""
 

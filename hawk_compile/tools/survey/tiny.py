@@ -6,6 +6,8 @@ token moves the logits.
 
 import contextlib
 import json
+import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hawk_compile.errors import InputError
+from hawk_compile.settings.closest import meant
+from hawk_compile.tools.survey.outcome import Misdescribed, without_folders
 
 FIELDS = ("model_type", "class", "config_class", "config", "inputs")
 
@@ -63,10 +67,15 @@ def read(path: Path) -> Tiny:
 
 
 def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
-    """The model with random weights, in eval mode."""
-    config_class: type[PretrainedConfig] = getattr(transformers, tiny.config_class)
+    """The model with random weights, in eval mode.
+
+    Raises:
+        Misdescribed: transformers lacks a class, or the model does not run.
+    """
+    config_class: type[PretrainedConfig] = class_of("config_class", tiny.config_class)
+    model_class: type[PreTrainedModel] = class_of("class", tiny.model_class)
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, tiny.model_class)(config_class(**tiny.config)).eval()
+    model = model_class(config_class(**tiny.config)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     spread_weights(model)
     if not is_finite(model, prompt(tiny, rows=1)):
@@ -75,6 +84,40 @@ def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
     if model.can_generate():
         model.generation_config.eos_token_id = None
     return model
+
+
+def class_of(field: str, name: str) -> Any:
+    """A class of transformers that a field of the JSON names.
+
+    Raises:
+        Misdescribed: there is none.
+    """
+    if not hasattr(transformers, name):
+        raise Misdescribed(
+            f"`{field}` in the JSON names {name}, which transformers {transformers.__version__} does not "
+            f"have{meant(name, dir(transformers))}"
+        )
+    return getattr(transformers, name)
+
+
+def plain(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    """What the model gives before anything is done to it.
+
+    Raises:
+        Misdescribed: its own error, and where in transformers.
+    """
+    try:
+        with torch.no_grad():
+            return model(**inputs)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if f"{os.sep}transformers{os.sep}" in frame.filename]
+        models = [frame for frame in theirs if f"{os.sep}models{os.sep}" in frame.filename]
+        where = (models or theirs or frames)[-1]
+        raise Misdescribed(
+            "the plain model fails on these inputs: correct the JSON "
+            f"({type(error).__name__}: {error}; {without_folders(where.filename)}:{where.lineno})"
+        ) from error
 
 
 def spread_weights(model: PreTrainedModel) -> None:
@@ -90,8 +133,7 @@ def spread_weights(model: PreTrainedModel) -> None:
 
 
 def is_finite(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    with torch.no_grad():
-        logits = getattr(model(**inputs), "logits", None)
+    logits = getattr(plain(model, inputs), "logits", None)
     return logits is None or bool(logits.isfinite().all())
 
 

@@ -1,6 +1,8 @@
 """The survey itself: it tells right from wrong, and what changed since another."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,20 @@ from hawk_compile.tools.commands import measure
 from hawk_compile.tools.commands.look import where_cut
 from hawk_compile.tools.survey import checks, commands, exports, oracle
 from hawk_compile.tools.survey.checks import survey
-from hawk_compile.tools.survey.outcome import Outcome, Survey, Unasked, Wrong, equal, unlike
+from hawk_compile.tools.survey.outcome import Misdescribed, Outcome, Survey, Unasked, Wrong, equal, unlike
 from hawk_compile.tools.survey.prompts import others_kept, visual_of
-from hawk_compile.tools.survey.table import COLUMNS, Types, changes, counts, here, of_type, page, read_types, untried
+from hawk_compile.tools.survey.table import (
+    COLUMNS,
+    Types,
+    changes,
+    counts,
+    here,
+    of_type,
+    page,
+    read_types,
+    standing,
+    untried,
+)
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
 from tests.tiny import FOLDER
 
@@ -259,6 +272,24 @@ def test_the_exit_code_says_that_something_broke(tmp_path: Path, monkeypatch: py
     asked = ["survey", str(folder), "--before", str(before), "--exports", "onnx", "--exports-only"]
     assert CliRunner().invoke(app, asked).exit_code == 0
     assert "exit code is 1" in " ".join(CliRunner().invoke(app, ["survey", "--help"]).output.split())
+
+
+def test_what_the_json_gets_wrong_is_told_of_by_name() -> None:
+    tiny = read(FOLDER / "llava.json")
+    first = {"ratio 0": checks.at_ratio_zero}
+    found = survey(replace(tiny, model_class="LlavaForConditionalGenerations"), first).outcomes["ratio 0"]
+    assert found.status == "failed"
+    assert found.detail.startswith("`class` in the JSON names LlavaForConditionalGenerations")
+    assert found.detail.endswith("did you mean 'LlavaForConditionalGeneration'?")
+    with pytest.raises(Misdescribed, match="`config_class` in the JSON names Llava, which transformers"):
+        build(replace(tiny, config_class="Llava"))
+    words = {"input_ids": {"dtype": "int64", "values": [[5, 6, 7]]}}
+    short = survey(replace(tiny, inputs=tiny.inputs | words), first)
+    found = short.outcomes["ratio 0"]
+    assert found.status == "failed"
+    assert found.detail.startswith("the plain model fails on these inputs: correct the JSON (")
+    assert re.search(r"; transformers/models/llava/\S+:\d+\)$", found.detail)
+    assert standing(short) == "failed at nothing removed (the plain model fails on these inputs)"
 
 
 def test_files_are_all_read_before_the_first_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
