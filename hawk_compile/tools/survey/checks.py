@@ -225,7 +225,7 @@ CHECKS: dict[str, Check] = {
 
 def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
     """Run the checks of one tiny model, each on the plain model that the one before has restored."""
-    result = Survey(tiny.name, tiny.model_type, model_class=tiny.model_class)
+    result = Survey(tiny.name, tiny.model_type, model_class=tiny.model_class, notes=tiny.notes)
     model = None
     for name, check in checks.items():
         began = time.perf_counter()

@@ -35,6 +35,7 @@ class Survey:
         model_type: of its config; several tiny models may have one, with other layers or sizes.
         model_class: the model's class in transformers.
         layer: the decoder layer that scores.
+        notes: what is special of the tiny model, in words.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Survey:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     model_class: str = ""
     layer: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> dict[str, Outcome]:

@@ -61,7 +61,7 @@ def read_types(path: Any = SHIPPED) -> Types:
         surveys = {
             name: Survey(
                 name, each["model_type"], {check: Outcome(**outcome) for check, outcome in each["outcomes"].items()},
-                each["model_class"], each["layer"],
+                each["model_class"], each["layer"], tuple(each.get("notes", ())),
             )
             for name, each in held["types"].items()
         }  # fmt: skip
@@ -76,6 +76,8 @@ def read_types(path: Any = SHIPPED) -> Types:
 def facts_of(survey: Survey) -> dict[str, str]:
     """What is known of one type, a line for each."""
     facts = {"type": survey.model_type, "tiny model": survey.name, "class": survey.model_class}
+    if survey.notes:
+        facts["notes"] = "; ".join(survey.notes)
     if survey.right:
         facts["scores with"] = f"decoder layer {survey.layer}" + ("" if survey.layer else ", the first")
     if survey.refusal is not None:

@@ -35,6 +35,7 @@ class Tiny:
         modalities: what is pruned; None: images and videos.
         inputs: name -> values, or {"dtype", "shape", "low", "high"} to draw from; "rows" beside them is the dimension
             along which rows lie, 0 if it says nothing; see `prompt`.
+        notes: what is special of it, in words.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Tiny:
     config: dict[str, Any]
     inputs: dict[str, Any]
     modalities: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
 
 
 def read(path: Path) -> Tiny:
@@ -59,10 +61,11 @@ def read(path: Path) -> Tiny:
     missing = [name for name in FIELDS if not isinstance(held, dict) or name not in held]
     if missing:
         raise InputError(f"{path} must describe a tiny model by {', '.join(FIELDS)}, and lacks {', '.join(missing)}")
-    modalities = held.get("modalities")
+    modalities, notes = held.get("modalities"), held.get("notes", [])
     return Tiny(
         path.stem, held["model_type"], held["class"], held["config_class"], held["config"], held["inputs"],
         None if modalities is None else tuple(modalities),
+        (notes,) if isinstance(notes, str) else tuple(notes),
     )  # fmt: skip
 
 

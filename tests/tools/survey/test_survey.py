@@ -27,6 +27,7 @@ from hawk_compile.tools.survey.table import (
     Types,
     changes,
     counts,
+    facts_of,
     here,
     of_type,
     page,
@@ -321,6 +322,15 @@ def test_inspect_says_of_a_type_what_was_tried() -> None:
         assert hint in answer.output
     answer = run(app, ["inspect", "folders/llava"])
     assert answer.exit_code == 2 and "there is no file" in answer.output
+
+
+def test_what_is_special_of_a_tiny_model_is_kept_and_shown(tmp_path: Path) -> None:
+    tiny = replace(read(FOLDER / "llava.json"), notes=("one", "two"))
+    here([survey(tiny, {})]).write(tmp_path / "types.json")
+    assert facts_of(read_types(tmp_path / "types.json").surveys["llava"])["notes"] == "one; two"
+    shipped = read_types().surveys["qwen3_5.linear_first"]
+    assert shipped.notes == read(FOLDER / "qwen3_5.linear_first.json").notes
+    assert "linear attention first" in CliRunner().invoke(app, ["inspect", "qwen3_5"]).output
 
 
 def test_layers_ahead_of_the_one_that_scores_are_told_of_in_number() -> None:
