@@ -5,6 +5,7 @@ opened with that file, which OpenVINO maps into memory once.
 """
 
 import hashlib
+import re
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.errors import ExportError
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 
 PACKAGES: tuple[str, ...] = ("openvino",)
@@ -29,7 +31,15 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
     """Write one component; returns the names of its files, the one to open first, and no details."""
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    program = component.program(OpenVINOExporter, OpenVINOConfig, stateful=False, compress_to_fp16=False)
+    try:
+        program = component.program(OpenVINOExporter, OpenVINOConfig, stateful=False, compress_to_fp16=False)
+    except Exception as error:
+        if not (operators := unconverted(str(error))):
+            raise
+        raise ExportError(
+            f"{component.name} cannot be exported to openvino, which cannot convert {' and '.join(operators)}: export "
+            "to another format, or run the model with hawk_compile.optimize"
+        ) from error
     name = f"{component.name}.xml"
     OpenVINOExporter.save_program(program, folder / name)
     first = folder / f"{PREFILL}.xml"
@@ -37,6 +47,13 @@ def write(component: Component, folder: Path, options: Any) -> tuple[list[str], 
         share_weights(first, folder / name)
         return [name, f"{PREFILL}.bin"], {}
     return [name, f"{component.name}.bin"], {}
+
+
+def unconverted(log: str) -> list[str]:
+    """The operators that OpenVINO's report, of a page or more, says that it has not converted."""
+    summary = re.search(r"Conversion is failed for: (.*)", log)
+    named = re.sub(r"<built-in function (\w+)>", r"\1", summary[1]).split(", ") if summary else []
+    return [f"`{each.strip()}`" for each in named]
 
 
 def share_weights(first: Path, second: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hawk_compile
 from hawk_compile import Adaptive, HawkConfig
 from hawk_compile.errors import ConfigError, ExportError, HeadWeightsError, InputError, UnsupportedModelError
-from hawk_compile.exporting import aoti, onnx
+from hawk_compile.exporting import aoti, onnx, openvino
 from hawk_compile.exporting.prefill import encoded_prompt
 from hawk_compile.exporting.settings import settings_of
 from hawk_compile.tools.survey.tiny import build, read
@@ -156,3 +157,14 @@ def test_a_writer_that_fails_leaves_the_model_in_training(tmp_path: Path, monkey
     assert isinstance(caught.value.__cause__, MemoryError) and seen == [False]
     assert {name: module.training for name, module in model.named_modules()} == before
     assert not list(tmp_path.iterdir())
+
+
+def test_what_openvino_cannot_convert_is_named_and_its_report_left_out() -> None:
+    def program(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a log\nof pages\n-- Conversion is failed for: <built-in function getitem>, scan\n")
+
+    component = SimpleNamespace(name="prefill", program=program)
+    with pytest.raises(ExportError, match=r"prefill .* cannot convert `getitem` and `scan`: ") as raised:
+        openvino.write(component, Path(), None)  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value) and "of pages" in str(raised.value.__cause__)
+    assert openvino.unconverted("another error") == []

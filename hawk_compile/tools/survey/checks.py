@@ -22,6 +22,7 @@ from hawk_compile.tools.survey.outcome import (
     Survey,
     Unasked,
     Wrong,
+    brief,
     equal,
     unlike,
     without_folders,
@@ -243,10 +244,11 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
             status, detail = "failed", str(error)
         except HawkError as error:
             status = "refused" if is_refusal(error, name) else "failed"
-            detail = f"{type(error).__name__}: {error}"
+            detail = f"{type(error).__name__}: {brief(str(error))}"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            status, detail = "failed", f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+            status = "untried" if name in FORMATS and isinstance(error, ImportError) else "failed"
+            detail = f"{type(error).__name__}: {brief(str(error))} ({where.filename}:{where.lineno})"
         result.outcomes[name] = Outcome(status, without_folders(detail), round(time.perf_counter() - began, 1))
     return result
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from hawk_compile.exporting.formats import FORMATS
 
+LONGEST = 200
+"""Characters that are kept of an error of several lines."""
 EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -17,7 +19,8 @@ class Outcome:
 
     Attributes:
         status: "right", "wrong", "refused" (by an error of ours that says what of the model stands against pruning),
-            "failed", or "unasked" where the tiny model has nothing to check it with.
+            "failed", "unasked" where the tiny model has nothing to check it with, or "untried" of an export for which
+            a package of the model is missing here.
         detail: the largest difference, or the error.
         seconds: it took.
     """
@@ -149,6 +152,14 @@ def unlike(what: str, left: Tensor, right: Tensor, tolerance: float) -> None:
     except Wrong:
         return
     raise Wrong(f"the check cannot fail: {what} differ by {difference:.2g} only")
+
+
+def brief(text: str) -> str:
+    """An error's text, as one line; the beginning of it, where it has several: logs of compilers go on for pages."""
+    if "\n" not in text:
+        return text
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def without_folders(text: str) -> str:

@@ -13,12 +13,16 @@ import transformers
 from hawk_compile.compat.models import image_text_types
 from hawk_compile.errors import InputError
 from hawk_compile.exporting.formats import FORMATS
+from hawk_compile.runtime.checks import OTHER_MODEL
 from hawk_compile.settings.closest import meant
 from hawk_compile.tools.survey.outcome import Outcome, Survey
 
 SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
 """The survey of the release that this package was tested with."""
-MARKS = {"right": "yes", "refused": "refused", "wrong": "**wrong**", "failed": "**fails**", "unasked": "—"}
+MARKS = {
+    "right": "yes", "refused": "refused", "wrong": "**wrong**", "failed": "**fails**", "unasked": "—",
+    "untried": "not tried",
+}  # fmt: skip
 COLUMNS = {
     "ratio 0": "nothing removed", "selection": "selection", "prefill": "prefill", "decode": "decode",
     "turns": "several turns", "batch": "padded batches", "restore": "restore", "onnx": "ONNX", "openvino": "OpenVINO",
@@ -141,11 +145,10 @@ def page(types: Types, command: str, whole: bool = True) -> str:
         "# Which models work", "",
         f"`{command}` wrote this page: tiny models of each type, with random weights, held to the plain model. With "
         f"{versions}: {of_right} of {len(model_types)} model types are right in all that was tried, {of_refused} are "
-        f"refused by name, {of_others} fall short. `hawk-compile inspect TYPE` says the same of one type.", "",
+        f"refused by name, {of_others} fall short. `hawk-compile inspect TYPE` says the same of one type. Exports "
+        "do not count in this.", "",
         f"The {len(surveys)} rows are tiny models. A name that goes on behind the type's with a dot and words is a "
-        "variant of it, with other layers or sizes: *linear_first* and *conv_first* have the order of layers of "
-        "published checkpoints, which begin without softmax attention, where the one named as the type begins with "
-        "it.", "",
+        "variant of it, with other layers or sizes.", "", *variants_of(surveys),
         "*Nothing removed*: at ratio 0 the logits are bit for bit the plain model's. *Selection*: of the visual tokens "
         "those are kept that score best by hand, from the queries and keys that the plain model's attention compares "
         "where every angle of its rotary embedding is zero. *Prefill* and *decode*: with half of the visual tokens "
@@ -153,15 +156,19 @@ def page(types: Types, command: str, whole: bool = True) -> str:
         "prefill, where other kept tokens give other ones, and over five more tokens of `generate`. *Several turns*: "
         "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Restore*: "
         "afterwards the model is the plain one. *Layer*: the decoder layer that scores, in front of which tokens are "
-        "removed. *ONNX* and *OpenVINO*: the exported model generates the ids that the optimised one does, and keeps "
-        "the same tokens.",
+        "removed. *Seconds*: what all checks but the exports took. *ONNX* and *OpenVINO*: the exported model "
+        "generates the ids that the optimised one does, and keeps the same tokens.", "",
+        "*Yes*: it is so. *—*: the check could not be asked, because the model's forward requires an image in every "
+        "turn, or because the plain model itself gives another result there. *Refused*: an error of this package says "
+        "what of the model stands against it. *Fails*: it ends in any other error. *Wrong*: the result is another. "
+        "*Not tried*: nobody exported it, or a package that the model needs was missing.",
     ]  # fmt: skip
     if right:
         lines += ["", "## Right", "", *table_of(right), *not_exported(right)]
     if refused:
         text = "Nothing is changed: `optimize`, or the first prompt, raises an error that says so."
         lines += ["", "## Refused", "", text, "", "| type | why |", "| --- | --- |"]
-        lines += [f"| {each.name} | {cell(each.refusal)} |" for each in refused]
+        lines += [f"| {each.name} | {cell(why_of(each))} |" for each in refused]
     if others:
         lines += ["", "## Falls short", "", *table_of(others), ""]
         lines += [f"- {each.name}: {cell(each.trouble)}" for each in others]
@@ -170,16 +177,30 @@ def page(types: Types, command: str, whole: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
+def variants_of(surveys: list[Survey]) -> list[str]:
+    """What is special of each variant."""
+    variants = [each for each in surveys if each.name != each.model_type and each.notes]
+    return [*(f"- *{each.name}*: {'; '.join(each.notes)}." for each in variants), *([""] if variants else [])]
+
+
+def why_of(survey: Survey) -> str:
+    """Why a model is refused, without the remedy of naming this page."""
+    return (survey.refusal or "").removesuffix(f"; {OTHER_MODEL}")
+
+
 def not_exported(surveys: list[Survey]) -> list[str]:
     """Why types that are right are not exported."""
-    rows = [
-        f"| {each.name} | {COLUMNS.get(form, form)} | {cell(outcome.detail)} |"
-        for each in surveys for form, outcome in each.unexported.items()
-    ]  # fmt: skip
-    if not rows:
+    found = [(each.name, COLUMNS.get(form, form), outcome)
+             for each in surveys for form, outcome in each.unexported.items()]  # fmt: skip
+    if not found:
         return []
     text = "`hawk_compile.export` raises this error of theirs; `optimize` runs them as the table says."
-    return ["", "### Not exported", "", text, "", "| type | to | why |", "| --- | --- | --- |", *rows]
+    rows = [f"| {name} | {form} | {cell(each.detail)} |" for name, form, each in found if each.status != "untried"]
+    untried = [f"Not tried: {name} to {form} ({cell(each.detail)})." for name, form, each in found
+               if each.status == "untried"]  # fmt: skip
+    lines = ["", "### Not exported"]
+    lines += ["", text, "", "| type | to | why |", "| --- | --- | --- |", *rows] if rows else []
+    return [*lines, *(line for each in untried for line in ("", each))]
 
 
 def table_of(surveys: list[Survey]) -> list[str]:

@@ -159,6 +159,23 @@ def test_what_the_passes_met_is_a_failure_and_no_refusal(monkeypatch: pytest.Mon
     assert raising(CaptureError("a line"), "onnx") == "refused" and raising(ShapeError("a size"), "onnx") == "failed"
 
 
+def test_an_export_for_which_a_package_is_missing_was_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else needs the package fails; of a log of many lines one is kept."""
+
+    def build(_: Tiny) -> PreTrainedModel:
+        raise ImportError("\nthe model requires timm.\n" + "pip install timm\n" * 40)
+
+    monkeypatch.setattr(checks, "build", build)
+    found = survey(read(FOLDER / "llava.jamba.json"), {"prefill": checks.prefill, "onnx": checks.prefill})
+    assert found.outcomes["prefill"].status == "failed" and found.outcomes["onnx"].status == "untried"
+    detail = found.outcomes["onnx"].detail
+    assert detail.startswith("ImportError: the model requires timm. pip") and "\n" not in detail and len(detail) < 400
+    found.outcomes["prefill"] = Outcome("right", "0", 1.0)
+    text = page(Types({"torch": "1"}, {found.name: found}), "the command")
+    assert "| llava.jamba | 0 | yes | not tried | 1 |" in text and "Not tried: llava.jamba to ONNX (ImportError" in text
+    assert "- *llava.jamba*: a decoder of Jamba" in text and "raises this error" not in text
+
+
 def test_what_changed_since_an_earlier_survey(tmp_path: Path) -> None:
     before = Types({"torch": "1"}, {each.name: each for each in (
         result("same", prefill="right"), result("bad", prefill="right"), result("good", prefill="failed"),
