@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.settings.config import HawkConfig
@@ -26,11 +26,15 @@ class SpecialIds:
 
 def special_ids(model: PreTrainedModel, config: HawkConfig) -> SpecialIds:
     """The ids of a model: as the settings give them, else as its configs name them."""
-    named = {name: number for name in dir(model.config) if name.endswith(("_token_id", "_token_index"))
-             and isinstance(number := getattr(model.config, name, None), int)}
+    return special_ids_of(model.config, model.generation_config, config)
+
+
+def special_ids_of(model: PreTrainedConfig, generation: GenerationConfig, config: HawkConfig) -> SpecialIds:
+    """The same, of a model's configs."""
+    named = {name: number for name in dir(model) if name.endswith(("_token_id", "_token_index"))
+             and isinstance(number := getattr(model, name, None), int)}
     vision_end = (config.vision_end_token_id,) if config.vision_end_token_id is not None else tuple(
         named[name] for name in VISION_END_NAMES if name in named)
-    generation = model.generation_config
     turn = config.end_of_turn_token_id if config.end_of_turn_token_id is not None else generation.eos_token_id
     end_of_turn = () if turn is None else (turn,) if isinstance(turn, int) else tuple(turn)
     others = [generation.bos_token_id, generation.pad_token_id, *named.values()]

@@ -43,9 +43,13 @@ def resolve(setting: Any, model: PreTrainedModel) -> HeadWeights:
         HeadWeightsError: a file that holds no weights, a Hub repository without one, or weights of the wrong length,
             negative, all zero or not finite.
     """
-    heads = model.config.get_text_config().num_attention_heads
+    return weights_for(setting, model.config.get_text_config().num_attention_heads, checkpoint_of(model))
+
+
+def weights_for(setting: Any, heads: int, checkpoint: str) -> HeadWeights:
+    """The weights for a layer of `heads` query heads; `checkpoint` is the folder or the repository it is from, or ""."""
     if isinstance(setting, str) and setting in ("auto", "uniform"):
-        known = automatic(model) if setting == "auto" else None
+        known = automatic(checkpoint) if setting == "auto" else None
         if known and len(known[0]) == heads:
             return normalised(*known, heads)
         unfit = f" ({len(known[0])} weights, {known[1]}, do not fit {heads} heads)" if known else ""
@@ -108,9 +112,8 @@ def fetched(hub_id: str) -> Path:
         ) from None
 
 
-def automatic(model: PreTrainedModel) -> tuple[Tensor, str] | None:
-    """Weights that lie beside the checkpoint, or that were published for it."""
-    name = checkpoint_of(model)
+def automatic(name: str) -> tuple[Tensor, str] | None:
+    """Weights that lie beside the checkpoint of this name, or that were published for it."""
     beside = Path(name) / FILE_NAME
     if name and beside.is_file():
         return read(beside), f"beside the checkpoint ({beside})"

@@ -1,0 +1,84 @@
+"""The settings of a server: those of `HawkConfig` that make sense where items are pruned one by one."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hawk_compile.errors import ConfigError
+from hawk_compile.settings.closest import meant
+from hawk_compile.settings.config import HawkConfig, check_ratio
+from hawk_compile.settings.selectors import selector_named
+
+KEY = "hawk"
+"""Where the settings stand in a checkpoint's configuration, as `--hf-overrides` puts them there."""
+
+RATIO = "hawk_ratio"
+"""A request's own ratio, among the keyword arguments of its processor."""
+
+TAKEN = (
+    "ratio", "min_per_image", "head_weights", "normalization", "modalities", "selector", "question", "query",
+    "vision_end_token_id", "end_of_turn_token_id",
+)  # fmt: skip
+
+REFUSED = {
+    "budget": "every image keeps a number of tokens that is known before it is encoded",
+    "quota": 'every image is pruned by itself, as quota="image" has it',
+    "normalize_per": 'every image is scored by itself, as normalize_per="image" has it',
+    "backend": "the engine compiles the model itself",
+    "compile_decode": "the engine compiles the model itself",
+    "compile_vision": "the engine compiles the model itself",
+    "processor": "the server's own tokenizer says where users' texts stand",
+    "selector_options": 'options stand beside the selector\'s name, as {"name": "idpruner", "importance": 0.3}',
+}
+
+
+def serving_config(given: Any) -> HawkConfig:
+    """The settings that a configuration holds under `hawk`.
+
+    Raises:
+        ConfigError: no mapping, a name that is no setting of a server, or a value that is out of its range.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f'{KEY} must map names of settings to values, as {{"ratio": 0.8}}, got {given!r}')
+    for name in given:
+        if name in REFUSED:
+            raise ConfigError(f"{name} cannot be set for a server: {REFUSED[name]}; leave it out of {KEY}")
+        if name not in TAKEN:
+            raise ConfigError(
+                f"{KEY} has no setting {name!r}; a server's settings are {', '.join(TAKEN)}{meant(str(name), TAKEN)}"
+            )
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if isinstance(chosen := settings.get("selector"), Mapping):
+        if not isinstance(chosen.get("name"), str):
+            raise ConfigError(f'selector must be a name, or hold one as {{"name": "idpruner"}}, got {chosen!r}')
+        options = {name: value for name, value in chosen.items() if name != "name"}
+        settings["selector"] = selector_named(chosen["name"], options)
+    return HawkConfig(**{"quota": "image", "question": "own", **settings})
+
+
+def with_ratio(config: HawkConfig, ratio: Any) -> HawkConfig:
+    """The settings of a request that asks for a ratio of its own."""
+    if ratio is None or ratio == config.ratio:
+        return config
+    check_ratio(ratio, f"{RATIO} is the fraction")
+    return replace(config, ratio=ratio)
+
+
+def reads_question(config: HawkConfig) -> bool:
+    """Whether what is kept depends on the question, so that each question about an image is another item."""
+    method = config.method
+    return method.ranking is None or method.reads("scores") or method.reads("question_mask")
+
+
+def digest(config: HawkConfig) -> str:
+    """What tells items apart that these settings prune otherwise; the same in every process."""
+    method = config.method
+    weights = config.used_head_weights
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights if isinstance(weights, tuple) else str(weights)
+    said = (
+        config.ratio, config.min_per_image, method.name, dict(method.options), config.used_normalization,
+        config.used_query, weights,
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

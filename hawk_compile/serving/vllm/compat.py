@@ -1,0 +1,152 @@
+"""vLLM's private names and habits, in one place; tests/serving/test_vllm_compat.py says what each must be."""
+
+import copy
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.plan.chat import ChatFormat
+from hawk_compile.plan.ids import SpecialIds, special_ids_of
+from hawk_compile.plan.template import chat_of
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.head_weights import weights_for
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The text decoder of a served model, as this rank has it."""
+
+    first_layer: nn.Module
+    width: int
+    heads: int
+    kv_heads: int
+    all_heads: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def decoder_of(model: Any) -> Decoder:
+    """Raises UnsupportedModelError where there is no list of layers with attention."""
+    text = model.get_language_model()
+    inner = getattr(text, "model", text)
+    layers = getattr(inner, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} has no list of decoder layers, whose first one could be scored: leave hawk out of "
+            "hf_overrides"
+        )
+    config = model.config.get_text_config()
+    attention = next((each for each in layers[0].modules() if hasattr(each, "num_kv_heads")), None)
+    weight = next(layers[0].parameters())
+    if attention is None:
+        raise UnsupportedModelError(
+            f"the first decoder layer, {type(layers[0]).__name__}, has no softmax attention, by which visual tokens "
+            "are scored: leave hawk out of hf_overrides"
+        )
+    return Decoder(
+        layers[0], config.hidden_size, attention.num_heads, attention.num_kv_heads, config.num_attention_heads,
+        weight.device, model_dtype(model),
+    )  # fmt: skip
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next(each.dtype for each in model.parameters() if each.is_floating_point())
+
+
+def weights_of_rank(settings: HawkConfig, checkpoint: str, decoder: Decoder) -> Tensor:
+    """[H] of this rank's heads, which are H in a row of all."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    values = weights_for(settings.used_head_weights, decoder.all_heads, checkpoint).values
+    rank = get_tensor_model_parallel_rank()
+    return values[rank * decoder.heads : (rank + 1) * decoder.heads]
+
+
+def all_reduce(scores: Tensor) -> Tensor:
+    """The sum over the ranks of a tensor-parallel model."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    return tensor_model_parallel_all_reduce(scores) if get_tensor_model_parallel_world_size() > 1 else scores
+
+
+def from_first_rank(chosen: Tensor) -> Tensor:
+    """What the first rank chose: sums over ranks may differ in their last bit."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+
+    return get_tp_group().broadcast(chosen, src=0) if get_tensor_model_parallel_world_size() > 1 else chosen
+
+
+def let_positions_have_axes(model: nn.Module) -> None:
+    """Compiled decoders that take their first dimension for the sequence take the last one instead: with axes,
+    positions are [3, S]."""
+    for module in model.modules():
+        dims = getattr(module, "_dynamic_arg_dims", None)
+        if dims and "positions" in dims:
+            module._dynamic_arg_dims = {**dims, "positions": last_dimension(dims["positions"])}
+
+
+def last_dimension(dims: Any) -> Any:
+    return {-1: name for name in dims.values()} if isinstance(dims, dict) else -1
+
+
+def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
+    """One item by itself, at the start of a prompt: what a model's rule for positions reads of it."""
+    from vllm.multimodal.inputs import (
+        MultiModalBatchedField,
+        MultiModalFeatureSpec,
+        MultiModalFieldElem,
+        MultiModalKwargsItem,
+        PlaceholderRange,
+    )
+
+    modality = "video" if any("video" in name for name in kwargs) else "image"
+    data = {
+        name: MultiModalFieldElem(data=value[index].cpu(), field=MultiModalBatchedField())
+        for name, value in kwargs.items()
+        if name.endswith("grid_thw") or name == "second_per_grid_ts"
+    }
+    mask = None if bool(visual.all()) else visual
+    place = PlaceholderRange(offset=0, length=len(visual), is_embed=mask)
+    return MultiModalFeatureSpec(
+        data=MultiModalKwargsItem(data), modality=modality, identifier="", mm_position=place
+    )
+
+
+def chat_and_ids(info: Any, settings: HawkConfig) -> tuple[SpecialIds, ChatFormat | None]:
+    """What says where users' texts stand in a served checkpoint's prompts."""
+    config = info.get_hf_config()
+    generation = GenerationConfig(**generation_ids(info))
+    ids = special_ids_of(config, generation, settings)
+    chosen = settings.end_of_turn_token_id is not None
+    source = None if chosen else with_template(info)
+    return ids, chat_of(source, "", ids.end_of_turn, chosen).form
+
+
+def generation_ids(info: Any) -> dict[str, Any]:
+    known = info.ctx.model_config.try_get_generation_config()
+    return {name: known[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in known}
+
+
+def with_template(info: Any) -> Any:
+    """The processor or the tokenizer, whichever has the chat template."""
+    tokenizer = info.get_tokenizer()
+    processor = info.get_hf_processor()
+    if getattr(processor, "chat_template", None) and not getattr(tokenizer, "chat_template", None):
+        return SimpleNamespace(
+            tokenizer=tokenizer, chat_template=processor.chat_template,
+            apply_chat_template=processor.apply_chat_template,
+        )  # fmt: skip
+    return tokenizer
+
+
+def without_video_pruning(context: Any) -> Any:
+    """A processor's context in which vLLM's own pruning of videos is off, whose switch `plugin.py` uses."""
+    held = copy.copy(context.model_config)
+    held.multimodal_config = copy.copy(held.multimodal_config)
+    held.multimodal_config.video_pruning_rate = None
+    return replace(context, model_config=held)

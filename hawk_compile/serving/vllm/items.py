@@ -1,0 +1,95 @@
+"""What travels with an item from the processor to the model, and how an item's place in a prompt shrinks.
+
+    before: <start> v v v v v v v v <end>            8 visual tokens, as the checkpoint's processor writes them
+    after:  <start> v v <end>                        the number that is kept; which ones, the model finds out
+
+Where a checkpoint writes text between the visual tokens of one item (rows of tiles, ends of lines), nobody knows yet
+where that text will stand among the kept ones. All of it then becomes places of the item, and the model returns the
+text's word embeddings in their places:
+
+    before: <start> v v v v \\n v v v v \\n v v v v <end>
+    after:  <start> v v v v v <end>                  3 visual tokens kept, and 2 ends of lines
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIELDS = ("question", "keep", "visual", "inner_ids")
+"""Names of what travels, without the prefix that tells it from the checkpoint's own."""
+
+PREFIX = "hawk_"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video.
+
+    Attributes:
+        question: [T] int64, the ids that vote; none if what is kept does not depend on them.
+        keep: [] int64, how many visual tokens are kept.
+        visual: [L] bool, which positions from the first visual token to the last are visual.
+        inner_ids: [L - V] int64, the ids of the text between them.
+    """
+
+    question: Tensor
+    keep: Tensor
+    visual: Tensor
+    inner_ids: Tensor
+
+    def fields(self) -> dict[str, Tensor]:
+        """By the names under which they travel."""
+        return {PREFIX + name: getattr(self, name) for name in FIELDS}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the visual tokens of an item stand in the ids that a checkpoint's processor writes for it."""
+
+    before: list[int]
+    inner: list[int]
+    after: list[int]
+    visual: Tensor
+    """[L] bool over `inner`."""
+
+    @property
+    def count(self) -> int:
+        """V, the visual tokens of the item."""
+        return int(self.visual.sum())
+
+    def shortened(self, keep: int) -> tuple[list[int], Callable[[list[int]], Tensor] | None]:
+        """The ids with `keep` visual tokens, and which of them are places of the item; None: all."""
+        places = keep + len(self.inner) - self.count
+        ids = [*self.before, *[self.inner[0]] * places, *self.after]
+        if not self.before and not self.after:
+            return ids, None
+        begin, length = len(self.before), len(ids)
+
+        def is_embed(full: list[int]) -> Tensor:
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[begin : begin + places] = True
+            return mask
+
+        return ids, is_embed
+
+    def item(self, question: Sequence[int], keep: int) -> Item:
+        """What the model needs to know."""
+        inner = [number for number, seen in zip(self.inner, self.visual.tolist(), strict=True) if not seen]
+        return Item(
+            torch.tensor(question, dtype=torch.int64),
+            torch.tensor(keep),
+            self.visual,
+            torch.tensor(inner, dtype=torch.int64),
+        )
+
+
+def place_of(full: list[int], is_embed: Tensor | None) -> Place | None:
+    """How an item stands in its ids; None if none of them is visual."""
+    visual = torch.ones(len(full), dtype=torch.bool) if is_embed is None else is_embed.bool()
+    where = visual.nonzero().flatten().tolist()
+    if not where:
+        return None
+    first, stop = where[0], where[-1] + 1
+    return Place(full[:first], full[first:stop], full[stop:], visual[first:stop])

@@ -1,0 +1,134 @@
+"""The model of a served checkpoint: vLLM's own, with what is kept of every item as it leaves the encoder."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.serving.settings import serving_config
+from hawk_compile.serving.vllm import compat, positions
+from hawk_compile.serving.vllm.items import FIELDS, PREFIX
+from hawk_compile.serving.vllm.scoring import Projections, kept
+
+
+class PrunedModel:
+    """Goes in front of a multimodal model class of vLLM's (`pruned_class`), whose methods it extends.
+
+    vLLM's switch for "embeddings carry positions" is its own pruning of videos (EVS): the configuration turns it on
+    (`plugin.py`), and the code of that method stays off here.
+    """
+
+    supports_multimodal_pruning = True
+    supports_mrope = True
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.is_multimodal_pruning_enabled = False
+        self.video_pruning_rate = None
+        self.hawk = serving_config(vllm_config.model_config.hf_config.hawk)
+        self.checkpoint = vllm_config.model_config.model
+        self.places: set[int] = set()
+        self.embedding_width = 0
+        compat.let_positions_have_axes(self)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_weights(*args, **kwargs)  # type: ignore[misc]
+        decoder = compat.decoder_of(self)
+        self.width = decoder.width
+        self.projections = Projections(decoder.first_layer, positions.AXES, decoder.heads, decoder.kv_heads)
+        self.head_weights = compat.weights_of_rank(self.hawk, self.checkpoint, decoder)
+        return loaded
+
+    @functools.cached_property
+    def probed(self) -> bool:
+        """Runs the projections once, as soon as the engine measures its memory: later is too late to refuse."""
+        decoder = compat.decoder_of(self)
+        self.head_weights = self.head_weights.to(decoder.device)
+        self.projections(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
+        return True
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        assert self.probed
+        facts = {name: kwargs.pop(PREFIX + name, None) for name in FIELDS}
+        features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        if facts["keep"] is None:
+            return features
+        return tuple(
+            self.kept_rows(rows, {name: values[index] for name, values in facts.items()}, kwargs, index)
+            for index, rows in enumerate(features)
+        )
+
+    def kept_rows(self, features: Tensor, facts: dict[str, Tensor], kwargs: dict[str, Any], index: int) -> Tensor:
+        """What is kept of one item's features [V, D], with the text between them, and their positions behind."""
+        visual, keep = facts["visual"].bool().cpu(), int(facts["keep"])
+        if int(visual.sum()) != len(features):
+            raise UnsupportedModelError(
+                f"an item has {int(visual.sum())} placeholders and {len(features)} visual features: this checkpoint "
+                "cannot be served pruned; leave hawk out of hf_overrides"
+            )
+        device = features.device
+        words = self.words(facts["question"].to(device), features)
+        chosen = torch.arange(len(features), device=device) if keep == len(features) else compat.from_first_rank(
+            kept(self.hawk, self.projections, self.head_weights, words, features[:, : self.width], keep,
+                 compat.all_reduce))  # fmt: skip
+        stays = ~visual.to(device)
+        stays[visual.to(device).nonzero().flatten()[chosen]] = True
+        rows = features[chosen]
+        if len(facts["inner_ids"]):
+            whole = features.new_zeros(len(visual), features.shape[1])
+            whole[visual.to(device)] = features
+            whole[~visual.to(device), : self.width] = self.words(facts["inner_ids"].to(device), features)
+            rows = whole[stays]
+        self.embedding_width = features.shape[1]
+        axes, extent = self.item_positions(kwargs, index, visual, facts["inner_ids"].tolist())
+        return positions.with_positions(rows, axes.to(device)[:, stays], extent)
+
+    def words(self, ids: Tensor, like: Tensor) -> Tensor:
+        """[T, D] embeddings of text, as the decoder gets them."""
+        return self.get_language_model().embed_input_ids(ids).to(like.dtype)  # type: ignore[attr-defined]
+
+    def item_positions(
+        self, kwargs: dict[str, Any], index: int, visual: Tensor, inner: list[int]
+    ) -> tuple[Tensor, int]:
+        """([3, L] positions of an item at the start of a prompt, how many it takes), by the model's own rule."""
+        ids = iter(inner)
+        tokens = [0 if seen else next(ids) for seen in visual.tolist()]
+        found, _ = self.whole_positions(tokens, [compat.lone_feature(kwargs, index, visual)])
+        return found, int(found.max()) + 1
+
+    def whole_positions(self, tokens: list[int], features: Sequence[Any]) -> tuple[Tensor, int]:
+        """([3, S] positions of a whole prompt, what is added to a slot to have its position), by the model's own rule."""
+        own = getattr(super(), "get_mrope_input_positions", None)
+        if own is not None:
+            return own(tokens, features)
+        return torch.arange(len(tokens)).expand(positions.AXES, -1), 0
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
+        features = sorted(mm_features, key=lambda each: each.mm_position.offset)
+        for feature in features:
+            start, _ = feature.mm_position.extract_embeds_range()[0]
+            self.places.add(input_tokens[start])
+        tokens, moved, columns = positions.expanded(input_tokens, features)
+        found, _ = self.whole_positions(tokens, moved)
+        return found[:, torch.tensor(columns)].contiguous(), int(found.max()) + 1 - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
+    ) -> tuple[Sequence[Tensor], Tensor, int]:
+        ids = torch.as_tensor(input_ids, dtype=torch.int64).cpu()
+        return positions.restored(
+            multimodal_embeddings, ids, mrope_positions, num_computed_tokens, self.places, self.embedding_width
+        )
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """A captured encoder passes `embed_multimodal` by."""
+        return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
+
+
+def pruned_class(base: type) -> type:
+    """A multimodal model class of vLLM's as one that prunes."""
+    return type(f"Pruned{base.__name__}", (PrunedModel, base), {"__module__": __name__})

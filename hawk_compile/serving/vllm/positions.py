@@ -1,0 +1,129 @@
+"""Positions of what is kept: those that it had in the whole prompt.
+
+vLLM asks a model twice. Before anything is encoded it wants the positions of all of a prompt: text has its own from the
+start, the places of an item stand in for them. When an item's embeddings are taken from the cache of encoder outputs,
+it wants them again, and by then it is known which tokens were kept: their positions, counted from the item's start, travel
+with the embeddings, as digits in columns behind them.
+
+    embedding [n, D]  ->  [n, D + 8]: three axes and the item's extent, each as two digits of base 256
+
+A bfloat16 holds whole numbers up to 256 exactly, and an item may be moved to another place of another prompt, so
+neither numbers nor positions from the prompt's start would do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = 256
+AXES = 3
+COLUMNS = 2 * (AXES + 1)
+
+
+def with_positions(rows: Tensor, positions: Tensor, extent: int) -> Tensor:
+    """Embeddings [n, D] with their positions [3, n] from the item's start, and how many positions the item takes."""
+    numbers = torch.cat([positions, torch.full_like(positions[:1], extent)]).T.to(rows.device)  # [n, 4]
+    return torch.cat([rows, torch.cat([numbers // BASE, numbers % BASE], 1).to(rows.dtype)], 1)
+
+
+def taken_apart(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(embeddings [n, D], positions [3, n] from the item's start, extent [n]) of what `with_positions` made."""
+    digits = rows[:, -COLUMNS:].round().long()
+    numbers = (digits[:, : AXES + 1] * BASE + digits[:, AXES + 1 :]).T
+    return rows[:, :-COLUMNS], numbers[:AXES], numbers[AXES]
+
+
+def expanded(tokens: Sequence[int], features: Sequence[Any]) -> tuple[list[int], list[Any], list[int]]:
+    """A prompt as it was before its items shrank.
+
+    Args:
+        tokens: the prompt with shortened items.
+        features: its items in the order of the prompt; see `vllm.multimodal.inputs.MultiModalFeatureSpec`.
+
+    Returns:
+        The whole prompt, its items there, and where in it each position of the short prompt stands: the first places
+        of an item stand in for those that will be kept.
+    """
+    full: list[int] = []
+    columns: list[int] = []
+    moved, read = [], 0
+    for feature in features:
+        place = feature.mm_position
+        if feature.data is None or "hawk_keep" not in feature.data:
+            stop = place.offset + place.length
+            columns += range(len(full), len(full) + stop - read)
+            shift = len(full) - read
+            full += tokens[read:stop]
+            moved.append(replace(feature, mm_position=replace(place, offset=place.offset + shift)))
+            read = stop
+            continue
+        visual, inner = feature.data["hawk_visual"].data, feature.data["hawk_inner_ids"].data.tolist()
+        begin = place.offset if place.is_embed is None else place.offset + int(place.is_embed.int().argmax())
+        places = place.get_num_embeds()
+        head = tokens[read:begin]
+        columns += range(len(full), len(full) + len(head))
+        start = len(full) + place.offset - read
+        full += head
+        columns += range(len(full), len(full) + places)
+        text = iter(inner)
+        full += [tokens[begin] if seen else next(text) for seen in visual.tolist()]
+        tail = place.offset + place.length - begin - places
+        length = begin - place.offset + len(visual) + tail
+        mask = None
+        if place.is_embed is not None or inner:
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[begin - place.offset : begin - place.offset + len(visual)] = visual
+        moved.append(replace(feature, mm_position=replace(place, offset=start, length=length, is_embed=mask)))
+        read = begin + places
+    columns += range(len(full), len(full) + len(tokens) - read)
+    full += tokens[read:]
+    return full, moved, columns
+
+
+def start_of(ids: Tensor, place: int) -> int:
+    """Where the run of equal ids begins in which a place stands: an item's, since items do not touch."""
+    other = (ids[:place] != ids[place]).nonzero()
+    return int(other[-1]) + 1 if len(other) else 0
+
+
+def restored(
+    embeddings: Sequence[Tensor], ids: Tensor, before: Tensor, computed: int, places: set[int], width: int
+) -> tuple[list[Tensor], Tensor, int]:
+    """Embeddings without what travelled behind them, and the positions of a prompt with theirs.
+
+    Args:
+        embeddings: of the items that this step reads, [n, D + 8] or, of items of which nothing was removed, [n, D].
+        ids: [S] int64 on the host, the short prompt.
+        before: [3, S], its positions as they are known until now.
+        computed: positions that earlier steps have read.
+        places: the ids that stand for places of items.
+        width: D.
+
+    Returns:
+        embeddings [n, D]; positions [3, S]; what is added to a later slot to have its position.
+    """
+    after = before.clone()
+    held = torch.zeros(len(ids), dtype=torch.bool)
+    for number in places:
+        held |= ids == number
+    waiting = held.nonzero().flatten()
+    waiting = waiting[waiting >= computed]
+    end = 0 if held[-1] else int(before[:, -1].max()) + 1
+    plain, done = [], 0
+    for rows in embeddings:
+        where = waiting[done : done + len(rows)]
+        done += len(rows)
+        if rows.shape[1] == width:
+            plain.append(rows)
+            end = max(end, int(before[:, where].max()) + 1)
+            continue
+        kept, axes, extent = taken_apart(rows)
+        plain.append(kept)
+        start = start_of(ids, int(where[0]))
+        base = int(before[0, start - 1]) + 1 if start else 0
+        after[:, where.to(after.device)] = axes.to(after) + base
+        end = max(end, base + int(extent.max()))
+    return plain, after, end - len(ids)

@@ -1,0 +1,232 @@
+"""The processor of a served checkpoint: its own, with the question in each item's identity and fewer placeholders.
+
+    prompt ids, images  ->  each item's question and ratio             found here, before any cache is asked
+                        ->  hash of each item                          covers both: other question, other item
+                        ->  pixels, placeholders                       by the checkpoint's own processor
+                        ->  fewer placeholders, and what the model needs to know (items.py)
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing.processor import iter_token_matches
+
+from hawk_compile.errors import InputError, UnsupportedModelError
+from hawk_compile.serving.questions import Reader, Span
+from hawk_compile.serving.settings import KEY, RATIO, digest, reads_question, serving_config, with_ratio
+from hawk_compile.serving.vllm.compat import chat_and_ids, without_video_pruning
+from hawk_compile.serving.vllm.items import place_of
+from hawk_compile.serving.vllm.tally import Tally
+
+Asked = Mapping[str, list[tuple[int, ...]]]
+"""Modality -> the ids that vote on each of its items."""
+
+
+@dataclass
+class Shortened(PromptUpdateDetails):
+    """An item with fewer placeholders: how many visual tokens came, and how many were kept."""
+
+    came: int = 0
+    kept: int = 0
+
+
+class PrunedProcessor:
+    """Goes in front of a processor of vLLM's (`pruned`), whose methods it extends."""
+
+    info: Any
+
+    def prepare(self) -> None:
+        """Read the settings, and what tells where users' texts stand."""
+        self.config = serving_config(self.info.get_hf_config().hawk)
+        self.info.ctx = without_video_pruning(self.info.ctx)
+        ids, chat = chat_and_ids(self.info, self.config)
+        self.reader = Reader(ids, chat, self.config.question == "own", self.config.used_query)
+        self.tally = Tally()
+
+    # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
+    # again in front of the checkpoint's: a processor serves many requests, some at once.
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        config = with_ratio(self.config, kwargs.pop(RATIO, None))
+        if config.ratio:
+            kwargs[KEY] = (config, self.asked(inputs, kwargs, config))
+        made = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
+        if config.ratio:
+            check_apart(made["mm_placeholders"])
+        return made
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """What memory is measured with: nothing is pruned, as a request may ask for it."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, RATIO: 0})
+
+    def asked(self, inputs: Any, kwargs: dict[str, Any], config: Any) -> Asked:
+        """The question of every item that may be pruned.
+
+        Raises:
+            InputError: an item without a placeholder of its own, or without any text.
+        """
+        counts = {name: len(items) for name, items in inputs.mm_data_items.items() if name in config.modalities}
+        if not reads_question(config):
+            return {name: [()] * count for name, count in counts.items()}
+        spans = self.spans(inputs, kwargs, counts)
+        order = sorted((span, name) for name, found in spans.items() for span in found)
+        questions = self.reader.questions(inputs.prompt, [span for span, _ in order])
+        asked: dict[str, list[tuple[int, ...]]] = {name: [] for name in counts}
+        for (_, name), question in zip(order, questions, strict=True):
+            if not question:
+                raise InputError(
+                    f"the prompt has no text that could score its {name}: add a question, or ask for "
+                    f'mm_processor_kwargs={{"{RATIO}": 0}}'
+                )
+            asked[name].append(question)
+        return asked
+
+    def spans(self, inputs: Any, kwargs: dict[str, Any], counts: Mapping[str, int]) -> dict[str, list[Span]]:
+        """Where the items of each modality stand in the prompt as the client sent it."""
+        targets = self.targets(inputs, kwargs)
+        spans: dict[str, list[Span]] = {}
+        for name, count in counts.items():
+            found = [] if name not in targets else [
+                (match.start_idx, match.end_idx) for match in iter_token_matches(inputs.prompt, targets[name])]
+            if len(found) != count:
+                raise InputError(
+                    f"the prompt has {len(found)} placeholders for {count} items of modality {name}: give one for each "
+                    "item, as the chat template writes it"
+                )
+            spans[name] = found
+        return spans
+
+    def targets(self, inputs: Any, kwargs: dict[str, Any]) -> dict[str, list[int]]:
+        """Modality -> the ids that stand for an item in a prompt."""
+        from vllm.multimodal.inputs import MultiModalKwargsItems
+
+        updates = self._get_prompt_updates(inputs.mm_data_items, kwargs, MultiModalKwargsItems({}))  # type: ignore[attr-defined]
+        targets = {update.modality: update.target(0) if callable(update.target) else update.target for update in updates}
+        return {name: target for name, target in targets.items() if isinstance(target, list)}
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        kwargs, asked = without(inputs.hf_processor_mm_kwargs)
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))  # type: ignore[misc]
+        if asked is None:
+            return hashes
+        config, questions = asked
+        settings = digest(config)
+        return {
+            name: [mixed(each, settings, question) for each, question in zip(found, questions[name], strict=True)]
+            if name in questions else found
+            for name, found in hashes.items()
+        }  # fmt: skip
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Mapping[str, Sequence[bool]]) -> Any:
+        kwargs, asked = without(inputs.hf_processor_mm_kwargs)
+        found = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+            replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
+        )
+        if asked is None:
+            return found
+        config, questions = asked
+        missing = {
+            name: [each for each, hit in zip(all_of_it, mm_is_cached[name], strict=True) if not hit]
+            for name, all_of_it in questions.items()
+        }
+        return {**found, KEY: (config, missing)}
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        return super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=without(hf_kwargs)[0])  # type: ignore[misc]
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
+        return super()._get_mm_fields_config(hf_inputs, without(hf_processor_mm_kwargs)[0])  # type: ignore[misc]
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        for items in mm_res.prompt_updates.values():
+            for updates in items:  # cached ones too
+                if updates and isinstance(content := updates[0].content, Shortened):
+                    self.tally.count(content.came, content.kept)
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+
+    def _get_mm_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Any:
+        kwargs, asked = without(hf_processor_mm_kwargs)
+        updates = super()._get_mm_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
+        if asked is None:
+            return updates
+        config, questions = asked
+        return {
+            name: [
+                self.shortened(each, question, config, out_mm_kwargs[name][index])
+                for index, (each, question) in enumerate(zip(items, questions[name], strict=True))
+            ]
+            if name in questions else items
+            for name, items in updates.items()
+        }  # fmt: skip
+
+    def shortened(self, updates: Sequence[Any], question: tuple[int, ...], config: Any, kwargs_of_item: Any) -> list[Any]:
+        """The updates of an item, of which one will be applied, with the number of placeholders that is kept."""
+        made, items = [], []
+        for update in updates:
+            full = list(update.content.full)
+            place = place_of(full, update.content.is_embed(full) if update.content.is_embed else None)
+            if place is None:
+                made.append(update)
+                continue
+            keep = config.floor(place.count)
+            made.append(update.with_content(Shortened(*place.shortened(keep), came=place.count, kept=keep)))
+            items.append(place.item(question, keep))
+        if any(not same(item, items[0]) for item in items[1:]):
+            raise UnsupportedModelError(
+                "this checkpoint's processor may write an item in more than one way, with other visual tokens in each; "
+                "it cannot be pruned: leave hawk out of hf_overrides"
+            )
+        for item in items[:1]:
+            for name, value in item.fields().items():
+                field = MultiModalBatchedField(keep_on_cpu=True)
+                kwargs_of_item[name] = MultiModalFieldElem(data=value, field=field)
+        return made
+
+
+def without(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, Asked] | None]:
+    """(the keyword arguments of the checkpoint's own processor, what a request asks for)."""
+    return {name: value for name, value in kwargs.items() if name not in (KEY, RATIO)}, kwargs.get(KEY)
+
+
+def mixed(item_hash: str, settings: str, question: tuple[int, ...]) -> str:
+    """The identity of an item that is pruned by these settings for this question."""
+    said = f"{item_hash}/{settings}/{','.join(map(str, question))}"
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(a.tolist() == b.tolist() for a, b in zip(one.fields().values(), other.fields().values(), strict=True))
+
+
+def check_apart(placeholders: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse items whose visual tokens touch: the position of the second could not be told.
+
+    Raises:
+        InputError: such items.
+    """
+    spans = sorted(span for ranges in placeholders.values() for each in ranges for span in each.extract_embeds_range())
+    for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
+        if start == stop + 1:
+            raise InputError(
+                "two images of this prompt touch, with no text between their visual tokens: put text between them, or "
+                f'ask for mm_processor_kwargs={{"{RATIO}": 0}}'
+            )
+
+
+def pruned(processor: Any) -> Any:
+    """A processor of vLLM's as one that prunes."""
+    kind = type(processor)
+    made = object.__new__(type(f"Pruned{kind.__name__}", (PrunedProcessor, kind), {}))
+    made.__dict__.update(processor.__dict__)
+    made.prepare()
+    return made
+
+

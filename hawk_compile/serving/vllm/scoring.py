@@ -1,0 +1,137 @@
+"""The visual tokens of one item that are kept: scored, ranked and chosen by the operators of this package."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hawk_compile.kernels.score.op
+import hawk_compile.kernels.select.op  # noqa: F401  both register operators
+from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.kernels.score.by_token import MOST_TOKENS
+from hawk_compile.passes.insert_ranking import FORMER_NAMES
+from hawk_compile.settings.config import HawkConfig
+
+
+class Reached(Exception):
+    """The first layer's attention, with its queries and keys before position enters them."""
+
+
+class Stop(nn.Module):
+    """Stands for the rotary embedding of a layer."""
+
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor, *rest: Any, **others: Any) -> None:
+        raise Reached(query, key)
+
+
+class Projections:
+    """Queries and keys of a decoder's first layer, before position enters them.
+
+    The layer is run as far as its rotary embedding, in a twin that shares every module with it but that one: what
+    stands before (norms, adapters of the checkpoint, quantised projections) is the layer's own.
+
+    Raises:
+        UnsupportedModelError: the layer has no rotary embedding, or rotates only a part of each head.
+    """
+
+    def __init__(self, layer: nn.Module, axes: int, heads: int, kv_heads: int):
+        self.axes, self.heads, self.kv_heads = axes, heads, kv_heads
+        found = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"the first decoder layer, {type(layer).__name__}, has {len(found)} rotary embeddings, and it is "
+                "scored by what its one rotary embedding reads: leave hawk out of hf_overrides"
+            )
+        self.layer = with_module(layer, found[0].split("."), Stop())
+        self.takes = inspect.signature(layer.forward).parameters
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(query [1, H, N, d], key [1, Hkv, N, d]) of hidden states [N, D]; of this rank's heads."""
+        shape = (self.axes, len(hidden)) if self.axes > 1 else (len(hidden),)
+        positions = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+        given = {"positions": positions, "hidden_states": hidden, "residual": None}
+        try:
+            self.layer(**{name: value for name, value in given.items() if name in self.takes})
+        except Reached as reached:
+            query, key = reached.args
+        else:
+            raise UnsupportedModelError(f"{type(self.layer).__name__} ran without its rotary embedding")
+        query = query.reshape(len(hidden), self.heads, -1)
+        key = key.reshape(len(hidden), self.kv_heads, -1)
+        if query.shape[2] != key.shape[2]:
+            raise UnsupportedModelError(
+                f"the first decoder layer's rotary embedding reads queries {tuple(query.shape)} and keys "
+                f"{tuple(key.shape)}, only a part of each head, as latent attention does: it cannot be served pruned; "
+                "leave hawk out of hf_overrides"
+            )
+        return query.transpose(0, 1).unsqueeze(0), key.transpose(0, 1).unsqueeze(0)
+
+
+def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
+    """A twin of a module that shares all of it but the module at `path`."""
+    twin = copy.copy(module)
+    children = dict(module._modules)
+    head, *rest = path
+    children[head] = with_module(children[head], rest, other) if rest else other  # type: ignore[arg-type]
+    twin.__dict__["_modules"] = children
+    return twin
+
+
+def kept(
+    config: HawkConfig, projections: Projections, weights: Tensor, words: Tensor, features: Tensor, keep: int,
+    add_up: Any,
+) -> Tensor:  # fmt: skip
+    """Which visual tokens of an item stay, in order.
+
+    Args:
+        weights: [H], of this rank's heads.
+        words: [T, D], embeddings of the ids that vote; T may be 0 where the selector reads no text.
+        features: [V, D], the item as it leaves the encoder.
+        keep: how many stay.
+        add_up: sums scores over the ranks of a tensor-parallel model.
+
+    Returns:
+        [keep] int64.
+    """
+    count, total = len(words), len(words) + len(features)
+    hidden = torch.cat([words, features])
+    visual = torch.arange(total, device=hidden.device).unsqueeze(0) >= count
+    budget = torch.tensor([keep], device=hidden.device)
+    method = config.method
+    scores = None
+    if method.ranking is None or method.reads("scores"):
+        query, key = projections(hidden)
+        scores = add_up(score(config, query, key, weights, visual, count))
+    ranks = scores if method.ranking is None else ranked(config, scores, hidden, visual, budget)
+    length = count + keep
+    chosen, _ = torch.ops.hawk.select(ranks.float(), visual, torch.ones_like(visual), budget, length)
+    return chosen[0, count:] - count
+
+
+def score(config: HawkConfig, query: Tensor, key: Tensor, weights: Tensor, visual: Tensor, count: int) -> Tensor:
+    """[1, S] fp32 scores, by the query of the question's `count` tokens, which stand in front."""
+    normalization = config.used_normalization
+    if config.used_query in ("each", "content"):
+        asked = query[:, :, max(0, count - MOST_TOKENS) : count]
+        every = torch.ones(1, asked.shape[2], dtype=torch.bool, device=query.device)
+        specific = config.used_query == "content"
+        return torch.ops.hawk.score_each(asked, key, visual, every, weights, normalization, specific)
+    return torch.ops.hawk.score_projected(query, key, visual, ~visual, weights, normalization)
+
+
+def ranked(config: HawkConfig, scores: Tensor | None, hidden: Tensor, visual: Tensor, budget: Tensor) -> Tensor:
+    """[1, S], by the selector's ranking."""
+    ranking = config.method.ranking
+    assert ranking is not None
+    readable = {
+        "scores": scores,
+        "embeddings": hidden.unsqueeze(0),
+        "visual_mask": visual,
+        "question_mask": ~visual,
+        "budget": budget,
+    }
+    options = dict(config.method.options)
+    names = [name for name in inspect.signature(ranking).parameters if name not in options]
+    return ranking(**{name: readable[FORMER_NAMES.get(name, name)] for name in names}, **options)
