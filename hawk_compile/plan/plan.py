@@ -13,7 +13,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.given import given_question
 from hawk_compile.plan.ids import SpecialIds
-from hawk_compile.plan.question import Question, counted, find_question
+from hawk_compile.plan.question import Question, counted, each_image_apart, find_question
 from hawk_compile.plan.quotas import Quotas
 from hawk_compile.settings.config import HawkConfig
 
@@ -23,7 +23,7 @@ class Plan:
     """What a prefill of B rows and S positions will do.
 
     Attributes:
-        question_mask: [B, S] bool, text tokens whose queries are averaged; [B, G, S] where images have G questions.
+        question_mask: [B, S] bool, text tokens whose queries are averaged; [B, G, S] where images are scored in G groups.
         question_images: [B, G, S] bool, the visual tokens that each question scores; None where there is one a row.
         question: where it stands, and how it was found.
         budget: [B] int64, visual tokens each row keeps, or the most of them if there is a `least`.
@@ -117,6 +117,8 @@ def make_plan(
     else:
         question = find_question(input_ids, visual, asked, ids, chat, config.question == "own")
     check_placeholders(visual, features, images)
+    if config.normalize_per == "image" and images is not None:
+        question = each_image_apart(question, images.image)
     removable = visual if candidates is None else candidates
     tokens, present = (removable & real).sum(1).tolist(), real.sum(1).tolist()
     guaranteed = [0] * len(tokens) if images is None else images.total.tolist()
@@ -152,8 +154,8 @@ def check_placeholders(visual: Tensor, features: int, images: Quotas | None) -> 
         )
     if images is not None and (known := int((images.image >= 0).sum())) != images.tokens:
         raise InputError(
-            f"min_per_image and quota find the tokens of images by placeholder ids of their own; for {images.tokens} "
-            f"tokens the prompt has {known} such ids: leave both settings out for prompts like this"
+            f"min_per_image, quota and normalize_per find the tokens of images by placeholder ids of their own; for {images.tokens} "
+            f"tokens the prompt has {known} such ids: leave these settings out for prompts like this"
         )
 
 

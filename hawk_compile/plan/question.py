@@ -9,7 +9,7 @@ itself goes before all (`given.py`).
 All of it runs on the host, on ids that were copied there once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,6 +67,32 @@ def find_question(
     if most == 1:
         return Question(torch.from_numpy(mask[:, 0]), None, source, rule)
     return Question(torch.from_numpy(mask), torch.from_numpy(images), source, rule)
+
+
+def each_image_apart(question: Question, image: Tensor) -> Question:
+    """The same question, asked of every image by itself: scores are then normalised over one image's tokens.
+
+    Args:
+        image: [B, S] int64, which image a position belongs to, counted over the batch; -1 elsewhere.
+    """
+    texts, seen_by = question.mask.numpy(), None if question.images is None else question.images.numpy()
+    rows = []
+    for row, places in enumerate(image.numpy()):
+        groups = []
+        for number in np.unique(places[places >= 0]):
+            seen = places == number
+            text = texts[row] if seen_by is None else texts[row, seen_by[row, :, seen.argmax()].argmax()]
+            groups.append((text, seen))
+        rows.append(groups)
+    most = max(map(len, rows), default=1)
+    if most < 2:
+        return question if question.images is None else replace(question, mask=question.mask[:, 0], images=None)
+    mask = np.zeros((len(rows), most, image.shape[1]), bool)
+    images = np.zeros_like(mask)
+    for row, groups in enumerate(rows):
+        for place, (text, seen) in enumerate(groups):
+            mask[row, place], images[row, place] = text, seen
+    return replace(question, mask=torch.from_numpy(mask), images=torch.from_numpy(images))
 
 
 def counted(question_mask: Tensor, query: str) -> Tensor:

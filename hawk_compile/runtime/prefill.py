@@ -165,6 +165,8 @@ def rule_of(config: HawkConfig, left: list[str]) -> str:
         more.append(f"budget={config.budget}")
     if config.per_image:
         more += [f"min_per_image={config.min_per_image}", f'quota="{config.quota}"']
+    if config.normalize_per == "image":
+        more.append('normalize_per="image"')
     if left:
         more.append(f"{' and '.join(left)} not among modalities={config.modalities}")
     return f"ratio={config.ratio:g}" + (f" with {', '.join(more)}" if more else "")

@@ -137,6 +137,6 @@ def refuse_two_kinds_of_layer_features(outputs: dict[str, ModelOutput]) -> None:
 def refuse_quotas_of_audio(asked: set[str]) -> None:
     if "audio" in asked:
         raise UnsupportedCallError(
-            "min_per_image and quota are of images and frames, and audio competes with them for one budget: leave both "
-            'out, or "audio" out of modalities'
+            "min_per_image, quota and normalize_per are of images and frames, and audio competes with them for one "
+            'budget: leave them out, or "audio" out of modalities'
         )

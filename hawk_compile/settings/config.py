@@ -45,6 +45,8 @@ class HawkConfig:
             head_weights.json of that Hugging Face Hub repository. A tensor or a sequence of numbers.
         normalization: how each head's scores are made comparable over a row's visual tokens: "l2" (the paper's
             default), "softmax" or "minmax". None: as the selector has it, "l2" for "hawk".
+        normalize_per: over which tokens: "prompt": all visual tokens of a row that one question scores; "image": those
+            of every image (or frame of a video) by itself, as a server has it, which sees images one by one.
         modalities: whose tokens may be removed: a tuple of "image", "video" and "audio". Those of several compete for
             one budget; those of others stay whole, and do not vote. "Visual tokens" are those of all asked for.
         selector: how visual tokens are ranked: "hawk" (by its score) or another name, a selector with options such as
@@ -74,6 +76,7 @@ class HawkConfig:
     quota: str = "prompt"
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
     normalization: str | None = None
+    normalize_per: str = "prompt"
     modalities: tuple[str, ...] = ("image", "video")
     selector: str | Selector | RankingFunction = "hawk"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class HawkConfig:
         check_choice("backend", self.backend, BACKENDS)
         if self.normalization is not None:
             check_choice("normalization", self.normalization, NORMALIZATIONS)
+        check_choice("normalize_per", self.normalize_per, QUOTAS)
         if self.query is not None:
             check_choice("query", self.query, QUERIES)
         check_modalities(self.modalities)
@@ -126,7 +130,7 @@ class HawkConfig:
     @property
     def per_image(self) -> bool:
         """Whether anything is said of single images."""
-        return self.quota == "image" or self.min_per_image > 0
+        return "image" in (self.quota, self.normalize_per) or self.min_per_image > 0
 
     def floor(self, count: int) -> int:
         """How many visual tokens an image with `count` of them keeps at least."""

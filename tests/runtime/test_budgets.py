@@ -140,6 +140,35 @@ def test_every_image_keeps_its_best(name: str, row: Row, sizes: list[int] | None
     assert {each for each in out.keep_indices[0].tolist() if any(each in image for image in images)} == kept
 
 
+def one_image(inputs: dict[str, Tensor], places: list[list[int]], which: int) -> dict[str, Tensor]:
+    """The prompt with one of its images alone."""
+    others = torch.tensor([place for image, each in enumerate(places) if image != which for place in each])
+    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    stays[others] = False
+    alone = {key: value[:, stays] if value.shape[1:2] == stays.shape else value for key, value in inputs.items()}
+    patches = inputs["image_grid_thw"].prod(1).tolist()
+    alone["pixel_values"] = inputs["pixel_values"].split(patches)[which]
+    alone["image_grid_thw"] = inputs["image_grid_thw"][which : which + 1]
+    return alone
+
+
+@pytest.mark.parametrize("normalization", ["l2", "minmax"])
+def test_images_scored_by_themselves(normalization: str) -> None:
+    """normalize_per="image": the scores of each image are those that it has in a prompt of its own."""
+    name, settings = "qwen2_5_vl", {"normalization": normalization, "ratio": 0.5}
+    inputs = prompt(name, Row(images=((4, 6), (2, 3), (2, 2))))
+    images = parts(name, inputs, [24, 6, 4])
+    apart = Rewritten(plain(name), normalize_per="image", **settings)(unread(inputs)).scores[0]
+    together = Rewritten(plain(name), **settings)(unread(inputs)).scores[0]
+    model = Rewritten(plain(name), **settings)
+    for which, places in enumerate(images):
+        alone = one_image(inputs, images, which)
+        scores = model(alone).scores[0]
+        expected = scores[zoo.visual_mask(name, plain(name), alone)[0]]
+        torch.testing.assert_close(apart[places], expected, **ROUNDING)
+        assert not together[places].allclose(expected, rtol=1e-2)
+
+
 def test_images_of_several_rows() -> None:
     """With padding, and a row without any."""
     name = "qwen2_5_vl"
@@ -175,7 +204,7 @@ def test_what_a_greedy_order_did_not_take_goes_by_score() -> None:
 def test_images_that_cannot_be_told_apart() -> None:
     """GLM-4V holds the places of a video's features by the ids of images."""
     model = fresh("glm4v", 0.5, quota="image")
-    with pytest.raises(InputError, match="min_per_image and quota find the tokens of images by placeholder ids"):
+    with pytest.raises(InputError, match="min_per_image, quota and normalize_per find the tokens of images"):
         model(**prompt("glm4v", Row(video=(2, 2, 3))))
 
 

@@ -73,4 +73,137 @@ def llava(folder: Path) -> Path:
     return save(hf.LlavaForConditionalGeneration(config), processor, folder, "vision_tower.")
 
 
-KINDS: dict[str, Callable[[Path], Path]] = {"llava": llava}
+def llava_next(folder: Path) -> Path:
+    """Tiles, whose rows end in an embedding of their own."""
+    words = tokenizer("<image>", image_token="<image>")
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION, image_size=84), text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+        image_grid_pinpoints=[[84, 168], [168, 84], [168, 168]],
+    )  # fmt: skip
+    pixels = hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}, image_grid_pinpoints=config.image_grid_pinpoints
+    )
+    processor = hf.LlavaNextProcessor(
+        pixels, words, patch_size=14, vision_feature_select_strategy="default", chat_template=words.chat_template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return save(hf.LlavaNextForConditionalGeneration(config), processor, folder, "vision_tower.")
+
+
+def qwen(version: str, folder: Path) -> Path:
+    """Three axes of position."""
+    words = tokenizer(
+        "<|vision_start|><|image_pad|><|vision_end|>", image_token="<|image_pad|>", video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+    )  # fmt: skip
+    ids = {
+        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+                            ("vision_end", "vision_end"))
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    text = {**TEXT, "rope_parameters": rope}
+    if version == "2":
+        vision = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 128, "patch_size": 14}
+        model = hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
+        kind = hf.Qwen2VLProcessor
+    else:
+        vision = {
+            "hidden_size": 64, "depth": 3, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
+            "patch_size": 14, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+        }  # fmt: skip
+        text["rope_parameters"] = {**rope, "mrope_interleaved": True}
+        model = hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+        kind = hf.Qwen3VLProcessor
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
+        "temporal_patch_size": 2,
+    }  # fmt: skip
+    video = (hf.Qwen2VLVideoProcessor if version == "2" else hf.Qwen3VLVideoProcessor)(**sizes)
+    processor = kind(hf.Qwen2VLImageProcessor(**sizes), words, video, chat_template=words.chat_template)
+    return save(model, processor, folder)
+
+
+def internvl(folder: Path) -> Path:
+    words = tokenizer(
+        "<IMG_CONTEXT>", start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**{**VISION, "patch_size": [14, 14]}, image_size=[112, 112]),
+        text_config=hf.Qwen2Config(**TEXT), image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.GotOcr2ImageProcessor(size={"height": 112, "width": 112}, crop_to_patches=True, max_patches=4)
+    processor = hf.InternVLProcessor(
+        pixels, words, hf.InternVLVideoProcessor(size={"height": 112, "width": 112}), image_seq_length=16,
+        chat_template=words.chat_template,
+    )  # fmt: skip
+    return save(hf.InternVLForConditionalGeneration(config), processor, folder)
+
+
+def gemma3(folder: Path) -> Path:
+    """Visual tokens that see each other both ways, norms of queries and keys, scaled embeddings."""
+    words = tokenizer(
+        "<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+    )
+    text = {**TEXT, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
+    config = hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(**VISION, image_size=112), text_config=hf.Gemma3TextConfig(**text),
+        mm_tokens_per_image=16, boi_token_index=words.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=words.convert_tokens_to_ids("<end_of_image>"),
+        image_token_index=words.convert_tokens_to_ids("<image_soft_token>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.Gemma3ImageProcessor(size={"height": 112, "width": 112})
+    processor = hf.Gemma3Processor(pixels, words, chat_template=words.chat_template, image_seq_length=16)
+    return save(hf.Gemma3ForConditionalGeneration(config), processor, folder, "vision_tower.")
+
+
+def idefics3(folder: Path, family: str = "Idefics3") -> Path:
+    """Tags of tiles between the visual tokens of one image."""
+    tags = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    words = tokenizer("<image>", image_token="<image>", fake_image_token="<fake_token_around_image>",
+                      global_image_token="<global-img>", end_of_utterance="<end_of_utterance>",
+                      **{f"tag_{number}": tag for number, tag in enumerate(tags)})  # fmt: skip
+    text = hf.LlamaConfig(**{**TEXT, "vocab_size": 128})
+    config = getattr(hf, f"{family}Config")(
+        vision_config={**VISION, "image_size": 112}, text_config=text, scale_factor=2, pad_token_id=0,
+        image_token_id=words.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = getattr(hf, f"{family}ImageProcessor")(size={"longest_edge": 224}, max_image_size={"longest_edge": 112})
+    options: dict[str, Any] = {"image_seq_len": 16, "chat_template": words.chat_template}
+    if family == "SmolVLM":
+        options["video_processor"] = hf.SmolVLMVideoProcessor(
+            size={"longest_edge": 112}, max_image_size={"longest_edge": 112}, video_sampling={"max_frames": 4, "fps": 1}
+        )
+    processor = getattr(hf, f"{family}Processor")(pixels, words, **options)
+    return save(getattr(hf, f"{family}ForConditionalGeneration")(config), processor, folder)
+
+
+def mistral3(folder: Path) -> Path:
+    """Ends of lines between the visual tokens of one image."""
+    words = tokenizer("[IMG]", image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
+    config = hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**VISION, image_size=224, head_dim=32),
+        text_config=hf.MistralConfig(**{**TEXT, "sliding_window": None}), spatial_merge_size=2,
+        image_token_index=words.convert_tokens_to_ids("[IMG]"), vision_feature_layer=-1, tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.PixtralImageProcessor(size={"longest_edge": 224}, patch_size={"height": 28, "width": 28})
+    processor = hf.PixtralProcessor(
+        pixels, words, patch_size=14, spatial_merge_size=2, chat_template=words.chat_template
+    )
+    return save(hf.Mistral3ForConditionalGeneration(config), processor, folder)
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "qwen2_vl": lambda folder: qwen("2", folder),
+    "qwen3_vl": lambda folder: qwen("3", folder),
+    "internvl": internvl,
+    "gemma3": gemma3,
+    "idefics3": idefics3,
+    "smolvlm": lambda folder: idefics3(folder, "SmolVLM"),
+    "mistral3": mistral3,
+}

@@ -112,7 +112,7 @@ def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Seque
     made = make_config_of_ratios(config, {**defaults, **settings}, ratios)
     if made.budget is not None or made.per_image:
         raise ConfigError(
-            "budget, min_per_image and quota must be left out of a benchmark, whose other columns keep what a ratio "
+            "budget, min_per_image, quota and normalize_per must be left out of a benchmark, whose other columns keep what a ratio "
             "leaves"
         )
     if made.backend == "inductor" and compiler().startswith("none"):
