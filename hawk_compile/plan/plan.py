@@ -23,7 +23,7 @@ class Plan:
     """What a prefill of B rows and S positions will do.
 
     Attributes:
-        question_mask: [B, S] bool, text tokens whose queries are averaged; [B, G, S] where images are scored in G groups.
+        question_mask: [B, S] bool, text tokens whose queries are averaged; [B, G, S] in G groups of images.
         question_images: [B, G, S] bool, the visual tokens that each question scores; None where there is one a row.
         question: where it stands, and how it was found.
         budget: [B] int64, visual tokens each row keeps, or the most of them if there is a `least`.
@@ -154,8 +154,8 @@ def check_placeholders(visual: Tensor, features: int, images: Quotas | None) -> 
         )
     if images is not None and (known := int((images.image >= 0).sum())) != images.tokens:
         raise InputError(
-            f"min_per_image, quota and normalize_per find the tokens of images by placeholder ids of their own; for {images.tokens} "
-            f"tokens the prompt has {known} such ids: leave these settings out for prompts like this"
+            "min_per_image, quota and normalize_per find the tokens of images by placeholder ids of their own; for "
+            f"{images.tokens} tokens the prompt has {known} such ids: leave these settings out for prompts like this"
         )
 
 

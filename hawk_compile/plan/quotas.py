@@ -44,8 +44,8 @@ def quotas(
     known = 0
     if len({placeholders.get(modality) for modality in sizes}) < len(sizes):
         raise InputError(
-            f"min_per_image, quota and normalize_per need prompts whose {' and '.join(sizes)} tokens have ids of their own, and this "
-            "model's have the same: give one kind of them in a call, or leave these settings out"
+            f"min_per_image, quota and normalize_per need prompts whose {' and '.join(sizes)} tokens have ids of their "
+            "own, and this model's have the same: give one kind of them in a call, or leave these settings out"
         )
     for modality, counts in sizes.items():
         mask = torch.isin(input_ids, torch.tensor(placeholders[modality], device=input_ids.device))

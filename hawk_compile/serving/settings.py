@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 from hawk_compile.errors import ConfigError
 from hawk_compile.settings.closest import meant
-from hawk_compile.settings.config import HawkConfig, check_ratio
+from hawk_compile.settings.config import QUESTIONS, HawkConfig, check_choice, check_ratio
+from hawk_compile.settings.head_weights import as_tensor
 from hawk_compile.settings.selectors import selector_named
 
 KEY = "hawk"
@@ -49,13 +51,24 @@ def serving_config(given: Any) -> HawkConfig:
             raise ConfigError(
                 f"{KEY} has no setting {name!r}; a server's settings are {', '.join(TAKEN)}{meant(str(name), TAKEN)}"
             )
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    check_choice("question", given.get("question", "own"), QUESTIONS)
+    settings = {
+        name: tuple(each) if isinstance(each, list) else each for name, each in given.items() if name != "question"
+    }
     if isinstance(chosen := settings.get("selector"), Mapping):
         if not isinstance(chosen.get("name"), str):
             raise ConfigError(f'selector must be a name, or hold one as {{"name": "idpruner"}}, got {chosen!r}')
         options = {name: value for name, value in chosen.items() if name != "name"}
         settings["selector"] = selector_named(chosen["name"], options)
-    return HawkConfig(**{"quota": "image", "question": "own", **settings})
+    return HawkConfig(quota="image", **settings)
+
+
+def by_own_turn(given: Mapping[str, Any]) -> bool:
+    """Whether an image is scored by the text of its own turn, whatever is asked later, else by the newest user's text.
+
+    An image whose question stays is the same item in each turn of a conversation, so that caches of prefixes hold it.
+    """
+    return given.get("question", "own") == "own"
 
 
 def with_ratio(config: HawkConfig, ratio: Any) -> HawkConfig:
@@ -75,8 +88,8 @@ def reads_question(config: HawkConfig) -> bool:
 def digest(config: HawkConfig) -> str:
     """What tells items apart that these settings prune otherwise; the same in every process."""
     method = config.method
-    weights = config.used_head_weights
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights if isinstance(weights, tuple) else str(weights)
+    given = config.used_head_weights
+    weights = str(given) if isinstance(given, str | PathLike) else as_tensor(given).tolist()
     said = (
         config.ratio, config.min_per_image, method.name, dict(method.options), config.used_normalization,
         config.used_query, weights,

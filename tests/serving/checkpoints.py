@@ -51,9 +51,7 @@ def save(model: Any, processor: Any, folder: Path, tower: str = "") -> Path:
     processor.save_pretrained(folder)
     if tower:
         file = folder / "model.safetensors"
-        nested = {
-            name.replace(tower, f"{tower}vision_model.", 1): value for name, value in load_file(file).items()
-        }
+        nested = {name.replace(tower, f"{tower}vision_model.", 1): value for name, value in load_file(file).items()}
         save_file(nested, file, metadata={"format": "pt"})
     return folder
 
@@ -66,8 +64,8 @@ def llava(folder: Path) -> Path:
         image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
     )  # fmt: skip
     processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessor(size={"height": 112, "width": 112}, crop_size={"height": 112, "width": 112}), words, patch_size=14,
-        vision_feature_select_strategy="default", chat_template=words.chat_template, image_token="<image>",
+        hf.CLIPImageProcessor(size={"height": 112, "width": 112}, crop_size={"height": 112, "width": 112}),
+        words, patch_size=14, vision_feature_select_strategy="default", chat_template=words.chat_template, image_token="<image>",
         num_additional_image_tokens=1,
     )  # fmt: skip
     return save(hf.LlavaForConditionalGeneration(config), processor, folder, "vision_tower.")
@@ -82,7 +80,9 @@ def llava_next(folder: Path) -> Path:
         image_grid_pinpoints=[[84, 168], [168, 84], [168, 168]],
     )  # fmt: skip
     pixels = hf.LlavaNextImageProcessor(
-        size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}, image_grid_pinpoints=config.image_grid_pinpoints
+        size={"shortest_edge": 84},
+        crop_size={"height": 84, "width": 84},
+        image_grid_pinpoints=config.image_grid_pinpoints,
     )
     processor = hf.LlavaNextProcessor(
         pixels, words, patch_size=14, vision_feature_select_strategy="default", chat_template=words.chat_template,

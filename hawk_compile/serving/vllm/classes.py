@@ -1,6 +1,6 @@
 """The classes by which checkpoints are served pruned, by the name of the one that vLLM has for them.
 
-    hawk_compile.serving.vllm.classes:PrunedQwen2VLForConditionalGeneration     made when it is asked for
+hawk_compile.serving.vllm.classes:PrunedQwen2VLForConditionalGeneration     made when it is asked for
 """
 
 from dataclasses import replace

@@ -91,7 +91,7 @@ def let_positions_have_axes(model: nn.Module) -> None:
 
 
 def last_dimension(dims: Any) -> Any:
-    return {-1: name for name in dims.values()} if isinstance(dims, dict) else -1
+    return dict.fromkeys((-1,), next(iter(dims.values()))) if isinstance(dims, dict) else -1
 
 
 def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
@@ -112,9 +112,7 @@ def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
     }
     mask = None if bool(visual.all()) else visual
     place = PlaceholderRange(offset=0, length=len(visual), is_embed=mask)
-    return MultiModalFeatureSpec(
-        data=MultiModalKwargsItem(data), modality=modality, identifier="", mm_position=place
-    )
+    return MultiModalFeatureSpec(data=MultiModalKwargsItem(data), modality=modality, identifier="", mm_position=place)
 
 
 def chat_and_ids(info: Any, settings: HawkConfig) -> tuple[SpecialIds, ChatFormat | None]:

@@ -101,7 +101,7 @@ class PrunedModel:
         return found, int(found.max()) + 1
 
     def whole_positions(self, tokens: list[int], features: Sequence[Any]) -> tuple[Tensor, int]:
-        """([3, S] positions of a whole prompt, what is added to a slot to have its position), by the model's own rule."""
+        """([3, S] positions of a whole prompt, what is added to later places), by the model's own rule."""
         own = getattr(super(), "get_mrope_input_positions", None)
         if own is not None:
             return own(tokens, features)

@@ -2,8 +2,8 @@
 
 vLLM asks a model twice. Before anything is encoded it wants the positions of all of a prompt: text has its own from the
 start, the places of an item stand in for them. When an item's embeddings are taken from the cache of encoder outputs,
-it wants them again, and by then it is known which tokens were kept: their positions, counted from the item's start, travel
-with the embeddings, as digits in columns behind them.
+it wants them again, and by then it is known which tokens were kept: their positions, counted from the item's start,
+travel with the embeddings, as digits in columns behind them.
 
     embedding [n, D]  ->  [n, D + 8]: three axes and the item's extent, each as two digits of base 256
 

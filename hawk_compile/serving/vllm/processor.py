@@ -1,12 +1,13 @@
 """The processor of a served checkpoint: its own, with the question in each item's identity and fewer placeholders.
 
-    prompt ids, images  ->  each item's question and ratio             found here, before any cache is asked
-                        ->  hash of each item                          covers both: other question, other item
-                        ->  pixels, placeholders                       by the checkpoint's own processor
-                        ->  fewer placeholders, and what the model needs to know (items.py)
+prompt ids, images  ->  each item's question and ratio             found here, before any cache is asked
+                    ->  hash of each item                          covers both: other question, other item
+                    ->  pixels, placeholders                       by the checkpoint's own processor
+                    ->  fewer placeholders, and what the model needs to know (items.py)
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from vllm.multimodal.processing.processor import iter_token_matches
 
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.questions import Reader, Span
-from hawk_compile.serving.settings import KEY, RATIO, digest, reads_question, serving_config, with_ratio
+from hawk_compile.serving.settings import KEY, RATIO, by_own_turn, digest, reads_question, serving_config, with_ratio
 from hawk_compile.serving.vllm.compat import chat_and_ids, without_video_pruning
 from hawk_compile.serving.vllm.items import place_of
 from hawk_compile.serving.vllm.tally import Tally
@@ -41,10 +42,11 @@ class PrunedProcessor:
 
     def prepare(self) -> None:
         """Read the settings, and what tells where users' texts stand."""
-        self.config = serving_config(self.info.get_hf_config().hawk)
+        given = self.info.get_hf_config().hawk
+        self.config = serving_config(given)
         self.info.ctx = without_video_pruning(self.info.ctx)
         ids, chat = chat_and_ids(self.info, self.config)
-        self.reader = Reader(ids, chat, self.config.question == "own", self.config.used_query)
+        self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
         self.tally = Tally()
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
@@ -92,8 +94,11 @@ class PrunedProcessor:
         targets = self.targets(inputs, kwargs)
         spans: dict[str, list[Span]] = {}
         for name, count in counts.items():
-            found = [] if name not in targets else [
-                (match.start_idx, match.end_idx) for match in iter_token_matches(inputs.prompt, targets[name])]
+            found = (
+                []
+                if name not in targets
+                else [(match.start_idx, match.end_idx) for match in iter_token_matches(inputs.prompt, targets[name])]
+            )
             if len(found) != count:
                 raise InputError(
                     f"the prompt has {len(found)} placeholders for {count} items of modality {name}: give one for each "
@@ -106,8 +111,9 @@ class PrunedProcessor:
         """Modality -> the ids that stand for an item in a prompt."""
         from vllm.multimodal.inputs import MultiModalKwargsItems
 
-        updates = self._get_prompt_updates(inputs.mm_data_items, kwargs, MultiModalKwargsItems({}))  # type: ignore[attr-defined]
-        targets = {update.modality: update.target(0) if callable(update.target) else update.target for update in updates}
+        ask = self._get_prompt_updates  # type: ignore[attr-defined]
+        updates = ask(inputs.mm_data_items, kwargs, MultiModalKwargsItems({}))
+        targets = {each.modality: each.target(0) if callable(each.target) else each.target for each in updates}
         return {name: target for name, target in targets.items() if isinstance(target, list)}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
@@ -167,7 +173,9 @@ class PrunedProcessor:
             for name, items in updates.items()
         }  # fmt: skip
 
-    def shortened(self, updates: Sequence[Any], question: tuple[int, ...], config: Any, kwargs_of_item: Any) -> list[Any]:
+    def shortened(
+        self, updates: Sequence[Any], question: tuple[int, ...], config: Any, kwargs_of_item: Any
+    ) -> list[Any]:
         """The updates of an item, of which one will be applied, with the number of placeholders that is kept."""
         made, items = [], []
         for update in updates:
@@ -213,7 +221,7 @@ def check_apart(placeholders: Mapping[str, Sequence[Any]]) -> None:
         InputError: such items.
     """
     spans = sorted(span for ranges in placeholders.values() for each in ranges for span in each.extract_embeds_range())
-    for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, stop), (start, _) in itertools.pairwise(spans):
         if start == stop + 1:
             raise InputError(
                 "two images of this prompt touch, with no text between their visual tokens: put text between them, or "
@@ -228,5 +236,3 @@ def pruned(processor: Any) -> Any:
     made.__dict__.update(processor.__dict__)
     made.prepare()
     return made
-
-
