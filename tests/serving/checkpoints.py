@@ -65,7 +65,8 @@ def llava(folder: Path) -> Path:
     )  # fmt: skip
     processor = hf.LlavaProcessor(
         hf.CLIPImageProcessor(size={"height": 112, "width": 112}, crop_size={"height": 112, "width": 112}),
-        words, patch_size=14, vision_feature_select_strategy="default", chat_template=words.chat_template, image_token="<image>",
+        words, patch_size=14, vision_feature_select_strategy="default", chat_template=words.chat_template,
+        image_token="<image>",
         num_additional_image_tokens=1,
     )  # fmt: skip
     return save(hf.LlavaForConditionalGeneration(config), processor, folder, "vision_tower.")
