@@ -1,5 +1,5 @@
 """The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `bench`, `show`, `export`,
-`run`, `survey`, `env` and `passes`.
+`run`, `serve`, `survey`, `env` and `passes`.
 
 What the user got wrong is said in one line on stderr, with exit code 2.
 """
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 COMMANDS = (
     measure.demo, look.inspect, measure.calibrate, measure.evaluate, measure.bench, look.show, leave.export, leave.run,
-    measure.survey, look.env, look.passes,
+    leave.serve, measure.survey, look.env, look.passes,
 )  # fmt: skip
 
 
@@ -42,8 +42,9 @@ def options(
     """What stands before a command."""
 
 
+OTHERS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 for command in COMMANDS:
-    app.command()(clear_errors(command))
+    app.command(context_settings=OTHERS_ARGUMENTS if command is leave.serve else None)(clear_errors(command))
 
 
 def main() -> None:

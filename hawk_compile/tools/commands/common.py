@@ -58,24 +58,37 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
     from hawk_compile.settings.selectors import selector_named
 
     settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not name or not equals:
-            raise ConfigError(f"set must be NAME=VALUE, got {pair!r}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
+    for name, value in values_of(pairs).items():
         try:
             if name == "budget" and value is not None:
                 value = Adaptive(**value) if isinstance(value, dict) else Adaptive(value)
             elif name == "selector" and isinstance(value, dict):
                 value = selector_named(value.pop("name", ""), value)
         except TypeError as error:
-            raise ConfigError(f"set {name}={text} cannot be read: {error}") from None
+            raise ConfigError(f"set {name}={value} cannot be read: {error}") from None
         settings[name] = tuple(value) if isinstance(value, list) else value
     check_names(settings)
     return settings
+
+
+def values_of(pairs: list[str]) -> dict[str, Any]:
+    """Values by name from texts "name=value", in which a value is JSON or, where it is none, text.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    from hawk_compile.errors import ConfigError
+
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"set must be NAME=VALUE, got {pair!r}")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
 def rows(facts: dict[str, str]) -> Table:

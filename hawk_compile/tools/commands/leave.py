@@ -1,4 +1,4 @@
-"""`hawk-compile export` and `run`: a model without PyTorch."""
+"""`hawk-compile export`, `run` and `serve`: a model elsewhere than in a Python program of one's own."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from hawk_compile.tools.commands.common import (
     Settings,
     console,
     settings_of,
+    values_of,
 )
 
 
@@ -52,3 +53,19 @@ def run(
     from hawk_compile.tools.export_commands import run_export
 
     run_export(console(), folder, image, question, ratio=ratio, tokens=tokens)
+
+
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or a Hub repository.")],
+    ratio: Ratio = 0.8,
+    more: Annotated[
+        list[str],
+        typer.Option("--set", metavar="NAME=VALUE", help="Another setting, such as selector=divprune (repeatable)."),
+    ] = [],  # noqa: B006
+    show: Annotated[bool, typer.Option("--print", help="Print vLLM's command, and do not run it.")] = False,
+) -> None:
+    """Serve a checkpoint pruned, in vLLM; its own arguments may follow."""
+    from hawk_compile.tools.serve import serve as run_server
+
+    run_server(typer.echo, checkpoint, {"ratio": ratio, **values_of(more)}, context.args, run=not show)
