@@ -147,7 +147,8 @@ def internvl(folder: Path) -> Path:
 def gemma3(folder: Path) -> Path:
     """Visual tokens that see each other both ways, norms of queries and keys, scaled embeddings."""
     words = tokenizer(
-        "<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+        "<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
+        **{f"newline_{count}": "\n" * count for count in range(1, 5)},
     )
     text = {**TEXT, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
     config = hf.Gemma3Config(
