@@ -82,12 +82,27 @@ def from_first_rank(chosen: Tensor) -> Tensor:
 
 
 def let_positions_have_axes(model: nn.Module) -> None:
-    """Compiled decoders that take their first dimension for the sequence take the last one instead: with axes,
-    positions are [3, S]."""
+    """Compiled decoders that take the first dimension of positions for the sequence take the last one instead, which is
+    the same for [S] and right for [3, S]. Their class is told, in place: it compiles by what it was decorated with."""
     for module in model.modules():
         dims = getattr(module, "_dynamic_arg_dims", None)
         if dims and "positions" in dims:
-            module._dynamic_arg_dims = {**dims, "positions": last_dimension(dims["positions"])}
+            dims["positions"] = last_dimension(dims["positions"])
+
+
+def check_axes(model: Any) -> None:
+    """Refuse a decoder whose rotary embeddings would read positions with axes as those of more tokens.
+
+    Raises:
+        UnsupportedModelError: such a decoder.
+    """
+    for name, module in model.get_language_model().named_modules():
+        if name.rpartition(".")[2] == "rotary_emb" and getattr(module, "mrope_section", None) is None:
+            raise UnsupportedModelError(
+                f"{name} is a {type(module).__name__}, which has no axes of position, so that the original positions "
+                "of kept tokens cannot be carried: this checkpoint cannot be served pruned; leave hawk out of "
+                "hf_overrides"
+            )
 
 
 def last_dimension(dims: Any) -> Any:

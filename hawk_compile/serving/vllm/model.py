@@ -37,6 +37,7 @@ class PrunedModel:
 
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_weights(*args, **kwargs)  # type: ignore[misc]
+        compat.check_axes(self)
         decoder = compat.decoder_of(self)
         self.width = decoder.width
         self.projections = Projections(decoder.first_layer, positions.AXES, decoder.heads, decoder.kv_heads)

@@ -73,10 +73,17 @@ def give_axes(model: Any) -> None:
     if uses_mrope(model.hf_config):
         return
     text = model.hf_text_config
-    parameters = dict(getattr(text, "rope_parameters", None) or {})
+    parameters = getattr(text, "rope_parameters", None) or {}
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    half = int(head * parameters.get("partial_rotary_factor", 1.0)) // 2
-    text.rope_parameters = {**parameters, "mrope_section": [half, 0, 0]}
+
+    def one_axis(of_layers: dict[str, Any]) -> dict[str, Any]:
+        half = int(head * of_layers.get("partial_rotary_factor", 1.0)) // 2
+        return {**of_layers, "mrope_section": [half, 0, 0]}
+
+    by_kind = parameters and all(isinstance(each, dict) for each in parameters.values())  # of layers
+    text.rope_parameters = (
+        {kind: one_axis(each) for kind, each in parameters.items()} if by_kind else one_axis(parameters)
+    )
 
 
 def let_cpu_take_positions() -> None:
