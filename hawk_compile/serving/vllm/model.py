@@ -56,6 +56,7 @@ class PrunedModel:
         assert self.probed
         facts = {name: kwargs.pop(PREFIX + name, None) for name in FIELDS}
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        self.embedding_width = features[0].shape[-1]  # with what deeper layers add
         if facts["keep"] is None:
             return features
         return tuple(
@@ -84,7 +85,6 @@ class PrunedModel:
             whole[visual.to(device)] = features
             whole[~visual.to(device), : self.width] = self.words(facts["inner_ids"].to(device), features)
             rows = whole[stays]
-        self.embedding_width = features.shape[1]
         axes, extent = self.item_positions(kwargs, index, visual, facts["inner_ids"].tolist())
         return positions.with_positions(rows, axes.to(device)[:, stays], extent)
 

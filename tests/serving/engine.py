@@ -1,0 +1,107 @@
+"""vLLM and `optimize` on the same prompts: ids and log-probabilities of what both answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import hawk_compile
+from hawk_compile.tools.demo.scenes import pick_questions
+
+TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One turn with pictures, each in front of a question of its own."""
+
+    images: list[Image.Image]
+    texts: list[str]
+
+    def rendered(self, processor: Any) -> str:
+        parts = [part for text in self.texts for part in ({"type": "image"}, {"type": "text", "text": text})]
+        turn = [{"role": "user", "content": parts}]
+        return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: list[int]
+    logprobs: list[float]
+    """Of the ids."""
+    prompt: int
+    """Tokens of the prompt that the decoder read."""
+
+
+def prompts(count: int, images: int = 1) -> list[Prompt]:
+    """Scenes of the demo."""
+    pairs = pick_questions("test", count * images)
+    groups = [pairs[start : start + images] for start in range(0, count * images, images)]
+    return [Prompt([scene.pil() for scene, _ in group], [each.text for _, each in group]) for group in groups]
+
+
+def optimised(folder: Path, asked: list[Prompt], **settings: Any) -> list[Answer]:
+    """By `optimize`, one prompt at a time."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    with hawk_compile.pruned(model, backend="eager", **settings):
+        for each in asked:
+            inputs = processor(images=each.images, text=each.rendered(processor), return_tensors="pt")
+            out = model.generate(
+                **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+            found = [
+                torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(out.logits, ids, strict=True)
+            ]
+            removed = sum(hawk_compile.report(model).visual_tokens) - sum(hawk_compile.report(model).kept_visual_tokens)
+            answers.append(Answer(ids, found, inputs["input_ids"].shape[1] - int(removed)))
+    return answers
+
+
+def engine(folder: Path, hawk: dict[str, Any] | None, **options: Any) -> Any:
+    """vLLM in this process."""
+    from vllm import LLM
+
+    given: dict[str, Any] = {
+        "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
+        "enable_prefix_caching": False, "seed": 0, "distributed_executor_backend": "uni", **options,
+    }  # fmt: skip
+    return LLM(**given, hf_overrides={"hawk": hawk} if hawk is not None else {})
+
+
+def served(llm: Any, folder: Path, asked: list[Prompt], ratio: float | None = None) -> list[Answer]:
+    """By the engine, all at once."""
+    from transformers import AutoProcessor
+    from vllm import SamplingParams
+
+    processor = AutoProcessor.from_pretrained(folder)
+    requests = [
+        {
+            "prompt": each.rendered(processor), "multi_modal_data": {"image": each.images},
+            "mm_processor_kwargs": {} if ratio is None else {"hawk_ratio": ratio},
+        }
+        for each in asked
+    ]  # fmt: skip
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, logprobs=1)
+    answers = []
+    for out in llm.generate(requests, sampling, use_tqdm=False):
+        ids = list(out.outputs[0].token_ids)
+        found = [step[token].logprob for step, token in zip(out.outputs[0].logprobs, ids, strict=True)]
+        answers.append(Answer(ids, found, len(out.prompt_token_ids)))
+    return answers
+
+
+def farthest(one: list[Answer], other: list[Answer]) -> float:
+    """The largest difference of log-probabilities, where ids and numbers of tokens are the same; else infinite."""
+    if [(each.ids, each.prompt) for each in one] != [(each.ids, each.prompt) for each in other]:
+        return float("inf")
+    return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))

@@ -1,0 +1,121 @@
+"""vLLM with the plugin answers as `optimize` does. Needs vLLM: `make test-vllm`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hawk_compile.errors import HawkError
+from tests.serving.engine import engine, farthest, optimised, prompts, served
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
+]
+
+CLOSE = 1e-4
+"""Log-probabilities in fp32, of two implementations of the same model."""
+ALONE: dict[str, Any] = {"question": "own", "quota": "image", "normalize_per": "image"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process() -> Iterator[None]:
+    """Engines run in this process: a test starts and ends several."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
+    yield
+
+
+@pytest.fixture(
+    scope="module", params=["llava", "llava_next", "qwen2_vl", "qwen3_vl", "internvl", "idefics3", "mistral3"]
+)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.serving.checkpoints import KINDS
+
+    return KINDS[request.param](tmp_path_factory.mktemp("checkpoints") / request.param)
+
+
+def llava(tmp_path: Path) -> Path:
+    from tests.serving.checkpoints import KINDS
+
+    return KINDS["llava"](tmp_path / "llava")
+
+
+def test_as_optimize_and_whole_at_0(checkpoint: Path) -> None:
+    asked = prompts(4)
+    llm = engine(checkpoint, {"ratio": 0.8})
+    for ratio in (0.8, 0.5, 0.0):
+        answers = served(llm, checkpoint, asked, ratio)
+        assert farthest(answers, optimised(checkpoint, asked, ratio=ratio)) < CLOSE
+    assert sum(each.prompt for each in served(llm, checkpoint, asked)) < sum(each.prompt for each in answers)
+
+
+def test_two_images_each_by_itself(tmp_path: Path) -> None:
+    folder, asked = llava(tmp_path), prompts(3, images=2)
+    llm = engine(folder, {"ratio": 0.8}, limit_mm_per_prompt={"image": 2})
+    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8, **ALONE)) < CLOSE
+
+
+@pytest.mark.parametrize("selector", ["hawk_each", "cdpruner", "divprune", "stride"])
+def test_selectors(selector: str, tmp_path: Path) -> None:
+    folder, asked = llava(tmp_path), prompts(3)
+    llm = engine(folder, {"ratio": 0.8, "selector": selector})
+    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8, selector=selector)) < CLOSE
+
+
+def test_chunks_and_prefixes_from_the_cache(tmp_path: Path) -> None:
+    folder, asked = llava(tmp_path), prompts(4)
+    llm = engine(
+        folder, {"ratio": 0.5}, enable_prefix_caching=True, block_size=32, max_num_batched_tokens=32, max_num_seqs=2
+    )
+    expected = optimised(folder, asked, ratio=0.5)
+    for _ in range(2):
+        assert farthest(served(llm, folder, asked), expected) < CLOSE
+
+
+@pytest.mark.parametrize(("kind", "exactly"), [("qwen2_vl", True), ("llava", False)])
+def test_whole_items_are_what_they_are_without_the_plugin(kind: str, exactly: bool, tmp_path: Path) -> None:
+    """Bit for bit where positions have axes; else their tables are multiplied in another order."""
+    from tests.serving.checkpoints import KINDS
+
+    folder, asked = KINDS[kind](tmp_path / kind), prompts(2)
+    plain = engine(folder, None)
+    expected = served(plain, folder, asked)
+    assert not type(plain.llm_engine.model_executor.driver_worker.get_model()).__name__.startswith("Pruned")
+    llm = engine(folder, {"ratio": 0.8})
+    answers = served(llm, folder, asked, 0.0)
+    assert answers == expected if exactly else farthest(answers, expected) < 1e-5
+    assert type(llm.llm_engine.model_executor.driver_worker.get_model()).__name__.startswith("Pruned")
+
+
+@pytest.mark.parametrize("control", ["positions", "question"])
+def test_what_must_fail_fails(control: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that are not restored; a question that is no part of an item's identity."""
+    from hawk_compile.serving.vllm import positions, processor
+
+    folder, asked = llava(tmp_path), prompts(4)
+    restored = positions.restored
+    if control == "positions":
+        monkeypatch.setattr(positions, "restored", lambda rows, ids, known, *rest: (
+            restored(rows, ids, known, *rest)[0], known, restored(rows, ids, known, *rest)[2]))  # fmt: skip
+    else:
+        monkeypatch.setattr(processor, "mixed", lambda item_hash, settings, question: item_hash + settings)
+        asked = [type(each)(asked[0].images, each.texts) for each in prompts(8)]
+    llm = engine(folder, {"ratio": 0.8})
+    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8)) > 1e-3
+
+
+@pytest.mark.parametrize(("hawk", "message"), [
+    ({"ratio": 80}, "to remove 80 %, give 0.8"),
+    ({"ratio": 0.8, "quota": "image"}, "quota cannot be set for a server"),
+    ({"rato": 0.8}, "hawk has no setting 'rato'"),
+])  # fmt: skip
+def test_settings_are_refused_when_the_engine_starts(hawk: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((HawkError, ValueError), match=message):
+        engine(llava(tmp_path), hawk)
