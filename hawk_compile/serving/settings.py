@@ -52,7 +52,7 @@ def serving_config(given: Any) -> HawkConfig:
                 f"{KEY} has no setting {name!r}; a server's settings are {', '.join(TAKEN)}{meant(str(name), TAKEN)}"
             )
     check_choice("question", given.get("question", "own"), QUESTIONS)
-    settings = {
+    settings: dict[str, Any] = {
         name: tuple(each) if isinstance(each, list) else each for name, each in given.items() if name != "question"
     }
     if isinstance(chosen := settings.get("selector"), Mapping):

@@ -41,7 +41,7 @@ def decoder_of(model: Any) -> Decoder:
             "hf_overrides"
         )
     config = model.config.get_text_config()
-    attention = next((each for each in layers[0].modules() if hasattr(each, "num_kv_heads")), None)
+    attention: Any = next((each for each in layers[0].modules() if hasattr(each, "num_kv_heads")), None)
     weight = next(layers[0].parameters())
     if attention is None:
         raise UnsupportedModelError(
@@ -81,7 +81,7 @@ def from_first_rank(chosen: Tensor) -> Tensor:
     return get_tp_group().broadcast(chosen, src=0) if get_tensor_model_parallel_world_size() > 1 else chosen
 
 
-def let_positions_have_axes(model: nn.Module) -> None:
+def let_positions_have_axes(model: Any) -> None:
     """Compiled decoders that take the first dimension of positions for the sequence take the last one instead, which is
     the same for [S] and right for [3, S]. Their class is told, in place: it compiles by what it was decorated with."""
     for module in model.modules():

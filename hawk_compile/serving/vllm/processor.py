@@ -232,7 +232,7 @@ def check_apart(placeholders: Mapping[str, Sequence[Any]]) -> None:
 def pruned(processor: Any) -> Any:
     """A processor of vLLM's as one that prunes."""
     kind = type(processor)
-    made = object.__new__(type(f"Pruned{kind.__name__}", (PrunedProcessor, kind), {}))
+    made: Any = object.__new__(type(f"Pruned{kind.__name__}", (PrunedProcessor, kind), {}))
     made.__dict__.update(processor.__dict__)
     made.prepare()
     return made

@@ -100,7 +100,7 @@ def kept(
     visual = torch.arange(total, device=hidden.device).unsqueeze(0) >= count
     budget = torch.tensor([keep], device=hidden.device)
     method = config.method
-    scores = None
+    scores = torch.zeros_like(visual, dtype=torch.float32)
     if method.ranking is None or method.reads("scores"):
         query, key = projections(hidden)
         scores = add_up(score(config, query, key, weights, visual, count))
@@ -121,7 +121,7 @@ def score(config: HawkConfig, query: Tensor, key: Tensor, weights: Tensor, visua
     return torch.ops.hawk.score_projected(query, key, visual, ~visual, weights, normalization)
 
 
-def ranked(config: HawkConfig, scores: Tensor | None, hidden: Tensor, visual: Tensor, budget: Tensor) -> Tensor:
+def ranked(config: HawkConfig, scores: Tensor, hidden: Tensor, visual: Tensor, budget: Tensor) -> Tensor:
     """[1, S], by the selector's ranking."""
     ranking = config.method.ranking
     assert ranking is not None
