@@ -338,6 +338,23 @@ def test_a_scan_is_a_loop_along_the_first_dimension() -> None:
     assert torch.equal(sums, values.cumsum(0)) and torch.equal(last, values.sum(0))
 
 
+def test_a_view_without_elements_is_made_by_its_sizes() -> None:
+    """A part of heads that is 0 wide; one that is wider is left."""
+
+    class Views(torch.nn.Module):
+        def forward(self, values: Any) -> Any:
+            rows = values.shape[0]
+            return values[:, :, :0].view(rows, 1, 2, 0), values.view(rows, 1, 2, 3)
+
+    program = torch.export.export(Views(), (torch.ones(4, 2, 3),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    module, aten = program.module(check_guards=False), torch.ops.aten
+    views = module.graph.find_nodes(op="call_function", target=aten.view.default)
+    assert [exporters.make_empty_views(module, node) for node in views] == [True, False]
+    module.recompile()
+    empty, whole = module(torch.ones(5, 2, 3))
+    assert empty.shape == (5, 1, 2, 0) and empty.dtype == torch.float32 and whole.shape == (5, 1, 2, 3)
+
+
 def test_complex_numbers_get_another_dimension_as_pairs() -> None:
     graph = fx.Graph()
     numbers = graph.placeholder("numbers")

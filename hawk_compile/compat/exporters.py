@@ -66,19 +66,40 @@ def precompute() -> Callable[[torch.nn.Module, dict[str, Any]], None]:
 def translated_sort(sort: Callable[..., Any]) -> Iterator[None]:
     """Let torch.onnx translate aten.sort.stable by a function of ours, and not rewrite it before.
 
-    And let it see no complex number that gets another dimension, for which alone it has no translation.
+    And let it see no complex number that gets another dimension, for which alone it has no translation, and no view of
+    nothing, of which it makes a shape that ONNX Runtime refuses.
     """
     from transformers.exporters import exporter_onnx, utils
 
     fixes, table = utils._FX_NODE_FIXES["onnx"], exporter_onnx._ONNX_TRANSLATION_TABLE
     kept = [fix for fix in fixes if getattr(fix, "__name__", "") != SORT_FIX]
-    utils._FX_NODE_FIXES["onnx"] = [*kept, unsqueeze_pairs]
+    utils._FX_NODE_FIXES["onnx"] = [*kept, unsqueeze_pairs, make_empty_views]
     exporter_onnx._ONNX_TRANSLATION_TABLE = {**table, torch.ops.aten.sort.stable: sort}
     try:
         yield
     finally:
         utils._FX_NODE_FIXES["onnx"] = fixes
         exporter_onnx._ONNX_TRANSLATION_TABLE = table
+
+
+def make_empty_views(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Make a view without elements, as of a part of heads that is 0 wide, anew by its sizes.
+
+    Returns whether the node is gone.
+    """
+    aten = torch.ops.aten
+    if node.target not in (aten.view.default, aten.reshape.default):
+        return False
+    sizes = cast(list[Any], node.args[1])
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if 0 not in numbers or -1 in numbers:
+        return False
+    with graph_module.graph.inserting_before(node):
+        made = graph_module.graph.call_function(aten.full.default, (sizes, 0), {"dtype": node.meta["val"].dtype})
+    made.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(made)
+    graph_module.graph.erase_node(node)
+    return True
 
 
 def unsqueeze_pairs(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
