@@ -28,9 +28,12 @@ TYPES = {
     "fuyu": "features that no encoder pools, from one linear layer",
     "gemma4": "layers that share the keys of others",
     "glm4v": "a tower that reads the sizes of images and the bounds of segments",
+    "glm5_next": "a part of heads that is 0 wide; the sparse attention behind states",
     "granite4_vision": "features for numbered layers alone, by a list of projectors",
     "llama4": "rotary positions by complex numbers",
     "molmo2": "a projector that takes indices of patches, one row for each visual token",
+    "paddleocr_vl": "a projector that lays rows out by the sizes of images",
+    "qwen3_asr": "audio, attended to within bounds that the tower counts itself",
     "voxtral": "audio",
 }
 HYBRID = "qwen3_5.linear_first"
