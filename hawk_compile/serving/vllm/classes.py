@@ -3,9 +3,7 @@
 hawk_compile.serving.vllm.classes:PrunedQwen2VLForConditionalGeneration     made when it is asked for
 """
 
-from dataclasses import replace
-from typing import Any
-
+from hawk_compile.serving.vllm.compat import give_processor
 from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.processor import pruned
 
@@ -18,12 +16,7 @@ def made(architecture: str) -> type:
 
     base = ModelRegistry.models[architecture].load_model_cls()
     served = pruned_class(base)
-    factory = base._processor_factory
-
-    def processor(*args: Any, **kwargs: Any) -> Any:
-        return pruned(factory.processor(*args, **kwargs))
-
-    served._processor_factory = replace(factory, processor=processor)  # type: ignore[attr-defined]
+    give_processor(served, base, pruned)
     return served
 
 

@@ -1,6 +1,7 @@
 """vLLM's private names and habits, in one place; tests/serving/test_vllm_compat.py says what each must be."""
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from hawk_compile.plan.ids import SpecialIds, special_ids_of
 from hawk_compile.plan.template import chat_of
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.head_weights import weights_for
+
+Ask = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -163,3 +166,117 @@ def without_video_pruning(context: Any) -> Any:
     held.multimodal_config = copy.copy(held.multimodal_config)
     held.multimodal_config.video_pruning_rate = None
     return replace(context, model_config=held)
+
+
+def let_cpu_take_positions() -> None:
+    """The runner for CPUs does not turn on what the one for GPUs does when a model is loaded: embeddings that carry
+    positions."""
+    from vllm.model_executor.models.interfaces import supports_multimodal_pruning
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load = CPUModelRunner.load_model
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        held = self.model_config.multimodal_config
+        self.is_multimodal_pruning_enabled = bool(
+            held is not None and held.is_multimodal_pruning_enabled() and supports_multimodal_pruning(self.get_model())
+        )
+
+    CPUModelRunner.load_model = load_model
+
+
+def when_verified(call: Callable[[Any], None]) -> bool:
+    """Let a function see every model's configuration as soon as vLLM has made and verified it; False if one does."""
+    from vllm.config import ModelConfig
+
+    verify = ModelConfig._try_verify_and_update_model_config
+    if getattr(verify, "hawk", False):
+        return False
+
+    def verify_and_call(self: Any) -> None:
+        verify(self)
+        call(self)
+
+    verify_and_call.hawk = True  # type: ignore[attr-defined]
+    ModelConfig._try_verify_and_update_model_config = verify_and_call
+    return True
+
+
+def multimodal_architectures() -> list[str]:
+    """Names of the architectures that take images, videos or audio."""
+    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
+
+    return list(_MULTIMODAL_MODELS)
+
+
+def name_architecture(model: Any, name: str) -> None:
+    """Let a configuration be served by another class of the registry."""
+    model.hf_config.architectures = [name]
+    model.model_arch_config = model.get_model_arch_config()
+    model._architecture = name
+
+
+def give_processor(served: Any, base: Any, wrap: Callable[[Any], Any]) -> None:
+    """Let a class that is served have the processor of another one, wrapped."""
+    factory = base._processor_factory
+    served._processor_factory = replace(
+        factory, processor=lambda *args, **kwargs: wrap(factory.processor(*args, **kwargs))
+    )
+
+
+def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
+    """A twin of a module that shares all of it but the module at `path`."""
+    twin = copy.copy(module)
+    children: dict[str, Any] = dict(module._modules)
+    head, *rest = path
+    children[head] = with_module(children[head], rest, other) if rest else other
+    twin.__dict__["_modules"] = children
+    return twin
+
+
+class ProcessorHooks:
+    """The methods of vLLM's processors that a processor of ours extends, under names of our own."""
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        return self.hashes(super()._get_mm_hashes, inputs)  # type: ignore[misc]
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
+        return self.kwargs_of_missing(super()._get_cache_missing_processor_kwargs, inputs, mm_is_cached)  # type: ignore[misc]
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
+        return super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=self.checkpoints_own(hf_kwargs))  # type: ignore[misc]
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
+        return super()._get_mm_fields_config(hf_inputs, self.checkpoints_own(hf_processor_mm_kwargs))  # type: ignore[misc]
+
+    def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        ask = super()._get_mm_prompt_updates  # type: ignore[misc]
+        return self.prompt_updates(ask, mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        self.applied(mm_res.prompt_updates)
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+
+    def updates_of(self, mm_items: Any, kwargs: Any, out_mm_kwargs: Any) -> Any:
+        """What a checkpoint's placeholders become; each is worked out when it is read."""
+        return self._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[attr-defined]
+
+    def hashes(self, ask: Ask, inputs: Any) -> Any:
+        """The identity of each item, by modality."""
+        return ask(inputs)
+
+    def kwargs_of_missing(self, ask: Ask, inputs: Any, mm_is_cached: Any) -> Any:
+        """The keyword arguments of the items that the cache does not hold."""
+        return ask(inputs, mm_is_cached)
+
+    def checkpoints_own(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those keyword arguments that the checkpoint's own processor knows."""
+        return dict(kwargs)
+
+    def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
+        """What becomes of each item's placeholder, by modality."""
+        return ask(mm_items, kwargs_of_request, out_mm_kwargs)
+
+    def applied(self, prompt_updates: Mapping[str, Any]) -> None:
+        """Sees what becomes of the items of a prompt, cached ones too."""

@@ -4,39 +4,33 @@ from typing import Any
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.settings import KEY, serving_config
+from hawk_compile.serving.vllm.compat import (
+    let_cpu_take_positions,
+    multimodal_architectures,
+    name_architecture,
+    when_verified,
+)
 
 MODULE = "hawk_compile.serving.vllm.classes"
 
 
 def register() -> None:
     """Let configurations with `hawk` in them be served by classes of ours; may be called more than once."""
-    from vllm.config import ModelConfig
-
-    if getattr(ModelConfig, "_hawk", False):
+    if not when_verified(serve_if_asked):
         return
-    verify = ModelConfig._try_verify_and_update_model_config
-
-    def verify_and_prune(self: Any) -> None:
-        verify(self)
-        if getattr(self.hf_config, KEY, None) is not None:
-            serve_pruned(self)
-
-    ModelConfig._try_verify_and_update_model_config = verify_and_prune
-    ModelConfig._hawk = True
-    register_classes()
+    from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
+    for architecture in multimodal_architectures():
+        ModelRegistry.register_model(f"Pruned{architecture}", f"{MODULE}:Pruned{architecture}")
     if current_platform.is_cpu():
         let_cpu_take_positions()
 
 
-def register_classes() -> None:
-    """A class for every multimodal architecture, made when it is asked for."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
-
-    for architecture in _MULTIMODAL_MODELS:
-        ModelRegistry.register_model(f"Pruned{architecture}", f"{MODULE}:Pruned{architecture}")
+def serve_if_asked(model: Any) -> None:
+    """Change a model's configuration if it asks for it."""
+    if getattr(model.hf_config, KEY, None) is not None:
+        serve_pruned(model)
 
 
 def serve_pruned(model: Any) -> None:
@@ -60,9 +54,7 @@ def serve_pruned(model: Any) -> None:
         )
     give_axes(model)
     model.multimodal_config.video_pruning_rate = max(float(settings.ratio), 1e-6)
-    model.hf_config.architectures = [f"Pruned{name}"]
-    model.model_arch_config = model.get_model_arch_config()
-    model._architecture = f"Pruned{name}"
+    name_architecture(model, f"Pruned{name}")
 
 
 def give_axes(model: Any) -> None:
@@ -84,21 +76,3 @@ def give_axes(model: Any) -> None:
     text.rope_parameters = (
         {kind: one_axis(each) for kind, each in parameters.items()} if by_kind else one_axis(parameters)
     )
-
-
-def let_cpu_take_positions() -> None:
-    """The runner for CPUs does not turn on what the one for GPUs does when a model is loaded: embeddings that carry
-    positions."""
-    from vllm.model_executor.models.interfaces import supports_multimodal_pruning
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    load = CPUModelRunner.load_model
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        load(self, *args, **kwargs)
-        held = self.model_config.multimodal_config
-        self.is_multimodal_pruning_enabled = bool(
-            held is not None and held.is_multimodal_pruning_enabled() and supports_multimodal_pruning(self.get_model())
-        )
-
-    CPUModelRunner.load_model = load_model

@@ -19,7 +19,7 @@ from vllm.multimodal.processing.processor import iter_token_matches
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.questions import Reader, Span
 from hawk_compile.serving.settings import KEY, RATIO, by_own_turn, digest, reads_question, serving_config, with_ratio
-from hawk_compile.serving.vllm.compat import chat_and_ids, without_video_pruning
+from hawk_compile.serving.vllm.compat import Ask, ProcessorHooks, chat_and_ids, without_video_pruning
 from hawk_compile.serving.vllm.items import place_of
 from hawk_compile.serving.vllm.tally import Tally
 
@@ -35,8 +35,8 @@ class Shortened(PromptUpdateDetails):
     kept: int = 0
 
 
-class PrunedProcessor:
-    """Goes in front of a processor of vLLM's (`pruned`), whose methods it extends."""
+class PrunedProcessor(ProcessorHooks):
+    """Goes in front of a processor of vLLM's (`pruned`), whose methods it extends: `ask` is vLLM's own."""
 
     info: Any
 
@@ -111,14 +111,13 @@ class PrunedProcessor:
         """Modality -> the ids that stand for an item in a prompt."""
         from vllm.multimodal.inputs import MultiModalKwargsItems
 
-        ask = self._get_prompt_updates  # type: ignore[attr-defined]
-        updates = ask(inputs.mm_data_items, kwargs, MultiModalKwargsItems({}))
+        updates = self.updates_of(inputs.mm_data_items, kwargs, MultiModalKwargsItems({}))
         targets = {each.modality: each.target(0) if callable(each.target) else each.target for each in updates}
         return {name: target for name, target in targets.items() if isinstance(target, list)}
 
-    def _get_mm_hashes(self, inputs: Any) -> Any:
+    def hashes(self, ask: Ask, inputs: Any) -> Any:
         kwargs, asked = without(inputs.hf_processor_mm_kwargs)
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))  # type: ignore[misc]
+        hashes = ask(replace(inputs, hf_processor_mm_kwargs=kwargs))
         if asked is None:
             return hashes
         config, questions = asked
@@ -129,11 +128,9 @@ class PrunedProcessor:
             for name, found in hashes.items()
         }  # fmt: skip
 
-    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Mapping[str, Sequence[bool]]) -> Any:
+    def kwargs_of_missing(self, ask: Ask, inputs: Any, mm_is_cached: Mapping[str, Sequence[bool]]) -> Any:
         kwargs, asked = without(inputs.hf_processor_mm_kwargs)
-        found = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
-            replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached
-        )
+        found = ask(replace(inputs, hf_processor_mm_kwargs=kwargs), mm_is_cached)
         if asked is None:
             return found
         config, questions = asked
@@ -143,24 +140,18 @@ class PrunedProcessor:
         }
         return {**found, KEY: (config, missing)}
 
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
-        return super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=without(hf_kwargs)[0])  # type: ignore[misc]
+    def checkpoints_own(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return without(kwargs)[0]
 
-    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
-        return super()._get_mm_fields_config(hf_inputs, without(hf_processor_mm_kwargs)[0])  # type: ignore[misc]
-
-    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
-        for items in mm_res.prompt_updates.values():
+    def applied(self, prompt_updates: Mapping[str, Any]) -> None:
+        for items in prompt_updates.values():
             for updates in items:  # cached ones too
                 if updates and isinstance(content := updates[0].content, Shortened):
                     self.tally.count(content.came, content.kept)
-        return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
 
-    def _get_mm_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
-    ) -> Any:
-        kwargs, asked = without(hf_processor_mm_kwargs)
-        updates = super()._get_mm_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
+    def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
+        kwargs, asked = without(kwargs_of_request)
+        updates = ask(mm_items, kwargs, out_mm_kwargs)
         if asked is None:
             return updates
         config, questions = asked

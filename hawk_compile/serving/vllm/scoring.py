@@ -1,6 +1,5 @@
 """The visual tokens of one item that are kept: scored, ranked and chosen by the operators of this package."""
 
-import copy
 import inspect
 from typing import Any
 
@@ -12,6 +11,7 @@ import hawk_compile.kernels.select.op  # noqa: F401  both register operators
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.kernels.score.by_token import MOST_TOKENS
 from hawk_compile.passes.insert_ranking import FORMER_NAMES
+from hawk_compile.serving.vllm.compat import with_module
 from hawk_compile.settings.config import HawkConfig
 
 
@@ -67,16 +67,6 @@ class Projections:
                 "leave hawk out of hf_overrides"
             )
         return query.transpose(0, 1).unsqueeze(0), key.transpose(0, 1).unsqueeze(0)
-
-
-def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
-    """A twin of a module that shares all of it but the module at `path`."""
-    twin = copy.copy(module)
-    children = dict(module._modules)
-    head, *rest = path
-    children[head] = with_module(children[head], rest, other) if rest else other  # type: ignore[arg-type]
-    twin.__dict__["_modules"] = children
-    return twin
 
 
 def kept(
