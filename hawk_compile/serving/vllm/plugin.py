@@ -1,5 +1,6 @@
 """What vLLM calls in every one of its processes before it reads a configuration."""
 
+import logging
 from typing import Any
 
 from hawk_compile.errors import UnsupportedModelError
@@ -11,12 +12,24 @@ from hawk_compile.serving.vllm.compat import (
     when_verified,
 )
 
+LOG = logging.getLogger("vllm.hawk")
 MODULE = "hawk_compile.serving.vllm.classes"
 
 
 def register() -> None:
-    """Let configurations with `hawk` in them be served by classes of ours; may be called more than once."""
-    if not when_verified(serve_if_asked):
+    """Let configurations with `hawk` in them be served by classes of ours; may be called more than once.
+
+    A vLLM that lacks what this needs goes on without it, and says so: it may not be about to prune at all.
+    """
+    try:
+        if not when_verified(serve_if_asked):
+            return
+    except (ImportError, AttributeError) as error:
+        LOG.error(
+            "hawk: nothing is pruned, whatever hf_overrides say, since this vLLM has not what the plugin needs (%s): "
+            "take vLLM 0.32, or a later hawk-compile",
+            error,
+        )
         return
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
