@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.vllm import positions
-from hawk_compile.serving.vllm.items import place_of
+from hawk_compile.serving.vllm.items import check_inner, place_of
 
 START, IMAGE, STOP, LINE = 4, 6, 5, 8
 
@@ -35,6 +36,18 @@ def test_text_between_visual_tokens_becomes_places_of_the_item() -> None:
     item = place.item([11, 12], 2)
     assert item.inner_ids.tolist() == [LINE, LINE] and item.visual.tolist() == [True, True, False] * 2 + [True, True]
     assert item.question.tolist() == [11, 12] and int(item.keep) == 2
+
+
+def test_text_between_the_frames_of_a_video_is_refused() -> None:
+    full = [IMAGE, IMAGE, LINE, IMAGE, IMAGE]
+    place = place_of(full, torch.tensor(full) == IMAGE)
+    assert place is not None
+    check_inner(place, "image")
+    with pytest.raises(UnsupportedModelError, match=r'text between the frames of a video.*modalities=\["image"\]'):
+        check_inner(place, "video")
+    whole = place_of([IMAGE] * 4, None)
+    assert whole is not None
+    check_inner(whole, "video")
 
 
 def test_all_of_it_visual_or_none() -> None:

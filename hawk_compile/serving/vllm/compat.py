@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.errors import UnsupportedCallError, UnsupportedModelError
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.ids import SpecialIds, special_ids_of
 from hawk_compile.plan.template import chat_of
@@ -91,6 +91,25 @@ def let_positions_have_axes(model: Any) -> None:
         dims = getattr(module, "_dynamic_arg_dims", None)
         if dims and "positions" in dims:
             dims["positions"] = last_dimension(dims["positions"])
+
+
+def check_engine(config: Any) -> None:
+    """Refuse what an engine is asked to do and cannot while it prunes.
+
+    Raises:
+        UnsupportedCallError: such an engine.
+    """
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise UnsupportedCallError(
+            f"pipeline_parallel_size={stages} gives layers to engines that do not see which tokens were kept, nor "
+            "their positions: leave it out and take tensor_parallel_size, or leave hawk out of hf_overrides"
+        )
+    if config.model_config.multimodal_config.mm_encoder_only or getattr(config, "ec_transfer_config", None) is not None:
+        raise UnsupportedCallError(
+            "an engine that runs the vision encoder alone has no decoder layer to score with: leave mm_encoder_only "
+            "and ec_transfer_config out, or hawk out of hf_overrides"
+        )
 
 
 def check_axes(model: Any) -> None:

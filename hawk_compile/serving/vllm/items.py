@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hawk_compile.errors import UnsupportedModelError
+
 FIELDS = ("question", "keep", "visual", "inner_ids")
 """Names of what travels, without the prefix that tells it from the checkpoint's own."""
 
@@ -82,6 +84,19 @@ class Place:
             torch.tensor(keep),
             self.visual,
             torch.tensor(inner, dtype=torch.int64),
+        )
+
+
+def check_inner(place: Place, modality: str) -> None:
+    """Refuse a video whose frames have text between them, as time stamps: its positions were never held to anything.
+
+    Raises:
+        UnsupportedModelError: such a video.
+    """
+    if modality == "video" and len(place.inner) != place.count:
+        raise UnsupportedModelError(
+            "this checkpoint writes text between the frames of a video, which cannot be served pruned: set "
+            'modalities=["image"] in hawk, so that videos stay whole'
         )
 
 

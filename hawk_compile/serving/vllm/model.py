@@ -26,6 +26,7 @@ class PrunedModel:
     supports_mrope = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        compat.check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.is_multimodal_pruning_enabled = False
         self.video_pruning_rate = None

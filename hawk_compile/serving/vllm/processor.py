@@ -20,7 +20,7 @@ from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.questions import Reader, Span
 from hawk_compile.serving.settings import KEY, RATIO, by_own_turn, digest, reads_question, serving_config, with_ratio
 from hawk_compile.serving.vllm.compat import Ask, ProcessorHooks, chat_and_ids, without_video_pruning
-from hawk_compile.serving.vllm.items import place_of
+from hawk_compile.serving.vllm.items import check_inner, place_of
 from hawk_compile.serving.vllm.tally import Tally
 
 Asked = Mapping[str, list[tuple[int, ...]]]
@@ -175,6 +175,7 @@ class PrunedProcessor(ProcessorHooks):
             if place is None:
                 made.append(update)
                 continue
+            check_inner(place, update.modality)
             keep = config.floor(place.count)
             made.append(update.with_content(Shortened(*place.shortened(keep), came=place.count, kept=keep)))
             items.append(place.item(question, keep))
