@@ -19,7 +19,7 @@ from hawk_compile.tools.commands.common import (
     settings_of,
 )
 
-CHECKS = ("nothing removed", "selection", "prefill", "decode", "several turns", "padded batches", "restore")
+CHECKS = ("nothing removed", "selection", "prefill", "decode", "several turns", "padded batches", "video", "restore")
 """Names of the survey's checks; it is heavy to import."""
 
 

@@ -21,6 +21,7 @@ from hawk_compile.tools.survey.outcome import (
     Outcome,
     Survey,
     Unasked,
+    Untried,
     Wrong,
     brief,
     equal,
@@ -38,6 +39,7 @@ from hawk_compile.tools.survey.prompts import (
     visual_of,
 )
 from hawk_compile.tools.survey.tiny import Tiny, build, plain, prompt
+from hawk_compile.tools.survey.videos import video_of
 
 STEPS = 5
 ROUNDING = 1e-5
@@ -218,9 +220,14 @@ def restored(tiny: Tiny, model: PreTrainedModel) -> str:
     return f"{equal('logits', after.logits, before.logits):.2g}"
 
 
+def video(tiny: Tiny, model: PreTrainedModel) -> str:
+    """The prefill, of a video."""
+    return prefill(video_of(tiny, model), model)
+
+
 CHECKS: dict[str, Check] = {
     "ratio 0": at_ratio_zero, "selection": selection, "prefill": prefill, "decode": steps, "turns": turns,
-    "batch": batches, "restore": restored,
+    "batch": batches, "video": video, "restore": restored,
 }  # fmt: skip
 
 
@@ -238,6 +245,8 @@ def survey(tiny: Tiny, checks: dict[str, Check] = CHECKS) -> Survey:
                 result.layer = report(model).scoring_layer
         except Unasked as error:
             status, detail = "unasked", str(error)
+        except Untried as error:
+            status, detail = "untried", str(error)
         except Wrong as error:
             status, detail = "wrong", str(error)
         except Misdescribed as error:

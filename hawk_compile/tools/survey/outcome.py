@@ -10,6 +10,8 @@ from hawk_compile.exporting.formats import FORMATS
 
 LONGEST = 200
 """Characters that are kept of an error of several lines."""
+OPEN = ("unasked", "untried")
+"""Statuses that say nothing of the model."""
 EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -19,8 +21,8 @@ class Outcome:
 
     Attributes:
         status: "right", "wrong", "refused" (by an error of ours that says what of the model stands against pruning),
-            "failed", "unasked" where the tiny model has nothing to check it with, or "untried" of an export for which
-            a package of the model is missing here.
+            "failed", "unasked" where the tiny model has nothing to check it with, or "untried" where it could be asked
+            and was not: of an export a package of the model is missing here, of videos no tiny model has one.
         detail: the largest difference, or the error.
         seconds: it took.
     """
@@ -56,7 +58,7 @@ class Survey:
     @property
     def asked(self) -> list[Outcome]:
         """Of what the tiny model has something to check with."""
-        return [outcome for outcome in self.pruned.values() if outcome.status != "unasked"]
+        return [outcome for outcome in self.pruned.values() if outcome.status not in OPEN]
 
     @property
     def right(self) -> bool:
@@ -72,7 +74,7 @@ class Survey:
     def trouble(self) -> str | None:
         """What is not right first."""
         wrong = (f"{name}: {each.detail}" for name, each in self.pruned.items()
-                 if each.status not in ("right", "unasked"))
+                 if each.status not in ("right", *OPEN))
         return next(wrong, None)
 
     @property
@@ -98,6 +100,10 @@ class Survey:
 
 class Unasked(Exception):
     """The tiny model has nothing to check this with."""
+
+
+class Untried(Exception):
+    """The model could be asked this, and the tiny model's inputs do not."""
 
 
 class Misdescribed(Exception):

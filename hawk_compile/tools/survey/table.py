@@ -15,7 +15,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.exporting.formats import FORMATS
 from hawk_compile.runtime.checks import OTHER_MODEL
 from hawk_compile.settings.closest import meant
-from hawk_compile.tools.survey.outcome import Outcome, Survey
+from hawk_compile.tools.survey.outcome import OPEN, Outcome, Survey
 
 SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
 """The survey of the release that this package was tested with."""
@@ -25,7 +25,8 @@ MARKS = {
 }  # fmt: skip
 COLUMNS = {
     "ratio 0": "nothing removed", "selection": "selection", "prefill": "prefill", "decode": "decode",
-    "turns": "several turns", "batch": "padded batches", "restore": "restore", "onnx": "ONNX", "openvino": "OpenVINO",
+    "turns": "several turns", "batch": "padded batches", "video": "video", "restore": "restore", "onnx": "ONNX",
+    "openvino": "OpenVINO",
 }  # fmt: skip
 
 
@@ -154,14 +155,16 @@ def page(types: Types, command: str, whole: bool = True) -> str:
         "where every angle of its rotary embedding is zero. *Prefill* and *decode*: with half of the visual tokens "
         "removed, the logits are those of the plain model run on hand-gathered tokens, in the "
         "prefill, where other kept tokens give other ones, and over five more tokens of `generate`. *Several turns*: "
-        "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Restore*: "
-        "afterwards the model is the plain one. *Layer*: the decoder layer that scores, in front of which tokens are "
-        "removed. *Seconds*: what all checks but the exports took. *ONNX* and *OpenVINO*: the exported model "
-        "generates the ids that the optimised one does, and keeps the same tokens.", "",
+        "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Video*: the "
+        "prefill with frames in the places of images. *Restore*: afterwards the model is the plain one. *Layer*: the "
+        "decoder layer that scores, in front of which tokens are removed. *Seconds*: what all checks but the exports "
+        "took. *ONNX* and *OpenVINO*: the exported model generates the ids that the optimised one does, and keeps the "
+        "same tokens.", "",
         "*Yes*: it is so. *—*: the check could not be asked, because the model's forward requires an image in every "
-        "turn, or because the plain model itself gives another result there. *Refused*: an error of this package says "
-        "what of the model stands against it. *Fails*: it ends in any other error. *Wrong*: the result is another. "
-        "*Not tried*: nobody exported it, or a package that the model needs was missing.",
+        "turn, because it takes no videos or takes frames for images, or because the plain model itself gives another "
+        "result there. *Refused*: an error of this package says what of the model stands against it. *Fails*: it ends "
+        "in any other error. *Wrong*: the result is another. *Not tried*: nobody exported it, a package that the model "
+        "needs was missing, or no tiny model has such a video.",
     ]  # fmt: skip
     if right:
         lines += ["", "## Right", "", *table_of(right), *not_exported(right)]
@@ -253,8 +256,7 @@ def standing(survey: Survey) -> str:
         return "right"
     if survey.refusal is not None:
         return "refused"
-    fine = ("right", "unasked")
-    name, outcome = next((name, each) for name, each in survey.pruned.items() if each.status not in fine)
+    name, outcome = next((name, each) for name, each in survey.pruned.items() if each.status not in ("right", *OPEN))
     kind = outcome.detail.partition(":")[0]
     return f"{outcome.status} at {COLUMNS.get(name, name)} ({kind})"
 

@@ -20,7 +20,7 @@ from hawk_compile.tools.commands import measure
 from hawk_compile.tools.commands.look import where_cut
 from hawk_compile.tools.survey import checks, commands, exports, oracle
 from hawk_compile.tools.survey.checks import survey
-from hawk_compile.tools.survey.outcome import Misdescribed, Outcome, Survey, Unasked, Wrong, equal, unlike
+from hawk_compile.tools.survey.outcome import Misdescribed, Outcome, Survey, Unasked, Untried, Wrong, equal, unlike
 from hawk_compile.tools.survey.prompts import others_kept, visual_of
 from hawk_compile.tools.survey.table import (
     COLUMNS,
@@ -36,6 +36,7 @@ from hawk_compile.tools.survey.table import (
     untried,
 )
 from hawk_compile.tools.survey.tiny import Tiny, build, prompt, read
+from hawk_compile.tools.survey.videos import video_of
 from tests.tiny import FOLDER
 
 
@@ -381,3 +382,32 @@ def test_exports_alone_leave_what_else_is_known(tmp_path: Path, monkeypatch: pyt
     text = table.read_text()
     assert "| llava | 0 | yes | — | refused | 1 |" in text and "| gone | 0 | — | yes | not tried | 1 |" in text
     assert "| llava | ONNX | ExportError: it \\| cannot |" in text
+
+
+def test_the_images_of_a_tiny_model_as_a_video() -> None:
+    """Of two frames half as high: other names, ids and kinds, and as many tokens."""
+    tiny = read(FOLDER / "qwen2_vl.json")
+    model = build(tiny)
+    made = video_of(tiny, model)
+    inputs, before = prompt(made, rows=1), prompt(tiny, rows=1)
+    (_, height, width), grid = before["image_grid_thw"][0].tolist(), inputs["video_grid_thw"][0].tolist()
+    assert grid == [2, height // 2, width] and "image_grid_thw" not in inputs
+    assert inputs["pixel_values_videos"].shape == before["pixel_values"].shape
+    there = before["input_ids"] == model.config.image_token_id
+    assert inputs["input_ids"][there].eq(model.config.video_token_id).all()
+    assert inputs["input_ids"][~there].equal(before["input_ids"][~there])
+    assert survey(tiny, {"video": checks.CHECKS["video"]}).outcomes["video"].status == "right"
+
+
+def test_models_that_are_not_asked_about_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose forward takes none; one that takes them otherwise than its images, which may still be right."""
+    llava = read(FOLDER / "llava.json")
+    found = survey(llava, {"video": checks.CHECKS["video"]}).outcomes["video"]
+    assert found.status == "unasked" and "takes no videos" in found.detail
+
+    def otherwise(tiny: Tiny, model: PreTrainedModel) -> Tiny:
+        raise Untried("laid out otherwise")
+
+    monkeypatch.setattr(checks, "video_of", otherwise)
+    result = survey(llava, {name: checks.CHECKS[name] for name in ("ratio 0", "video")})
+    assert result.outcomes["video"].status == "untried" and result.right
