@@ -25,7 +25,7 @@ from hawk_compile.versions import SINCE, lacking
 from tests import zoo
 
 ROOT = Path(__file__).parents[1]
-HOMES = {"hawk_compile/compat", "passes/compat.py", "kernels/compat.py", "hawk_compile/serving/vllm/compat.py"}
+HOMES = {"hawk_compile/compat", "passes/compat.py", "kernels/compat.py", "hawk_compile/serving/vllm/compat"}
 OWN = {"_hawk_runtime", "_hawk_part"}
 """Attributes that we put on others' objects ourselves."""
 PARTS = ("_token_id", "_token_index", "_features", "_norm", "_proj", "_seconds", "_like", "_hooks", "_hooks_", "_")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hawk_compile.errors import UnsupportedCallError
-from hawk_compile.serving.vllm import compat, plugin
+from hawk_compile.serving.vllm import plugin
+from hawk_compile.serving.vllm.compat.engine import check_engine
 
 
 @pytest.mark.parametrize("error", [ImportError("no module named vllm.config"), AttributeError("no such method")])
@@ -40,6 +41,6 @@ def an_engine(stages: int = 1, encoder_only: bool = False, transfer: Any = None)
     ({"transfer": object()}, "the vision encoder alone"),
 ])  # fmt: skip
 def test_engines_that_are_refused(given: dict[str, Any], message: str) -> None:
-    compat.check_engine(an_engine())
+    check_engine(an_engine())
     with pytest.raises(UnsupportedCallError, match=message):
-        compat.check_engine(an_engine(**given))
+        check_engine(an_engine(**given))

@@ -10,5 +10,5 @@
                         best of them with the positions that they had                                      model.py
 
 Without `hawk` in the configuration vLLM's own classes serve, untouched. Names that are vLLM's private ones stand in
-compat.py. An item is an image or a video.
+compat/. An item is an image or a video.
 """

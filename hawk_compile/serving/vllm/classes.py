@@ -3,7 +3,7 @@
 hawk_compile.serving.vllm.classes:PrunedQwen2VLForConditionalGeneration     made when it is asked for
 """
 
-from hawk_compile.serving.vllm.compat import give_processor
+from hawk_compile.serving.vllm.compat.processor import give_processor
 from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.processor import pruned
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.settings import serving_config
-from hawk_compile.serving.vllm import compat, positions
+from hawk_compile.serving.vllm import positions
+from hawk_compile.serving.vllm.compat import model as compat
+from hawk_compile.serving.vllm.compat.engine import check_engine
 from hawk_compile.serving.vllm.items import FIELDS, PREFIX
 from hawk_compile.serving.vllm.scoring import Projections, kept
 
@@ -26,7 +28,7 @@ class PrunedModel:
     supports_mrope = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
-        compat.check_engine(vllm_config)
+        check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.is_multimodal_pruning_enabled = False
         self.video_pruning_rate = None

@@ -5,7 +5,7 @@ from typing import Any
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.settings import KEY, serving_config
-from hawk_compile.serving.vllm.compat import (
+from hawk_compile.serving.vllm.compat.engine import (
     let_cpu_take_positions,
     multimodal_architectures,
     name_architecture,

@@ -19,7 +19,7 @@ from vllm.multimodal.processing.processor import iter_token_matches
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.questions import Reader, Span
 from hawk_compile.serving.settings import KEY, RATIO, by_own_turn, digest, reads_question, serving_config, with_ratio
-from hawk_compile.serving.vllm.compat import Ask, ProcessorHooks, chat_and_ids, without_video_pruning
+from hawk_compile.serving.vllm.compat.processor import Ask, ProcessorHooks, chat_and_ids, without_video_pruning
 from hawk_compile.serving.vllm.items import check_inner, place_of
 from hawk_compile.serving.vllm.tally import Tally
 

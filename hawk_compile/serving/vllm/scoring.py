@@ -11,7 +11,7 @@ import hawk_compile.kernels.select.op  # noqa: F401  both register operators
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.kernels.score.by_token import MOST_TOKENS
 from hawk_compile.passes.insert_ranking import FORMER_NAMES
-from hawk_compile.serving.vllm.compat import with_module
+from hawk_compile.serving.vllm.compat.model import with_module
 from hawk_compile.settings.config import HawkConfig
 
 

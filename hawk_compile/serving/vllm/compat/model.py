@@ -1,0 +1,135 @@
+"""Of a served model: its decoder, the ranks that share it, and the positions that it takes."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.head_weights import weights_for
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The text decoder of a served model, as this rank has it."""
+
+    first_layer: nn.Module
+    width: int
+    heads: int
+    kv_heads: int
+    all_heads: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def decoder_of(model: Any) -> Decoder:
+    """Raises UnsupportedModelError where there is no list of layers with attention."""
+    text = model.get_language_model()
+    inner = getattr(text, "model", text)
+    layers = getattr(inner, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} has no list of decoder layers, whose first one could be scored: leave hawk out of "
+            "hf_overrides"
+        )
+    config = model.config.get_text_config()
+    attention: Any = next((each for each in layers[0].modules() if hasattr(each, "num_kv_heads")), None)
+    weight = next(layers[0].parameters())
+    if attention is None:
+        raise UnsupportedModelError(
+            f"the first decoder layer, {type(layers[0]).__name__}, has no softmax attention, by which visual tokens "
+            "are scored: leave hawk out of hf_overrides"
+        )
+    return Decoder(
+        layers[0], config.hidden_size, attention.num_heads, attention.num_kv_heads, config.num_attention_heads,
+        weight.device, model_dtype(model),
+    )  # fmt: skip
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next(each.dtype for each in model.parameters() if each.is_floating_point())
+
+
+def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
+    """A twin of a module that shares all of it but the module at `path`."""
+    twin = copy.copy(module)
+    children: dict[str, Any] = dict(module._modules)
+    head, *rest = path
+    children[head] = with_module(children[head], rest, other) if rest else other
+    twin.__dict__["_modules"] = children
+    return twin
+
+
+def weights_of_rank(settings: HawkConfig, checkpoint: str, decoder: Decoder) -> Tensor:
+    """[H] of this rank's heads, which are H in a row of all."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    values = weights_for(settings.used_head_weights, decoder.all_heads, checkpoint).values
+    rank = get_tensor_model_parallel_rank()
+    return values[rank * decoder.heads : (rank + 1) * decoder.heads]
+
+
+def all_reduce(scores: Tensor) -> Tensor:
+    """The sum over the ranks of a tensor-parallel model."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    return tensor_model_parallel_all_reduce(scores) if get_tensor_model_parallel_world_size() > 1 else scores
+
+
+def from_first_rank(chosen: Tensor) -> Tensor:
+    """What the first rank chose: sums over ranks may differ in their last bit."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+
+    return get_tp_group().broadcast(chosen, src=0) if get_tensor_model_parallel_world_size() > 1 else chosen
+
+
+def let_positions_have_axes(model: Any) -> None:
+    """Compiled decoders that take the first dimension of positions for the sequence take the last one instead, which is
+    the same for [S] and right for [3, S]. Their class is told, in place: it compiles by what it was decorated with."""
+    for module in model.modules():
+        dims = getattr(module, "_dynamic_arg_dims", None)
+        if dims and "positions" in dims:
+            dims["positions"] = last_dimension(dims["positions"])
+
+
+def last_dimension(dims: Any) -> Any:
+    return dict.fromkeys((-1,), next(iter(dims.values()))) if isinstance(dims, dict) else -1
+
+
+def check_axes(model: Any) -> None:
+    """Refuse a decoder whose rotary embeddings would read positions with axes as those of more tokens.
+
+    Raises:
+        UnsupportedModelError: such a decoder.
+    """
+    for name, module in model.get_language_model().named_modules():
+        if name.rpartition(".")[2] == "rotary_emb" and getattr(module, "mrope_section", None) is None:
+            raise UnsupportedModelError(
+                f"{name} is a {type(module).__name__}, which has no axes of position, so that the original positions "
+                "of kept tokens cannot be carried: this checkpoint cannot be served pruned; leave hawk out of "
+                "hf_overrides"
+            )
+
+
+def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
+    """One item by itself, at the start of a prompt: what a model's rule for positions reads of it."""
+    from vllm.multimodal.inputs import (
+        MultiModalBatchedField,
+        MultiModalFeatureSpec,
+        MultiModalFieldElem,
+        MultiModalKwargsItem,
+        PlaceholderRange,
+    )
+
+    modality = "video" if any("video" in name for name in kwargs) else "image"
+    data = {
+        name: MultiModalFieldElem(data=value[index].cpu(), field=MultiModalBatchedField())
+        for name, value in kwargs.items()
+        if name.endswith("grid_thw") or name == "second_per_grid_ts"
+    }
+    mask = None if bool(visual.all()) else visual
+    place = PlaceholderRange(offset=0, length=len(visual), is_embed=mask)
+    return MultiModalFeatureSpec(data=MultiModalKwargsItem(data), modality=modality, identifier="", mm_position=place)
