@@ -9,7 +9,7 @@ out again. The rest of the graph is unchanged.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -56,11 +56,9 @@ def insert_ranking(
         return gm
     build = Builder(gm, split.boundary)
     options = dict(ranking_options)
-    wanted = [name for name in inspect.signature(ranking).parameters if name not in options]
-    if unknown := [name for name in wanted if FORMER_NAMES.get(name, name) not in READABLE]:
-        raise GraphError(f"selector {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}")
+    wanted = what_it_reads(ranking, options)
     try:
-        read_by_it = {name: READABLE[FORMER_NAMES.get(name, name)](build, located, scored, budgeted) for name in wanted}
+        read_by_it = {name: READABLE[what](build, located, scored, budgeted) for name, what in wanted.items()}
         ranks = build.call(ranking, **read_by_it, **options)
     except Exception as error:
         raise GraphError(f"selector {ranking.__name__} cannot be traced with symbolic sizes: {error}") from error
@@ -78,6 +76,18 @@ def insert_ranking(
         note(gm, Ranked(ranked, ranked))
         erase_unread(gm.graph, scores, {scored.visual_mask, scored.token_mask, scored.question_mask, *split.full})
     return gm
+
+
+def what_it_reads(ranking: Callable[..., Any], options: Collection[str]) -> dict[str, str]:
+    """Parameter of a ranking -> which of `READABLE` it is given, of those that are no options.
+
+    Raises:
+        GraphError: it reads what there is not.
+    """
+    wanted = [name for name in inspect.signature(ranking).parameters if name not in options]
+    if unknown := [name for name in wanted if FORMER_NAMES.get(name, name) not in READABLE]:
+        raise GraphError(f"selector {ranking.__name__} reads {', '.join(unknown)}; there are {', '.join(READABLE)}")
+    return {name: FORMER_NAMES.get(name, name) for name in wanted}
 
 
 def candidates(build: Builder, scored: Scored) -> fx.Node:

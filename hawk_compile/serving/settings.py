@@ -11,7 +11,7 @@ from hawk_compile.errors import ConfigError
 from hawk_compile.settings.closest import meant
 from hawk_compile.settings.config import QUESTIONS, HawkConfig, check_choice, check_ratio
 from hawk_compile.settings.head_weights import as_tensor
-from hawk_compile.settings.selectors import selector_named
+from hawk_compile.settings.selectors import selector_from_json
 
 KEY = "hawk"
 """Where the settings stand in a checkpoint's configuration, as `--hf-overrides` puts them there."""
@@ -55,11 +55,8 @@ def serving_config(given: Any) -> HawkConfig:
     settings: dict[str, Any] = {
         name: tuple(each) if isinstance(each, list) else each for name, each in given.items() if name != "question"
     }
-    if isinstance(chosen := settings.get("selector"), Mapping):
-        if not isinstance(chosen.get("name"), str):
-            raise ConfigError(f'selector must be a name, or hold one as {{"name": "idpruner"}}, got {chosen!r}')
-        options = {name: value for name, value in chosen.items() if name != "name"}
-        settings["selector"] = selector_named(chosen["name"], options)
+    if "selector" in settings:
+        settings["selector"] = selector_from_json(settings["selector"])
     return HawkConfig(quota="image", **settings)
 
 

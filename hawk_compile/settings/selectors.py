@@ -122,6 +122,19 @@ def selector_named(name: str, options: Mapping[str, Any]) -> Selector:
     return with_options(selector_of(name), options)
 
 
+def selector_from_json(value: Any) -> Any:
+    """The selector that {"name": "idpruner", "importance": 0.3} means; whatever else was given, as it is.
+
+    Raises:
+        ConfigError: an object without a name, an unknown one, or options that it does not have.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if not isinstance(name := value.get("name"), str):
+        raise ConfigError(f'selector must be a name, or hold one as {{"name": "idpruner"}}, got {value!r}')
+    return selector_named(name, {option: given for option, given in value.items() if option != "name"})
+
+
 def with_options(selector: Selector, options: Any) -> Selector:
     check_option_names("selector_options", options, selector.options, selector.name)
     if isinstance(selector, Ranking):

@@ -33,25 +33,19 @@ class PrunedModel:
         self.is_multimodal_pruning_enabled = False
         self.video_pruning_rate = None
         self.hawk = serving_config(vllm_config.model_config.hf_config.hawk)
-        self.checkpoint = vllm_config.model_config.model
         self.places: set[int] = set()
         self.embedding_width = 0
         compat.let_positions_have_axes(self)
-
-    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().load_weights(*args, **kwargs)  # type: ignore[misc]
         compat.check_axes(self)
-        decoder = compat.decoder_of(self)
-        self.width = decoder.width
+        self.decoder = decoder = compat.decoder_of(self)
         self.projections = Projections(decoder.first_layer, positions.AXES, decoder.heads, decoder.kv_heads)
-        self.head_weights = compat.weights_of_rank(self.hawk, self.checkpoint, decoder)
-        return loaded
+        weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
+        self.head_weights = weights.to(decoder.device)
 
     @functools.cached_property
     def probed(self) -> bool:
         """Runs the projections once, as soon as the engine measures its memory: later is too late to refuse."""
-        decoder = compat.decoder_of(self)
-        self.head_weights = self.head_weights.to(decoder.device)
+        decoder = self.decoder
         self.projections(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
         return True
 
@@ -69,27 +63,34 @@ class PrunedModel:
 
     def kept_rows(self, features: Tensor, facts: dict[str, Tensor], kwargs: dict[str, Any], index: int) -> Tensor:
         """What is kept of one item's features [V, D], with the text between them, and their positions behind."""
-        visual, keep = facts["visual"].bool().cpu(), int(facts["keep"])
-        if int(visual.sum()) != len(features):
+        visual, inner = facts["visual"].bool().cpu(), facts["inner_ids"].cpu()
+        where, between = visual.nonzero().flatten(), (~visual).nonzero().flatten()
+        if len(where) != len(features):
             raise UnsupportedModelError(
-                f"an item has {int(visual.sum())} placeholders and {len(features)} visual features: this checkpoint "
-                "cannot be served pruned; leave hawk out of hf_overrides"
+                f"an item has {len(where)} placeholders and {len(features)} visual features: this checkpoint cannot be "
+                "served pruned; leave hawk out of hf_overrides"
             )
         device = features.device
-        words = self.words(facts["question"].to(device), features)
-        chosen = torch.arange(len(features), device=device) if keep == len(features) else compat.from_first_rank(
-            kept(self.hawk, self.projections, self.head_weights, words, features[:, : self.width], keep,
-                 compat.all_reduce))  # fmt: skip
-        stays = ~visual.to(device)
-        stays[visual.to(device).nonzero().flatten()[chosen]] = True
+        where, between = where.to(device), between.to(device)
+        chosen = self.chosen(features, facts["question"].to(device), int(facts["keep"]))
+        stays = torch.cat([where[chosen], between]).sort().values  # by index: a mask's length would be waited for
         rows = features[chosen]
-        if len(facts["inner_ids"]):
+        if len(inner):
             whole = features.new_zeros(len(visual), features.shape[1])
-            whole[visual.to(device)] = features
-            whole[~visual.to(device), : self.width] = self.words(facts["inner_ids"].to(device), features)
+            whole[where] = features
+            whole[between, : self.decoder.width] = self.words(inner.to(device), features)
             rows = whole[stays]
-        axes, extent = self.item_positions(kwargs, index, visual, facts["inner_ids"].tolist())
+        axes, extent = self.item_positions(kwargs, index, visual, inner.tolist())
         return positions.with_positions(rows, axes.to(device)[:, stays], extent)
+
+    def chosen(self, features: Tensor, question: Tensor, keep: int) -> Tensor:
+        """[keep] int64, which of an item's features [V, D] stay; the same on all ranks."""
+        if keep == len(features):
+            return torch.arange(keep, device=features.device)
+        words, seen = self.words(question, features), features[:, : self.decoder.width]
+        return compat.from_first_rank(
+            kept(self.hawk, self.projections, self.head_weights, words, seen, keep, compat.all_reduce)
+        )
 
     def words(self, ids: Tensor, like: Tensor) -> Tensor:
         """[T, D] embeddings of text, as the decoder gets them."""

@@ -10,7 +10,7 @@ import hawk_compile.kernels.score.op
 import hawk_compile.kernels.select.op  # noqa: F401  both register operators
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.kernels.score.by_token import MOST_TOKENS
-from hawk_compile.passes.insert_ranking import FORMER_NAMES
+from hawk_compile.passes.insert_ranking import what_it_reads
 from hawk_compile.serving.vllm.compat.model import with_module
 from hawk_compile.settings.config import HawkConfig
 
@@ -123,5 +123,4 @@ def ranked(config: HawkConfig, scores: Tensor, hidden: Tensor, visual: Tensor, b
         "budget": budget,
     }
     options = dict(config.method.options)
-    names = [name for name in inspect.signature(ranking).parameters if name not in options]
-    return ranking(**{name: readable[FORMER_NAMES.get(name, name)] for name in names}, **options)
+    return ranking(**{name: readable[what] for name, what in what_it_reads(ranking, options).items()}, **options)

@@ -55,15 +55,15 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
     from hawk_compile.errors import ConfigError
     from hawk_compile.settings.budgets import Adaptive
     from hawk_compile.settings.config import check_names
-    from hawk_compile.settings.selectors import selector_named
+    from hawk_compile.settings.selectors import selector_from_json
 
     settings: dict[str, Any] = {}
     for name, value in values_of(pairs).items():
         try:
             if name == "budget" and value is not None:
                 value = Adaptive(**value) if isinstance(value, dict) else Adaptive(value)
-            elif name == "selector" and isinstance(value, dict):
-                value = selector_named(value.pop("name", ""), value)
+            elif name == "selector":
+                value = selector_from_json(value)
         except TypeError as error:
             raise ConfigError(f"set {name}={value} cannot be read: {error}") from None
         settings[name] = tuple(value) if isinstance(value, list) else value

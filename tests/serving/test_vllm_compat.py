@@ -1,0 +1,117 @@
+"""vLLM's names that the plugin uses and nobody promised: each is there, takes what we give and does what we need.
+
+A new vLLM that changes one fails here, by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
+]
+
+QWEN = "Qwen2_5_VLForConditionalGeneration"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plugin_is_found() -> None:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+def parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_configurations_are_verified_by_a_method_of_their_own() -> None:
+    from vllm.config import ModelConfig, MultiModalConfig
+
+    verify = ModelConfig._try_verify_and_update_model_config
+    assert not parameters(verify) and verify.hawk  # ours
+    made = inspect.getsource(ModelConfig.__post_init__)
+    for line in ("self._try_verify_and_update_model_config()", "self.model_arch_config =", "self._architecture ="):
+        assert line in made
+    assert {"hf_config", "multimodal_config"} <= {each.name for each in dataclasses.fields(ModelConfig)}
+    assert not parameters(ModelConfig.get_model_arch_config) and not parameters(ModelConfig.try_get_generation_config)
+    held = {each.name for each in dataclasses.fields(MultiModalConfig)}
+    assert {"video_pruning_rate", "mm_encoder_only"} <= held
+
+
+def test_embeddings_carry_positions_where_videos_are_pruned() -> None:
+    from vllm.config import MultiModalConfig
+
+    assert MultiModalConfig(video_pruning_rate=1e-6).is_multimodal_pruning_enabled()
+    assert not MultiModalConfig().is_multimodal_pruning_enabled()
+
+
+def test_the_registry_has_classes_by_architecture() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from hawk_compile.serving.vllm.compat.engine import multimodal_architectures
+
+    assert QWEN in multimodal_architectures() and "LlamaForCausalLM" not in multimodal_architectures()
+    assert ModelRegistry.models[QWEN].load_model_cls().__name__ == QWEN
+    assert f"Pruned{QWEN}" in ModelRegistry.models
+
+
+def test_a_class_has_a_factory_for_its_processor() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    factory = ModelRegistry.models[QWEN].load_model_cls()._processor_factory
+    assert "processor" in {each.name for each in dataclasses.fields(factory)}
+    pruned = ModelRegistry.models[f"Pruned{QWEN}"].load_model_cls()
+    assert pruned._processor_factory.processor is not factory.processor
+    assert pruned._processor_factory.info is factory.info
+
+
+def test_the_runner_for_cpus_asks_for_positions_when_it_is_told() -> None:
+    from vllm.model_executor.models.interfaces import supports_multimodal_pruning
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert issubclass(CPUModelRunner, GPUModelRunner) and parameters(supports_multimodal_pruning) == ["model"]
+    assert "self.is_multimodal_pruning_enabled" in inspect.getsource(GPUModelRunner.load_model)
+    assert "recompute_mrope_positions" in inspect.getsource(GPUModelRunner)
+
+
+@pytest.mark.parametrize(("name", "takes"), [
+    ("_get_mm_hashes", ["inputs"]),
+    ("_get_cache_missing_processor_kwargs", ["inputs", "mm_is_cached"]),
+    ("_apply_hf_processor_main", ["mm_items", "hf_kwargs"]),
+    ("_get_mm_fields_config", ["hf_inputs", "hf_processor_mm_kwargs"]),
+    ("_get_mm_prompt_updates", ["mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"]),
+    ("_maybe_apply_prompt_updates", ["mm_items", "mm_res"]),
+    ("_get_prompt_updates", ["mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"]),
+])  # fmt: skip
+def test_a_processor_prepares_items_by_these_methods(name: str, takes: list[str]) -> None:
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    assert parameters(getattr(BaseMultiModalProcessor, name)) == takes
+
+
+def test_items_travel_with_fields_and_places() -> None:
+    from hawk_compile.serving.vllm.compat.model import lone_feature
+
+    feature = lone_feature({"image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 6]])}, 1, torch.ones(3, dtype=torch.bool))
+    assert feature.data["image_grid_thw"].data.tolist() == [1, 2, 6] and feature.modality == "image"
+    assert feature.mm_position.get_num_embeds() == 3 and feature.mm_position.extract_embeds_range() == [(0, 2)]
+    with_text = lone_feature({}, 0, torch.tensor([True, False, True]))
+    assert with_text.mm_position.extract_embeds_range() == [(0, 0), (2, 2)]
+
+
+def test_decoders_say_which_dimension_of_positions_moves() -> None:
+    from vllm.compilation import decorators
+
+    from hawk_compile.serving.vllm.compat.model import last_dimension
+
+    assert "self._dynamic_arg_dims = dynamic_arg_dims" in inspect.getsource(decorators)
+    assert last_dimension(0) == -1 and last_dimension({0: "s"}) == {-1: "s"}
