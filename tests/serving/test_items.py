@@ -15,6 +15,7 @@ from hawk_compile.serving.vllm import positions
 from hawk_compile.serving.vllm.items import check_inner, place_of
 
 START, IMAGE, STOP, LINE = 4, 6, 5, 8
+CPU = torch.device("cpu")
 
 
 def test_the_ids_around_stay() -> None:
@@ -62,7 +63,7 @@ def test_positions_travel_exactly(dtype: torch.dtype) -> None:
     where = torch.tensor([[0, 255, 256, 300, 65535], [1, 2, 3, 4, 5], [9, 257, 511, 512, 40000]])
     carried = positions.with_positions(rows, where, 65535)
     assert carried.dtype == dtype and carried.shape == (5, 7 + positions.COLUMNS)
-    plain, axes, extent = positions.taken_apart(carried)
+    plain, axes, extent = positions.taken_apart(carried, CPU)
     assert plain.equal(rows) and axes.equal(where) and extent.tolist() == [65535] * 5
 
 
@@ -150,7 +151,7 @@ def test_positions_of_what_is_kept(chunk: int) -> None:
     for feature, each in zip(features, rows, strict=True):
         place = feature.mm_position
         begin = place.offset + (0 if place.is_embed is None else place.is_embed.tolist().index(True))
-        _, axes, _ = positions.taken_apart(each)
+        _, axes, _ = positions.taken_apart(each, CPU)
         start = columns[begin]
         expected[begin : begin + len(each)] = (axes[0] + start).tolist()
         at = begin

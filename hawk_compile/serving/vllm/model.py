@@ -71,17 +71,17 @@ class PrunedModel:
                 "served pruned; leave hawk out of hf_overrides"
             )
         device = features.device
-        where, between = where.to(device), between.to(device)
-        chosen = self.chosen(features, facts["question"].to(device), int(facts["keep"]))
+        where, between = over(where, device), over(between, device)
+        chosen = self.chosen(features, over(facts["question"], device), int(facts["keep"]))
         stays = torch.cat([where[chosen], between]).sort().values  # by index: a mask's length would be waited for
         rows = features[chosen]
         if len(inner):
             whole = features.new_zeros(len(visual), features.shape[1])
             whole[where] = features
-            whole[between, : self.decoder.width] = self.words(inner.to(device), features)
+            whole[between, : self.decoder.width] = self.words(over(inner, device), features)
             rows = whole[stays]
         axes, extent = self.item_positions(kwargs, index, visual, inner.tolist())
-        return positions.with_positions(rows, axes.to(device)[:, stays], extent)
+        return positions.with_positions(rows, over(axes, device)[:, stays], extent)
 
     def chosen(self, features: Tensor, question: Tensor, keep: int) -> Tensor:
         """[keep] int64, which of an item's features [V, D] stay; the same on all ranks."""
@@ -132,6 +132,11 @@ class PrunedModel:
     def get_encoder_cudagraph_config(self) -> Any:
         """A captured encoder passes `embed_multimodal` by."""
         return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
+
+
+def over(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device, without waiting for what that device does."""
+    return tensor.to(device, non_blocking=True)
 
 
 def pruned_class(base: type) -> type:

@@ -24,14 +24,16 @@ COLUMNS = 2 * (AXES + 1)
 
 
 def with_positions(rows: Tensor, positions: Tensor, extent: int) -> Tensor:
-    """Embeddings [n, D] with their positions [3, n] from the item's start, and how many positions the item takes."""
-    numbers = torch.cat([positions, torch.full_like(positions[:1], extent)]).T.to(rows.device)  # [n, 4]
+    """Embeddings [n, D] with their positions [3, n] from the item's start, of the same device, and how many positions
+    the item takes."""
+    numbers = torch.cat([positions, torch.full_like(positions[:1], extent)]).T  # [n, 4]
     return torch.cat([rows, torch.cat([numbers // BASE, numbers % BASE], 1).to(rows.dtype)], 1)
 
 
-def taken_apart(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(embeddings [n, D], positions [3, n] from the item's start, extent [n]) of what `with_positions` made."""
-    digits = rows[:, -COLUMNS:].round().long()
+def taken_apart(rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(embeddings [n, D], positions [3, n] from the item's start, extent [n]) of what `with_positions` made; the last
+    two on `device`, by one copy."""
+    digits = rows[:, -COLUMNS:].to(device).round().long()
     numbers = (digits[:, : AXES + 1] * BASE + digits[:, AXES + 1 :]).T
     return rows[:, :-COLUMNS], numbers[:AXES], numbers[AXES]
 
@@ -120,7 +122,7 @@ def restored(
             plain.append(rows)
             end = max(end, int(before[:, where].max()) + 1)
             continue
-        kept, axes, extent = taken_apart(rows)
+        kept, axes, extent = taken_apart(rows, after.device)
         plain.append(kept)
         start = start_of(ids, int(where[0]))
         base = int(before[0, start - 1]) + 1 if start else 0

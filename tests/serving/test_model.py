@@ -1,0 +1,172 @@
+"""What a served model keeps of an item, over a stand-in for vLLM's model; on CUDA without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.kernels.score.reference import score_projected
+from hawk_compile.serving.vllm import positions
+from hawk_compile.serving.vllm.compat import model as compat
+from hawk_compile.serving.vllm.model import pruned_class
+
+WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8
+WEIGHTS = [0.4, 0.3, 0.2, 0.1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Rotary(nn.Module):
+    mrope_section = (4, 0, 0)
+
+    def forward(self, *given: Any) -> None:
+        raise AssertionError("scores are taken in front of positions")
+
+
+class Attention(nn.Module):
+    num_heads, num_kv_heads = HEADS, KV_HEADS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(WIDTH, KV_HEADS * SIZE)
+        self.rotary_emb = Rotary()
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> None:
+        self.rotary_emb(positions, self.q_proj(hidden_states), self.k_proj(hidden_states))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), Attention()
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> None:
+        self.attention(positions=positions, hidden_states=self.norm(hidden_states))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_input_ids = nn.Embedding(40, WIDTH)
+        self.layers = nn.ModuleList([Layer()])
+
+
+class Model(nn.Module):
+    """As vLLM's multimodal models: an encoder whose output is as wide as the decoder or, with deep features, wider."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        text = SimpleNamespace(hidden_size=WIDTH, num_attention_heads=HEADS)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.decoder_ = Decoder()
+
+    def get_language_model(self) -> Decoder:
+        return self.decoder_
+
+    def embed_multimodal(self, features: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(features)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compat, "weights_of_rank", lambda *_: torch.tensor(WEIGHTS))
+    for name in ("all_reduce", "from_first_rank"):
+        monkeypatch.setattr(compat, name, lambda same: same)
+    monkeypatch.setattr(compat, "lone_feature", lambda *_: None)
+    yield
+
+
+def served(**settings: Any) -> Any:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1), ec_transfer_config=None,
+        model_config=SimpleNamespace(
+            model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}),
+            multimodal_config=SimpleNamespace(mm_encoder_only=False),
+        ),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return pruned_class(Model)(vllm_config=config)
+
+
+def facts(question: list[int], keep: int, visual: list[bool], inner: list[int]) -> dict[str, list[Tensor]]:
+    """What the processor sends with one item."""
+    return {
+        "hawk_question": [torch.tensor(question)], "hawk_keep": [torch.tensor(keep)],
+        "hawk_visual": [torch.tensor(visual)], "hawk_inner_ids": [torch.tensor(inner, dtype=torch.int64)],
+    }  # fmt: skip
+
+
+def best(model: Any, question: list[int], features: Tensor, keep: int) -> list[int]:
+    """By the definition of the scores."""
+    words = model.decoder_.embed_input_ids.weight[question]
+    layer, hidden = model.decoder_.layers[0], torch.cat([words, features[:, :WIDTH]])
+    normed = layer.norm(hidden)
+
+    def by_head(projected: Tensor, heads: int) -> Tensor:
+        return projected.view(1, -1, heads, SIZE).transpose(1, 2)
+
+    visual = (torch.arange(len(hidden), device=DEVICE) >= len(question)).unsqueeze(0)
+    query, key = by_head(layer.attention.q_proj(normed), HEADS), by_head(layer.attention.k_proj(normed), KV_HEADS)
+    scores = score_projected(query, key, visual, ~visual, torch.tensor(WEIGHTS, device=DEVICE), "l2")
+    return sorted(scores[0, len(question) :].topk(keep).indices.tolist())
+
+
+@pytest.mark.parametrize("deep", [0, 2])
+def test_the_best_rows_with_their_positions(deep: int) -> None:
+    """Deep features stay with their rows, and take no part in the score."""
+    model, question = served(), [3, 7, 9]
+    features = torch.randn(12, WIDTH * (1 + deep), device=DEVICE)
+    with torch.no_grad():
+        (rows,) = model.embed_multimodal(features=[features], **facts(question, 5, [True] * 12, []))
+        expected = best(model, question, features, 5)
+    plain, axes, extent = positions.taken_apart(rows, torch.device("cpu"))
+    assert plain.equal(features[expected]) and expected != list(range(5))
+    assert axes.tolist() == [expected] * 3 and extent.tolist() == [12] * 5
+
+
+def test_text_between_visual_tokens_stays() -> None:
+    model, question = served(), [3, 7]
+    features = torch.randn(6, WIDTH, device=DEVICE)
+    visual = [True, True, False, True, True, False, True, True]
+    with torch.no_grad():
+        (rows,) = model.embed_multimodal(features=[features], **facts(question, 2, visual, [11, 12]))
+        first, second = best(model, question, features, 2)
+        words = model.decoder_.embed_input_ids.weight[[11, 12]]
+    plain, axes, extent = positions.taken_apart(rows, torch.device("cpu"))
+    where = [place for place, seen in enumerate(visual) if seen]
+    expected = {2: words[0], 5: words[1], where[first]: features[first], where[second]: features[second]}
+    assert axes[0].tolist() == sorted(expected) and extent.tolist() == [8] * 4
+    assert plain.equal(torch.stack([expected[place] for place in sorted(expected)]))
+
+
+def test_items_that_are_not_pruned_are_the_encoders_own() -> None:
+    features = torch.randn(6, WIDTH, device=DEVICE)
+    (rows,) = served().embed_multimodal(features=[features])
+    assert rows is features
+
+
+def test_another_number_of_features_than_placeholders() -> None:
+    features = torch.randn(6, WIDTH, device=DEVICE)
+    with pytest.raises(UnsupportedModelError, match="7 placeholders and 6 visual features"):
+        served().embed_multimodal(features=[features], **facts([3], 2, [True] * 7, []))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no other device here")
+@pytest.mark.parametrize("selector", ["hawk", "hawk_each", "divprune", "norm"])
+def test_nothing_waits_for_the_device(selector: str) -> None:
+    model = served(selector=selector)
+    given = facts([3, 7], 3, [True, True, False, True, True, True], [11])
+    features = torch.randn(5, WIDTH, device=DEVICE)
+    with torch.no_grad():
+        model.embed_multimodal(features=[features], **given)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model.embed_multimodal(features=[features], **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
