@@ -20,6 +20,15 @@ def check_writable(folder: Path) -> None:
         InputError: the folder cannot be written to, or matplotlib is missing.
     """
     check_drawable()
+    check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, and see that it can be written to.
+
+    Raises:
+        InputError: it cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

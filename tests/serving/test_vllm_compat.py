@@ -115,3 +115,17 @@ def test_decoders_say_which_dimension_of_positions_moves() -> None:
 
     assert "self._dynamic_arg_dims = dynamic_arg_dims" in inspect.getsource(decorators)
     assert last_dimension(0) == -1 and last_dimension({0: "s"}) == {-1: "s"}
+
+
+def test_an_engine_in_this_process_is_looked_into() -> None:
+    """By `bench`; tests/serving/test_vllm_bench.py has one that runs."""
+    from vllm import LLM
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert parameters(LLM._preprocess_cmpl)[0] == "prompts" and "self.request_counter" in inspect.getsource(
+        LLM._add_request
+    )
+    assert parameters(LLMEngine.add_request)[:3] == ["request_id", "prompt", "params"]
+    assert not parameters(BlockPool.get_num_free_blocks) and not parameters(Worker.get_encoder_timing_stats)

@@ -1,6 +1,7 @@
 """What `hawk-compile bench` does, and what it prints."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from hawk_compile.errors import InputError
 from hawk_compile.tools.absent import remedy
 from hawk_compile.tools.benchmarking.bench import bench
-from hawk_compile.tools.benchmarking.result import Benchmark
+from hawk_compile.tools.benchmarking.table import Table as Cells
 from hawk_compile.tools.benchmarking.table import head, tables
 from hawk_compile.tools.terminal import counts, fractions_of, names
 from hawk_compile.tools.writing import check_writable
@@ -29,13 +30,7 @@ def bench_checkpoint(
         as `bench`; ConfigError too for lists that hold something else than numbers.
         InputError: both a checkpoint and a profile, or a folder that cannot be written to.
     """
-    if checkpoint is not None and config is not None:
-        raise InputError(f"give a checkpoint or a config, got both: {checkpoint} and {config}")
-    if checkpoint is not None and not (checkpoint / "config.json").is_file():
-        raise InputError(
-            f"checkpoint must be a folder with a config.json, got {checkpoint}: {remedy(checkpoint)}; a profile: "
-            "--config NAME"
-        )
+    source = source_of(checkpoint, config)
     fractions = fractions_of(ratios)
     if out is not None:
         check_writable(out)
@@ -43,22 +38,34 @@ def bench_checkpoint(
         settings["stages"] = names(stages)
     with console.status("") as status:
         found = bench(
-            checkpoint or config or "small", ratios=fractions, tokens=counts(tokens),
+            source, ratios=fractions, tokens=counts(tokens),
             command=" ".join(["hawk-compile", *sys.argv[1:]]), progress=lambda now: status.update(now.text),
             **settings,
         )  # fmt: skip
     if markdown:
         console.print(found.markdown(), soft_wrap=True)
     else:
-        show(console, found)
+        show(console, head(found), tables(found))
     if out is not None:
         console.print(f"written: {', '.join(map(str, found.write(out)))}")
 
 
-def show(console: Console, found: Benchmark) -> None:
-    for line in head(found):
+def source_of(checkpoint: Path | None, config: str | None) -> Path | str:
+    """Raises InputError for both a checkpoint and a profile, or for a folder that holds no checkpoint."""
+    if checkpoint is not None and config is not None:
+        raise InputError(f"give a checkpoint or a config, got both: {checkpoint} and {config}")
+    if checkpoint is not None and not (checkpoint / "config.json").is_file():
+        raise InputError(
+            f"checkpoint must be a folder with a config.json, got {checkpoint}: {remedy(checkpoint)}; a profile: "
+            "--config NAME"
+        )
+    return checkpoint or config or "small"
+
+
+def show(console: Console, above: Sequence[str], below: Sequence[Cells]) -> None:
+    for line in above:
         console.print(line)
-    for about, headings, cells in tables(found):
+    for about, headings, cells in below:
         shown = Table(box=None, pad_edge=False)
         for heading in headings:
             shown.add_column(heading, justify="right", overflow="fold")

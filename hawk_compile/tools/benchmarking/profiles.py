@@ -111,8 +111,14 @@ def qwen2_5_vl_scaled(layers: int, width: int, vision_layers: int, vision_width:
 
 
 def small() -> PreTrainedConfig:
-    """For a CPU; the vision encoder's share of the work is about that of Qwen2.5-VL-7B."""
+    """For a CPU."""
     return qwen2_5_vl_scaled(layers=6, width=512, vision_layers=2, vision_width=256)
+
+
+def light() -> PreTrainedConfig:
+    """As small, with a lighter vision encoder: 0.27 of all FLOPs up to the first token at 1,024 visual tokens, where
+    Qwen2.5-VL-7B's has 0.28 and small's 0.41."""
+    return qwen2_5_vl_scaled(layers=6, width=512, vision_layers=2, vision_width=160)
 
 
 def tiny() -> PreTrainedConfig:
@@ -122,6 +128,7 @@ def tiny() -> PreTrainedConfig:
 
 PROFILES: dict[str, Callable[[], PreTrainedConfig]] = {
     "small": small,
+    "light": light,
     "tiny": tiny,
     "qwen2.5-vl-3b": qwen2_5_vl_3b,
     "qwen2.5-vl-7b": qwen2_5_vl_7b,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from hawk_compile.tools.benchmarking.floors import Floor
 from hawk_compile.tools.benchmarking.measured import Measured, Measurement, Size
 from hawk_compile.tools.benchmarking.timing import Spread, spread
 from hawk_compile.tools.writing import check_writable
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""(what it shows, headings, lines)."""
 
 STAGE_NAMES = {"prefill": "prefill", "first": "first token", "decode": "decode step"}
 HEADINGS = (
@@ -111,8 +115,8 @@ def milliseconds(given: Measurement | None) -> str:
     return f"{1e3 * found.median:.2f} ({1e3 * found.iqr:.2f})"
 
 
-def tables(found: Measured) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """(what it shows, headings, lines) of each table that has lines."""
+def tables(found: Measured) -> list[Table]:
+    """Those that have lines."""
     made = [
         (
             'Times; ratios round by round. Median (interquartile range). "pruned" is `optimize`; "compiled" the same '
@@ -182,8 +186,13 @@ def vision_lines(found: Measured) -> list[str]:
 
 def markdown(found: Measured) -> str:
     """Head and tables."""
-    parts = ["\n\n".join(head(found))]
-    for about, headings, lines in tables(found):
+    return as_markdown(head(found), tables(found))
+
+
+def as_markdown(above: Sequence[str], shown: Sequence[Table]) -> str:
+    """Lines, and tables under them."""
+    parts = ["\n\n".join(above)]
+    for about, headings, lines in shown:
         cells = [headings, ("---:",) * len(headings), *lines]
         parts.append(about + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells))
     return "\n\n".join(parts) + "\n"

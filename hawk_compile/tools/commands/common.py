@@ -71,8 +71,11 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def values_of(pairs: list[str]) -> dict[str, Any]:
+def values_of(pairs: list[str], option: str = "set") -> dict[str, Any]:
     """Values by name from texts "name=value", in which a value is JSON or, where it is none, text.
+
+    Args:
+        option: that holds them.
 
     Raises:
         ConfigError: a text of another form.
@@ -83,7 +86,7 @@ def values_of(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not name or not equals:
-            raise ConfigError(f"set must be NAME=VALUE, got {pair!r}")
+            raise ConfigError(f"{option} must be NAME=VALUE, got {pair!r}")
         try:
             values[name] = json.loads(text)
         except ValueError:

@@ -1,7 +1,7 @@
 """`hawk-compile demo`, `calibrate`, `evaluate` and `bench`: what pruning costs and saves."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,10 +17,13 @@ from hawk_compile.tools.commands.common import (
     SkipBad,
     console,
     settings_of,
+    values_of,
 )
 
 CHECKS = ("nothing removed", "selection", "prefill", "decode", "several turns", "padded batches", "video", "restore")
 """Names of the survey's checks; it is heavy to import."""
+
+BENCH_DEFAULTS = {"tokens": "576,1024,2048", "stages": None}
 
 
 def demo(
@@ -96,36 +99,75 @@ def evaluate(
 
 def bench(
     checkpoint: Annotated[Path | None, typer.Argument(help="A checkpoint folder; without one, random weights.")] = None,
+    engine: Annotated[str, typer.Option(help="torch (optimize), or vllm (a server).")] = "torch",
     config: Annotated[
         str | None,
-        typer.Option(help="The shapes of: small, tiny, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-4b, internvl3-8b, "
-                     "llava-onevision-7b.", show_default="small"),
+        typer.Option(
+            help="The shapes of: small, light, tiny, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-4b, internvl3-8b, "
+            "llava-onevision-7b.",
+            show_default="small",
+        ),
     ] = None,
     ratios: Annotated[str, typer.Option(help="Fractions of visual tokens removed.")] = "0.5,0.8,0.9",
-    tokens: Annotated[str, typer.Option(help="Visual tokens of the image.")] = "576,1024,2048",
-    text: Annotated[int, typer.Option(help="Other tokens of the prompt.")] = 64,
-    batch: Annotated[int, typer.Option(help="Rows of a prompt.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    tokens: Annotated[
+        str | None, typer.Option(help="Visual tokens of the image.", show_default="576,1024,2048; vllm: 1024")
+    ] = None,
+    text: Annotated[int, typer.Option(help="Other tokens of the prompt; vllm: words of the question.")] = 64,
+    batch: Annotated[int | None, typer.Option(help="Rows of a prompt (torch).", show_default="1")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (torch).", show_default="cpu")] = None,
     dtype: Dtype = "fp32",
-    layers: Annotated[int | None, typer.Option(help="Keep only the first so many decoder layers.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep only the first so many decoder layers (torch).")] = None,
     stages: Annotated[
         str | None,
-        typer.Option(help="Some of vision,scoring,prefill,first,decode,shapes.", show_default="all"),
+        typer.Option(
+            help="Some of vision,scoring,prefill,first,decode,shapes; vllm: of ratios,prefixes,video.",
+            show_default="all",
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed calls of each.")] = 5,
-    backend: Backend = "inductor",
+    requests: Annotated[int | None, typer.Option(help="Requests at once (vllm).", show_default="8")] = None,
+    answer: Annotated[int | None, typer.Option(help="Tokens of each one's answer (vllm).", show_default="16")] = None,
+    vllm: Annotated[
+        list[str],
+        typer.Option("--vllm", metavar="NAME=VALUE", help="An argument of vllm.LLM, as block_size=32 (repeatable)."),
+    ] = [],  # noqa: B006
+    backend: Annotated[
+        str | None, typer.Option(help="inductor, aot_eager or eager, for the prefill (torch).", show_default="inductor")
+    ] = None,
     settings: Settings = [],  # noqa: B006
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     out: Annotated[Path | None, typer.Option(help="A folder for tables, JSON and plot.")] = None,
 ) -> None:
-    """Time what pruning saves, stage by stage, against the same model eager, compiled, and pruned by hand."""
+    """Time what pruning saves, stage by stage, against the same model eager, compiled, and pruned by hand; or in vLLM
+    against unpruned requests to the same engine."""
+    only: dict[str, dict[str, Any]] = {
+        "torch": {"batch": batch, "device": device, "layers": layers, "backend": backend},
+        "vllm": {"requests": requests, "answer": answer, "vllm": vllm},
+    }  # fmt: skip
+    bench_by(
+        engine, only, settings, checkpoint, config, out, ratios=ratios, tokens=tokens, stages=stages, markdown=markdown,
+        text=text, dtype=dtype, rounds=rounds,
+    )  # fmt: skip
+
+
+def bench_by(
+    engine: str, only: dict[str, dict[str, Any]], settings: list[str], checkpoint: Path | None, config: str | None,
+    out: Path | None, **common: Any,
+) -> None:  # fmt: skip
+    """`bench` with an engine, of whose options `only` holds those that another one does not have."""
+    from hawk_compile.tools.served.engines import check_engine, told
+
+    check_engine(engine, only)
+    given = told(**common, **only[engine])
+    if engine == "vllm":
+        from hawk_compile.tools.served.commands import bench_engine
+
+        given |= {"options": values_of(given.pop("vllm"), "vllm"), "hawk": values_of(settings)}
+        bench_engine(console(), checkpoint, config, out, **given)
+        return
     from hawk_compile.tools.benchmarking.commands import bench_checkpoint
 
-    bench_checkpoint(
-        console(), checkpoint, config, out, ratios=ratios, tokens=tokens, stages=stages, markdown=markdown, text=text,
-        batch=batch, device=device, dtype=dtype, layers=layers, rounds=rounds,
-        **{"backend": backend, **settings_of(settings)},
-    )  # fmt: skip
+    bench_checkpoint(console(), checkpoint, config, out, **{**BENCH_DEFAULTS, **given, **settings_of(settings)})
 
 
 def survey(

@@ -185,7 +185,7 @@ def test_an_image_gives_the_nearest_number_of_tokens(name, asked, given):
 
 @pytest.mark.parametrize("name", [name for name in PROFILES if name != "small"])
 def test_a_profile_has_the_size_of_its_model(name):
-    millions = {"tiny": 0.8, "qwen2.5-vl-3b": 3754.6, "qwen2.5-vl-7b": 8292.2, "qwen3-vl-4b": 4437.8,
+    millions = {"light": 25.6, "tiny": 0.8, "qwen2.5-vl-3b": 3754.6, "qwen2.5-vl-7b": 8292.2, "qwen3-vl-4b": 4437.8,
                 "internvl3-8b": 7944.4, "llava-onevision-7b": 8029.9}  # fmt: skip
     held = sum(parameter.numel() for parameter in on_meta(PROFILES[name]()).parameters())
     assert round(held / 1e6, 1) == millions[name]

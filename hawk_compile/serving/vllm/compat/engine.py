@@ -37,6 +37,39 @@ def name_architecture(model: Any, name: str) -> None:
     model._architecture = name
 
 
+def prunes_videos(architecture: str) -> bool:
+    """Whether vLLM's own pruning of videos (EVS) knows an architecture of its registry."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = ModelRegistry.models.get(architecture)
+    return known is not None and bool(getattr(known.load_model_cls(), "supports_multimodal_pruning", False))
+
+
+def hand_in(llm: Any, prompt: Any, sampling: Any) -> None:
+    """Give an engine in this process a request, of which each of its steps then tells the tokens: `LLM.enqueue` has it
+    tell the last alone."""
+    (rendered,) = llm._preprocess_cmpl([prompt])
+    llm.llm_engine.add_request(str(next(llm.request_counter)), rendered, sampling)
+
+
+def free_blocks(llm: Any) -> int:
+    """Blocks of the key-value cache that no request holds, as the scheduler of an engine in this process counts them;
+    what its metric `vllm:kv_cache_usage_perc` is made from."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def block_size(llm: Any) -> int:
+    """Tokens of a block of the key-value cache."""
+    return llm.llm_engine.vllm_config.cache_config.block_size
+
+
+def encoder_seconds(llm: Any) -> float:
+    """What the encoder took since this was last asked, of an engine with `enable_mm_processor_stats`; the most that a
+    worker says, since they wait for each other."""
+    of_workers = llm.collective_rpc("get_encoder_timing_stats")
+    return max(sum(request["encoder_forward_secs"] for request in worker.values()) for worker in of_workers)
+
+
 def check_engine(config: Any) -> None:
     """Refuse what an engine is asked to do and cannot while it prunes.
 
