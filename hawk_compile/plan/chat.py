@@ -46,11 +46,11 @@ class ChatFormat:
         """
         begins, starts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for pattern in self.opens:
-            begins.append(places(ids, pattern))
+            begins.append(self.begins(ids, pattern))
             starts.append(begins[-1] + len(pattern))
         opened = np.unique(np.concatenate(starts))
         for pattern in self.tools:
-            for place in places(ids, pattern):
+            for place in self.begins(ids, pattern):
                 opened = opened[(opened <= place) | (opened > place + len(pattern))]
         stops = [*begins, *(places(ids, pattern) for pattern in self.closes), np.flatnonzero(is_in(ids, ends))]
         stop = np.unique(np.concatenate([*stops, [len(ids)]]))
@@ -59,6 +59,16 @@ class ChatFormat:
             start, end = spans[-1]
             spans[-1] = (start, max(start, end - len(self.tail)))
         return spans
+
+    def begins(self, ids: Row, pattern: Ids) -> Row:
+        """Where a pattern begins. White space that ends it may be another id: a tokenizer joins it with what a text
+        begins with, or what a processor writes before an image ("user\\n" and "\\n\\n<image>" with an id for three ends
+        of lines)."""
+        head = pattern[:-1]
+        if len(pattern) < 2 or pattern[-1] not in self.blank or not set(head) - set(self.blank):
+            return places(ids, pattern)
+        found = places(ids[:-1], head)
+        return found[is_in(ids[found + len(head)], self.blank)]
 
     def to_json(self) -> dict[str, Any]:
         """As lists, for a file."""

@@ -11,7 +11,7 @@ Make = Callable[[str], Ids]
 LONGEST = 24
 """Ids of a pattern: more than any header has, and enough to tell one from text."""
 WORDS = ("apple", "7 green zebras", "Quiet house", "why not", "blue", "red digit")
-BLANKS = (" ", "  ", "\n", "\n\n", "\n\n\n", " \n", " \n\n", "▁", "Ċ", "ĊĊ")
+BLANKS = (" ", "  ", "\n", "\n\n", "\n\n\n", "\n\n\n\n", " \n", " \n\n", "▁", "Ċ", "ĊĊ")
 SAMPLES = 400
 """Ids of a vocabulary that are looked at where it does not know the words."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,17 @@ def test_an_image_without_text_has_the_question_before_it() -> None:
     line = formats.ids_of("llama 3", talk)
     ids, _, _ = formats.batch("llama 3", [line, [*line, *line[-3:]]])
     assert [formats.words_at("llama 3", ids[0], mask) for mask in found.mask[0]] == [question(1), question(1)]
+
+
+def test_white_space_that_ends_a_header_may_be_joined_with_the_next() -> None:
+    """As Gemma 3 has it: two ends of lines stand before an image, and three of them are one id."""
+    user, answer, newline, two, three, end, image = 10, 11, 20, 21, 22, 3, 7
+    chat = ChatFormat(opens=((user, newline),), closes=((end, newline),), blank=(newline, two, three), special=(3, 7))
+    first = [user, newline, 30, 31, end, newline, answer, newline, 35, end, newline]
+    ids = np.array([*first, user, three, image, image, two, 32, 33, end, newline, answer, newline])
+    spans = chat.turns(ids, np.array([end]))
+    assert [[each for each in ids[start:stop].tolist() if each >= 30] for start, stop in spans] == [[30, 31], [32, 33]]
+    assert len(chat.turns(ids[ids != three], np.array([end]))) == 1, "no white space at all: another header"
 
 
 @pytest.mark.parametrize("name", FORMATS)
