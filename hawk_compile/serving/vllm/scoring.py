@@ -88,7 +88,7 @@ def kept(
     count, total = len(words), len(words) + len(features)
     hidden = torch.cat([words, features])
     visual = torch.arange(total, device=hidden.device).unsqueeze(0) >= count
-    budget = torch.tensor([keep], device=hidden.device)
+    budget = torch.full((1,), keep, device=hidden.device)
     method = config.method
     scores = torch.zeros_like(visual, dtype=torch.float32)
     if method.ranking is None or method.reads("scores"):
