@@ -70,10 +70,25 @@ def by_own_turn(given: Mapping[str, Any]) -> bool:
 
 def with_ratio(config: HawkConfig, ratio: Any) -> HawkConfig:
     """The settings of a request that asks for a ratio of its own."""
-    if ratio is None or ratio == config.ratio:
-        return config
     check_ratio(ratio, f"{RATIO} is the fraction")
-    return replace(config, ratio=ratio)
+    return config if ratio == config.ratio else replace(config, ratio=ratio)
+
+
+def check_request(kwargs: Mapping[str, Any]) -> None:
+    """Refuse a request that would be pruned by another ratio than it asks for, under a name that nobody reads.
+
+    Args:
+        kwargs: of its processor.
+
+    Raises:
+        ConfigError: such a request.
+    """
+    for name in kwargs:
+        if name == "ratio" or (name.startswith(KEY) and name != RATIO):
+            raise ConfigError(
+                f"mm_processor_kwargs has {name}, which a request cannot set: it may have a ratio of its own, as "
+                f'{{"{RATIO}": 0.5}}; what else there is to set stands in hf_overrides when the server starts'
+            )
 
 
 def reads_question(config: HawkConfig) -> bool:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from hawk_compile.errors import ConfigError
-from hawk_compile.serving.settings import TAKEN, digest, reads_question, serving_config, with_ratio
+from hawk_compile.serving.settings import (
+    TAKEN,
+    check_request,
+    digest,
+    reads_question,
+    serving_config,
+    with_ratio,
+)
 
 
 def test_every_image_by_itself() -> None:
@@ -41,10 +48,18 @@ def test_what_is_refused(given: Any, message: str) -> None:
 
 def test_a_request_with_a_ratio_of_its_own() -> None:
     config = serving_config({"ratio": 0.8, "selector": "cdpruner"})
-    assert with_ratio(config, None) is config and with_ratio(config, 0.8) is config
+    assert with_ratio(config, 0.8) is config
     assert with_ratio(config, 0.5).ratio == 0.5 and with_ratio(config, 0).ratio == 0
-    with pytest.raises(ConfigError, match=r"hawk_ratio is the fraction of visual tokens removed .* got 1\.5"):
-        with_ratio(config, 1.5)
+    for ratio in (1.5, 1.0, 80, -1, "x", None, float("nan"), True):
+        with pytest.raises(ConfigError, match=rf"hawk_ratio is the fraction of visual tokens removed .* got .?{ratio}"):
+            with_ratio(config, ratio)
+
+
+def test_a_request_has_a_ratio_and_nothing_else_of_ours() -> None:
+    check_request({"hawk_ratio": 0.5, "size": 1})
+    for name in ("ratio", "hawk", "hawk_ration", "hawk_selector"):
+        with pytest.raises(ConfigError, match=rf"mm_processor_kwargs has {name}, which a request cannot set"):
+            check_request({name: 0.5})
 
 
 @pytest.mark.parametrize(("selector", "expected"), [

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from hawk_compile.errors import UnsupportedModelError
-from hawk_compile.serving.settings import KEY, serving_config
+from hawk_compile.errors import ConfigError, UnsupportedModelError
+from hawk_compile.serving.settings import KEY, RATIO, serving_config
 from hawk_compile.serving.vllm.compat.engine import (
     let_cpu_take_positions,
     multimodal_architectures,
@@ -65,9 +65,15 @@ def serve_pruned(model: Any) -> None:
             f"video_pruning_rate={model.multimodal_config.video_pruning_rate} removes video tokens by itself, and "
             f"{KEY} would prune what is left: give one of them"
         )
+    if RATIO in (model.multimodal_config.mm_processor_kwargs or {}):
+        raise ConfigError(
+            f"mm_processor_kwargs of a server has {RATIO}, which is read of requests alone: give the server's own "
+            f"as ratio in {KEY} of hf_overrides"
+        )
     give_axes(model)
     model.multimodal_config.video_pruning_rate = max(float(settings.ratio), 1e-6)
     name_architecture(model, f"Pruned{name}")
+    LOG.info("hawk: %s is served pruned, with %s", name, getattr(model.hf_config, KEY))
 
 
 def give_axes(model: Any) -> None:

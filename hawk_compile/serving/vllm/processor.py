@@ -18,13 +18,25 @@ from vllm.multimodal.processing.processor import iter_token_matches
 
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.questions import Reader, Span
-from hawk_compile.serving.settings import KEY, RATIO, by_own_turn, digest, reads_question, serving_config, with_ratio
+from hawk_compile.serving.settings import (
+    KEY,
+    RATIO,
+    by_own_turn,
+    check_request,
+    digest,
+    reads_question,
+    serving_config,
+    with_ratio,
+)
 from hawk_compile.serving.vllm.compat.processor import Ask, ProcessorHooks, chat_and_ids, without_video_pruning
 from hawk_compile.serving.vllm.items import check_inner, place_of
-from hawk_compile.serving.vllm.tally import Tally
+from hawk_compile.serving.vllm.tally import Tally, counters
 
 Asked = Mapping[str, list[tuple[int, ...]]]
 """Modality -> the ids that vote on each of its items."""
+
+MEASURE = object()
+"""The ratio of what memory is measured with: nothing is pruned, as a request may ask for it, and nothing is counted."""
 
 
 @dataclass
@@ -47,25 +59,33 @@ class PrunedProcessor(ProcessorHooks):
         self.info.ctx = without_video_pruning(self.info.ctx)
         ids, chat = chat_and_ids(self.info, self.config)
         self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
-        self.tally = Tally()
+        self.tally = Tally(*counters())
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
     # again in front of the checkpoint's: a processor serves many requests, some at once.
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
-        config = with_ratio(self.config, kwargs.pop(RATIO, None))
+        check_request(kwargs)
+        ratio = kwargs.pop(RATIO, self.config.ratio)
+        config = with_ratio(self.config, 0 if ratio is MEASURE else ratio)
         if config.ratio:
             kwargs[KEY] = (config, self.asked(inputs, kwargs, config))
         made = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
         if config.ratio:
             check_apart(made["mm_placeholders"])
+        if ratio is not MEASURE:
+            self.count_whole(made["mm_placeholders"], config)
         return made
 
+    def count_whole(self, placeholders: Mapping[str, Sequence[Any]], config: Any) -> None:
+        for modality, ranges in placeholders.items():
+            for each in ranges if not config.ratio or modality not in config.modalities else ():
+                self.tally.count(each.get_num_embeds(), each.get_num_embeds())
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """What memory is measured with: nothing is pruned, as a request may ask for it."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, RATIO: 0})
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, RATIO: MEASURE})
 
     def asked(self, inputs: Any, kwargs: dict[str, Any], config: Any) -> Asked:
         """The question of every item that may be pruned.
