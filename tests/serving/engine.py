@@ -53,7 +53,7 @@ def optimised(folder: Path, asked: list[Prompt], **settings: Any) -> list[Answer
     answers = []
     with hawk_compile.pruned(model, backend="eager", **settings):
         for each in asked:
-            inputs = processor(images=each.images, text=each.rendered(processor), return_tensors="pt")
+            inputs = processor(images=each.images or None, text=each.rendered(processor), return_tensors="pt")
             out = model.generate(
                 **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
                 return_dict_in_generate=True,

@@ -1,0 +1,282 @@
+"""Many requests of many kinds at once to `hawk-compile serve`, each answer held to what `optimize` answers.
+
+    python -m tests.serving.load --requests 1000 --checkpoint FOLDER [vLLM's arguments]
+
+Pictures of the demo in random sizes, one or two, in one or two turns, or none; ratios of their own or the server's;
+streamed or not, some under a name (`uuid`) by which vLLM knows a picture again; and clients that go away before the
+answer, or in the middle of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hawk_compile.tools.demo.scenes import pick_questions
+from tests.serving.engine import TOKENS, Answer, optimised
+from tests.serving.server import Server, serving
+
+AT_ONCE = 8
+OWN: float = 0.8
+"""The server's ratio."""
+RATIOS = (None, 0.0, 0.5, 0.8, 0.9)
+LONG = 300
+"""Tokens of an answer that its client does not wait for."""
+SIDES = (140, 168, 196, 252)
+AS_A_SERVER: dict[str, Any] = {"question": "own", "quota": "image", "normalize_per": "image"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks, and how.
+
+    Attributes:
+        turns: of the conversation, each with its pictures and its text; what the assistant said is made up.
+        ratio: of the request; None: the server's.
+        leaves: seconds after which its client goes away, or -1: it does with the first token; None: it waits.
+    """
+
+    turns: list[tuple[list[Image.Image], str]]
+    ratio: float | None
+    streamed: bool
+    leaves: float | None
+    named: bool
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [image for images, _ in self.turns for image in images]
+
+    def messages(self, picture: Any) -> list[dict[str, Any]]:
+        said: list[dict[str, Any]] = []
+        for number, (images, text) in enumerate(self.turns):
+            if number:
+                said.append({"role": "assistant", "content": [{"type": "text", "text": " red"}]})
+            words = [f" {text}"] * max(1, len(images))
+            parts = [part for image, word in zip(images, words, strict=False)
+                     for part in (picture(image), {"type": "text", "text": word})]  # fmt: skip
+            said.append({"role": "user", "content": parts or [{"type": "text", "text": text}]})
+        return said
+
+    def rendered(self, processor: Any) -> str:
+        turns = self.messages(lambda image: {"type": "image"})
+        return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    def body(self) -> dict[str, Any]:
+        tokens = TOKENS if self.leaves is None else LONG
+        asked: dict[str, Any] = {
+            "messages": self.messages(self.part), "temperature": 0, "max_tokens": tokens, "min_tokens": tokens,
+            "logprobs": True, "return_token_ids": True, "stream": self.streamed,
+        }  # fmt: skip
+        if self.streamed:
+            asked["stream_options"] = {"include_usage": True}
+        if self.ratio is not None:
+            asked["mm_processor_kwargs"] = {"hawk_ratio": self.ratio}
+        return asked
+
+    def part(self, image: Image.Image) -> dict[str, Any]:
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        text = base64.b64encode(data.getvalue()).decode()
+        part: dict[str, Any] = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+        return {**part, "uuid": f"picture-{hash(image.tobytes())}"} if self.named else part
+
+
+def requests(count: int, seed: int) -> list[Request]:
+    """A random mixture. Pictures and questions come again, and then not together."""
+    draw = random.Random(seed)
+    pool = [
+        (scene.pil().resize((draw.choice(SIDES), draw.choice(SIDES))), [question.text for question in scene.questions])
+        for scene, _ in pick_questions("test", max(4, count // 10), per_scene=1)
+    ]
+
+    def turn(pictures: int) -> tuple[list[Image.Image], str]:
+        chosen = [draw.choice(pool) for _ in range(max(1, pictures))]
+        return [image for image, _ in chosen][:pictures], draw.choice(chosen[0][1])
+
+    made = []
+    for _ in range(count):
+        pictures = draw.choice([[0], [1], [1], [1], [2], [1, 0], [1, 1]])
+        leaves = draw.choice([None] * 7 + [draw.uniform(0, 0.05), draw.uniform(0.05, 0.5), -1.0])
+        made.append(Request(
+            [turn(number) for number in pictures], draw.choice(RATIOS), draw.random() < 0.5 or leaves == -1.0, leaves,
+            draw.random() < 0.2,
+        ))  # fmt: skip
+    return made
+
+
+@dataclass
+class Outcome:
+    """What became of all requests.
+
+    Attributes:
+        answers: by the request's number; of those whose clients left there is none.
+        left: how many clients left.
+        other: what the server answered that is no answer.
+        memory: by process, resident MiB, as time goes by.
+    """
+
+    answers: dict[int, Answer]
+    left: int
+    other: list[str]
+    memory: dict[str, list[float]]
+    seconds: float
+
+
+async def all_answered(server: Server, asked: list[Request]) -> Outcome:
+    import aiohttp
+
+    outcome = Outcome({}, 0, [], {}, 0.0)
+    free = asyncio.Semaphore(AT_ONCE)
+    begun = time.monotonic()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+
+        async def one(number: int, request: Request) -> None:
+            async with free:
+                url = f"{server.url}/v1/chat/completions"
+                try:
+                    limit = request.leaves if request.leaves is not None and request.leaves >= 0 else None
+                    async with asyncio.timeout(limit), session.post(url, json=request.body()) as reply:
+                        if reply.status != 200:
+                            outcome.other.append(f"{number}: {reply.status} {await reply.text()}")
+                            return
+                        if request.leaves == -1.0:
+                            await reply.content.readline()
+                            reply.close()
+                            outcome.left += 1
+                            return
+                        answer = streamed(await reply.text()) if request.streamed else whole(await reply.json())
+                        if request.leaves is None:
+                            outcome.answers[number] = answer
+                        else:
+                            outcome.other.append(f"{number}: {LONG} tokens before its client left")
+                except TimeoutError:
+                    outcome.left += 1
+
+        sampler = asyncio.create_task(sampled(server, outcome.memory))
+        await asyncio.gather(*[one(number, request) for number, request in enumerate(asked)])
+        outcome.seconds = time.monotonic() - begun
+        sampler.cancel()
+    return outcome
+
+
+async def sampled(server: Server, memory: dict[str, list[float]]) -> None:
+    """Resident memory of the server's processes, twice a second."""
+    import psutil
+
+    while True:
+        first = psutil.Process(server.process.pid)
+        for process in [first, *first.children(recursive=True)]:
+            try:
+                name = f"{process.name()} {process.pid}"
+                memory.setdefault(name, []).append(process.memory_info().rss / 2**20)
+            except psutil.NoSuchProcess:
+                continue
+        await asyncio.sleep(0.5)
+
+
+def whole(reply: dict[str, Any]) -> Answer:
+    choice = reply["choices"][0]
+    found = [each["logprob"] for each in choice["logprobs"]["content"]]
+    return Answer(choice["token_ids"], found, reply["usage"]["prompt_tokens"])
+
+
+def streamed(text: str) -> Answer:
+    ids: list[int] = []
+    found: list[float] = []
+    prompt = 0
+    for line in text.splitlines():
+        if not line.startswith("data: {"):
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        prompt = (event.get("usage") or {}).get("prompt_tokens", prompt)
+        for choice in event["choices"]:
+            ids += choice.get("token_ids") or []
+            found += [each["logprob"] for each in (choice.get("logprobs") or {}).get("content") or []]
+    return Answer(ids, found, prompt)
+
+
+def expected(checkpoint: Path, asked: list[Request], numbers: list[int]) -> dict[int, Answer]:
+    """What `optimize` answers to each, one at a time."""
+    answers: dict[int, Answer] = {}
+    for ratio in {asked[number].ratio for number in numbers}:
+        group = [number for number in numbers if asked[number].ratio == ratio]
+        made = optimised(
+            checkpoint, [asked[number] for number in group], ratio=OWN if ratio is None else ratio, **AS_A_SERVER
+        )
+        answers |= dict(zip(group, made, strict=True))
+    return answers
+
+
+def differences(outcome: Outcome, reference: dict[int, Answer]) -> tuple[list[int], float]:
+    """(numbers of answers with other ids or other numbers of prompt tokens, the largest difference of log-probabilities
+    of the others)."""
+    wrong, largest = [], 0.0
+    for number, answer in outcome.answers.items():
+        known = reference[number]
+        if (answer.ids, answer.prompt, len(answer.logprobs)) != (known.ids, known.prompt, len(known.logprobs)):
+            wrong.append(number)
+            continue
+        largest = max(largest, *(abs(a - b) for a, b in zip(answer.logprobs, known.logprobs, strict=True)))
+    return wrong, largest
+
+
+def growth(samples: list[float]) -> float:
+    """MiB by which the last tenth of the samples is above the tenth in the middle."""
+    tenth = max(1, len(samples) // 10)
+    half = len(samples) // 2
+    return statistics.median(samples[-tenth:]) - statistics.median(samples[half : half + tenth])
+
+
+def settled(server: Server, seconds: float = 30) -> bool:
+    """Whether vLLM counts no request any more that runs or waits."""
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop:
+        if not server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting"):
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    given, others = parser.parse_known_args()
+    asked = requests(given.requests, given.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        options = ("--trust-request-mm-kwargs", "--limit-mm-per-prompt", '{"image": 2}', *others)
+        with serving(given.checkpoint, log, *options, ratio=OWN) as server:
+            outcome = asyncio.run(all_answered(server, asked))
+            print(f"{len(asked)} requests in {outcome.seconds:.0f} s, {AT_ONCE} at once")
+            print(f"answers {len(outcome.answers)}, clients that left {outcome.left}, other {outcome.other[:3]}")
+            print("kinds", dict(Counter(f"{len(each.images)} images" for each in asked)))
+            print("settled", settled(server), "health", server.get("/health") == "")
+            for name in ("hawk:visual_tokens_total", "hawk:kept_visual_tokens_total", "vllm:prompt_tokens_total"):
+                print(name, int(server.metric(name)))
+            for name, samples in outcome.memory.items():
+                print(f"{name}: {samples[0]:.0f} to {samples[-1]:.0f} MiB, {growth(samples):+.1f} over the last half")
+        print("\n".join(line for line in log.read_text().splitlines() if "hawk:" in line))
+        print("exit status", server.process.returncode)
+    wrong, largest = differences(outcome, expected(given.checkpoint, asked, sorted(outcome.answers)))
+    print(f"other ids or prompt tokens than optimize: {wrong}; largest difference of log-probabilities {largest:.1e}")
+    sys.exit(bool(wrong or outcome.other or largest > 1e-4))
+
+
+if __name__ == "__main__":
+    main()
