@@ -158,7 +158,11 @@ async def all_answered(server: Server, asked: list[Request]) -> Outcome:
                             reply.close()
                             outcome.left += 1
                             return
-                        answer = streamed(await reply.text()) if request.streamed else whole(await reply.json())
+                        try:
+                            answer = streamed(await reply.text()) if request.streamed else whole(await reply.json())
+                        except KeyError:
+                            outcome.other.append(f"{number}: {(await reply.text())[-500:]}")
+                            return
                         if request.leaves is None:
                             outcome.answers[number] = answer
                         else:
