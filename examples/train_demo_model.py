@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ import torch
 import transformers
 from demo_checkpoint import VOCABULARY, make_config, save_checkpoint
 from demo_losses import GROUPS, QUESTIONS, alignment_loss, answer_loss, check_against_model, see, told, word_embeddings
-from safetensors.torch import load_file, save_file
+from demo_training_state import load_state, save_state
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -124,36 +123,6 @@ class Batches(Dataset):
             "questions": torch.tensor(questions),
             "answers": torch.tensor(answers),
         }
-
-
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Weights, optimizer state and counters as one folder that appears whole or not at all."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
-    for parameter, values in optimizer.state.items():
-        tensors |= {f"{key}.{names[parameter]}": value for key, value in values.items()}
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, new / "state.safetensors")
-    (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-
-
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Undo `save_state`; a folder that was about to take the last one's place counts too."""
-    new = folder.with_name(folder.name + ".new")
-    source = folder if folder.exists() else new
-    tensors = load_file(source / "state.safetensors")
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(tensors[f"model.{name}"])
-        if f"step.{name}" in tensors:
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return json.loads((source / "state.json").read_text(encoding="utf-8"))
 
 
 def learning_rate(step: int, stage: Stage) -> float:
