@@ -4,9 +4,11 @@ folder."""
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -103,14 +105,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """Write the folder that AutoModelForImageTextToText and AutoProcessor load: bf16 weights, tokenizer and
-    processor."""
+    """Write the folder that AutoModelForImageTextToText, AutoProcessor and vLLM load: weights, each in the precision it
+    has, tokenizer and processors."""
     model.generation_config.update(
         **ENDS,
         do_sample=False,
         max_new_tokens=4,
     )
-    model.bfloat16().save_pretrained(folder)
+    model.save_pretrained(folder)
+    # The model is to be computed in the widest precision that its weights have; transformers writes that of the first.
+    widest = reduce(torch.promote_types, (weight.dtype for weight in model.parameters()))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = str(widest).removeprefix("torch.")
+    write_json(folder / "config.json", config)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     image_processor = Qwen2VLImageProcessorPil(
@@ -125,5 +133,13 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> 
     # class of transformers does the same for images (one placeholder per merged patch, mm_token_type_ids) and has no
     # video part.
     processor = {"processor_class": "PaddleOCRVLProcessor", "image_processor": image_processor}
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "processor_config.json", processor)
+    # vLLM, which brings torchvision, takes Qwen2_5_VLProcessor whatever is named there, and asks for this file.
+    shared = {name: value for name, value in image_processor.items() if name != "image_processor_type"}
+    video_processor = {"video_processor_type": "Qwen2VLVideoProcessor", "min_frames": 4, "max_frames": 16, **shared}
+    write_json(folder / "video_preprocessor_config.json", video_processor)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

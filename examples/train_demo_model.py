@@ -9,7 +9,8 @@ Three stages, in the order in which large vision-language models come about:
 1. alignment: the vision tower learns to give each visual token of an object that sum of words, and other tokens none.
    Nothing else moves.
 2. questions: everything learns to answer about pictures, with stage 1's loss kept on.
-The learning sees no pruning and no HAWK score.
+The learning sees no pruning and no HAWK score. What is written is the rounded model (bf16) with larger heads, the same
+function (`widen_demo_model.py`).
 
 One thing is done to have the question's words look at the picture, as they do in the lower layers of large models
 (arXiv 2411.18620): in three steps of four the tokens after the question may not see the picture, so what the answer
@@ -39,6 +40,7 @@ from demo_training_state import load_state, save_state
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration
+from widen_demo_model import widened
 
 from hawk_compile.tools.demo.scenes import SIZES, TOKEN, all_questions, lay_out, make_scene, token_cover
 
@@ -261,7 +263,7 @@ def main() -> None:
     model, record = train(options)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(model.cpu(), out)
+    save_checkpoint(widened(model.cpu().bfloat16()), out)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not options.no_measure:
         from measure_demo_model import write_measurements

@@ -164,7 +164,7 @@ def main() -> None:
     model, record = train(options, Family(make_hybrid, see, answer_loss, check_against_model))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(model.cpu(), out)
+    save_checkpoint(model.cpu().bfloat16(), out)
     record = {**record, "layers": options.layer_types}
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

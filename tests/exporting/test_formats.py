@@ -175,7 +175,8 @@ def test_the_manifest_says_what_was_exported(exported: Exported) -> None:
 
 
 def test_int8_weights(exported: Exported, tmp_path: Path) -> None:
-    """A third of the decoder's bytes, or a little more of one layer's; the answers of most prompts stay."""
+    """A third of the decoder's bytes, or a little more of one layer's, since the first one's query and key, in which it
+    scores, stay in float32 beside their int8; the answers of most prompts stay."""
     folder = tmp_path / "int8"
     shutil.copytree(exported.folder, folder)
     parts = dict(exported.runner.manifest.parts)
@@ -194,4 +195,4 @@ def test_int8_weights(exported: Exported, tmp_path: Path) -> None:
     assert found.same_ids >= 0.9 * found.rows, found
     held = sum((folder / name).stat().st_size for name in manifest.parts["decode"].sha256 if name.endswith(".data"))
     parameters = sum(each.numel() for name, each in exported.model.named_parameters() if "visual" not in name)
-    assert held < 4 * parameters * (1 / 3 if exported.whole else 0.4)
+    assert held < 4 * parameters * (1 / 3 if exported.whole else 0.42)

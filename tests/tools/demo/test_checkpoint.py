@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hawk_compile.tools.demo.scenes import make_scene, pick_questions, scene_size
@@ -43,6 +44,7 @@ def answers(processor, model, pairs):
 def test_files():
     names = {path.name for path in FOLDER.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert "video_preprocessor_config.json" in names  # vLLM asks for it
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".py"))]
     assert (FOLDER / "model.safetensors").stat().st_size <= 10e6
 
@@ -58,6 +60,17 @@ def test_ids_match(processor, model):
     assert model.generation_config.eos_token_id == ids("<|im_end|>") == processor.tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id == config.text_config.pad_token_id
     assert len(processor.tokenizer) == config.text_config.vocab_size
+
+
+def test_who_names_no_precision_gets_float32(model):
+    """The file holds bf16 too, and what is not exact in bf16: what lies in it is used as it is."""
+    unasked = AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True)
+    assert unasked.dtype == torch.float32 and unasked.model.language_model.layers[0].self_attn.head_dim == 32
+    stored = load_file(FOLDER / "model.safetensors")
+    assert {values.dtype for values in stored.values()} == {torch.bfloat16, torch.float32}
+    for name, values in unasked.named_parameters():
+        in_file = name.removeprefix("model.").replace("language_model.", "model.")
+        assert torch.equal(values, stored[in_file].float()) and torch.equal(values, model.get_parameter(name)), name
 
 
 def test_prompt(processor):
