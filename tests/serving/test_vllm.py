@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hawk_compile.errors import HawkError
+from hawk_compile.tools.demo.run import MODEL
 from tests.serving.engine import engine, farthest, optimised, prompts, served
 
 pytestmark = [
@@ -54,6 +55,15 @@ def test_as_optimize_and_whole_at_0(checkpoint: Path) -> None:
         answers = served(llm, checkpoint, asked, ratio)
         assert farthest(answers, optimised(checkpoint, asked, ratio=ratio)) < CLOSE
     assert sum(each.prompt for each in served(llm, checkpoint, asked)) < sum(each.prompt for each in answers)
+
+
+def test_the_demo_as_it_is_shipped() -> None:
+    """A trained model, whose kept tokens matter to what it answers."""
+    asked = prompts(12)
+    llm = engine(MODEL, {"ratio": 0.8})
+    for ratio in (0.6, 0.8, 0.9):
+        expected = optimised(MODEL, asked, ratio=ratio)
+        assert farthest(served(llm, MODEL, asked, ratio), expected) < CLOSE
 
 
 def test_two_images_each_by_itself(tmp_path: Path) -> None:
