@@ -7,10 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.serving.vllm import plugin
+from hawk_compile.serving.vllm.compat import engine
 from hawk_compile.serving.vllm.compat.engine import check_engine
+from hawk_compile.serving.vllm.items import visual_tokens
+from hawk_compile.serving.vllm.model import PrunedModel
 
 
 @pytest.mark.parametrize("error", [ImportError("no module named vllm.config"), AttributeError("no such method")])
@@ -28,10 +32,14 @@ def test_a_vllm_without_what_it_needs_goes_on(
     assert "nothing is pruned" in caplog.text and str(error) in caplog.text
 
 
-def an_engine(stages: int = 1, encoder_only: bool = False, transfer: Any = None) -> Any:
+def an_engine(
+    stages: int = 1, encoder_only: bool = False, transfer: Any = None, prompt_embeds: bool = False, lora: Any = None
+) -> Any:
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=stages), ec_transfer_config=transfer,
-        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_encoder_only=encoder_only)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages), ec_transfer_config=transfer, lora_config=lora,
+        model_config=SimpleNamespace(
+            multimodal_config=SimpleNamespace(mm_encoder_only=encoder_only), enable_prompt_embeds=prompt_embeds
+        ),
     )  # fmt: skip
 
 
@@ -39,8 +47,37 @@ def an_engine(stages: int = 1, encoder_only: bool = False, transfer: Any = None)
     ({"stages": 2}, "pipeline_parallel_size=2 .* take tensor_parallel_size"),
     ({"encoder_only": True}, "the vision encoder alone"),
     ({"transfer": object()}, "the vision encoder alone"),
+    ({"prompt_embeds": True}, "enable_prompt_embeds=True .* have no ids"),
+    ({"lora": SimpleNamespace(enable_tower_connector_lora=True)}, "enable_tower_connector_lora=True .* leave it out"),
 ])  # fmt: skip
 def test_engines_that_are_refused(given: dict[str, Any], message: str) -> None:
     check_engine(an_engine())
+    check_engine(an_engine(lora=SimpleNamespace(enable_tower_connector_lora=False)))
     with pytest.raises(UnsupportedCallError, match=message):
         check_engine(an_engine(**given))
+
+
+@pytest.mark.parametrize(("counts", "expected"), [
+    ([], []),
+    ([64, 64, 64], [[64, 64], [64]]),
+    ([300, 10, 118, 1], [[300], [10, 118], [1]]),
+    ([0, 0, 0, 128, 0], [[0, 0, 0, 128, 0]]),
+])  # fmt: skip
+def test_how_many_images_one_call_of_the_encoder_sees(counts: list[int], expected: list[list[int]]) -> None:
+    """Images that stay whole were counted as they are: they take no room here."""
+    cut = engine.parts([("image", count) for count in counts], lambda count: count, 128)
+    assert [[count for _, count in part] for part in cut] == expected
+
+
+def test_what_is_known_of_an_item_by_what_travels_with_it() -> None:
+    whole = {"pixel_values": SimpleNamespace(data=torch.zeros(3, 4, 4))}
+    pruned = {**whole, "hawk_visual": SimpleNamespace(data=torch.tensor([True, False, True]))}
+    assert visual_tokens(whole) == 0 and visual_tokens(pruned) == 2
+
+
+def test_steps_without_images_leave_positions() -> None:
+    """After a prompt that ends with an image, its last kept token does not say where the image ended."""
+    known = torch.tensor([[0, 1, 4]]).expand(3, -1).clone()
+    known.hawk_end = 10  # type: ignore[attr-defined]
+    rows, positions, delta = PrunedModel.recompute_mrope_positions(SimpleNamespace(), [50, 6, 6], [], known, 3)  # type: ignore[arg-type]
+    assert rows == [] and positions is known and delta == 10 - 3

@@ -11,8 +11,9 @@ text's word embeddings in their places:
     after:  <start> v v v v v <end>                  3 visual tokens kept, and 2 ends of lines
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ class Item:
     def fields(self) -> dict[str, Tensor]:
         """By the names under which they travel."""
         return {PREFIX + name: getattr(self, name) for name in FIELDS}
+
+
+def visual_tokens(kwargs_of_item: Mapping[str, Any]) -> int:
+    """How many visual tokens an item has by what travels with it; 0 of one that stays whole."""
+    visual = kwargs_of_item.get(PREFIX + "visual")
+    return 0 if visual is None else int(visual.data.sum())
 
 
 @dataclass(frozen=True)

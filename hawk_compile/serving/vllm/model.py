@@ -12,8 +12,8 @@ from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.settings import serving_config
 from hawk_compile.serving.vllm import positions
 from hawk_compile.serving.vllm.compat import model as compat
-from hawk_compile.serving.vllm.compat.engine import check_engine
-from hawk_compile.serving.vllm.items import FIELDS, PREFIX
+from hawk_compile.serving.vllm.compat.engine import bound_encoder_calls, check_engine
+from hawk_compile.serving.vllm.items import FIELDS, PREFIX, visual_tokens
 from hawk_compile.serving.vllm.scoring import Projections, kept
 
 
@@ -35,10 +35,13 @@ class PrunedModel:
         self.hawk = serving_config(vllm_config.model_config.hf_config.hawk)
         self.places: set[int] = set()
         self.embedding_width = 0
+        bound_encoder_calls(vllm_config, visual_tokens)
         compat.let_positions_have_axes(self)
         compat.check_axes(self)
         self.decoder = decoder = compat.decoder_of(self)
+        # Taken before adapters are put around the modules of the model: the base weights score.
         self.projections = Projections(decoder.first_layer, positions.AXES, decoder.heads, decoder.kv_heads)
+        self.embed_words = compat.base_embedding(self)
         weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
         self.head_weights = weights.to(decoder.device)
 
@@ -94,7 +97,7 @@ class PrunedModel:
 
     def words(self, ids: Tensor, like: Tensor) -> Tensor:
         """[T, D] embeddings of text, as the decoder gets them."""
-        return self.get_language_model().embed_input_ids(ids).to(like.dtype)  # type: ignore[attr-defined]
+        return self.embed_words(ids).to(like.dtype)
 
     def item_positions(
         self, kwargs: dict[str, Any], index: int, visual: Tensor, inner: list[int]
@@ -119,11 +122,18 @@ class PrunedModel:
             self.places.add(input_tokens[start])
         tokens, moved, columns = positions.expanded(input_tokens, features)
         found, _ = self.whole_positions(tokens, moved)
-        return found[:, torch.tensor(columns)].contiguous(), int(found.max()) + 1 - len(input_tokens)
+        known = found[:, torch.tensor(columns)].contiguous()
+        known.hawk_end = int(found.max()) + 1  # type: ignore[attr-defined]
+        return known, int(found.max()) + 1 - len(input_tokens)
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[Sequence[Tensor], Tensor, int]:
+        """As `positions.restored`. One of vLLM's two runners asks in every step, with the very tensor that
+        `get_mrope_input_positions` made; the other one where there are embeddings, with a copy."""
+        end = getattr(mrope_positions, "hawk_end", None)
+        if end is not None and not len(multimodal_embeddings):
+            return multimodal_embeddings, mrope_positions, end - len(input_ids)
         ids = torch.as_tensor(input_ids, dtype=torch.int64).cpu()
         return positions.restored(
             multimodal_embeddings, ids, mrope_positions, num_computed_tokens, self.places, self.embedding_width

@@ -37,7 +37,7 @@ def register() -> None:
     for architecture in multimodal_architectures():
         ModelRegistry.register_model(f"Pruned{architecture}", f"{MODULE}:Pruned{architecture}")
     if current_platform.is_cpu():
-        let_cpu_take_positions()
+        let_cpu_take_positions(lambda model: getattr(model, "probed", None))
 
 
 def serve_if_asked(model: Any) -> None:

@@ -113,7 +113,7 @@ def restored(
         held |= ids == number
     waiting = held.nonzero().flatten()
     waiting = waiting[waiting >= computed]
-    end = 0 if held[-1] else int(before[:, -1].max()) + 1
+    end = int(before[:, -1].max()) + 1  # of an item's place: no more than the item's own
     plain, done = [], 0
     for rows in embeddings:
         where = waiting[done : done + len(rows)]

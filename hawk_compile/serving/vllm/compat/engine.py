@@ -1,6 +1,6 @@
 """Of the engine: configurations as they are made, the registry of models, the runner for CPUs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hawk_compile.errors import UnsupportedCallError
@@ -87,11 +87,25 @@ def check_engine(config: Any) -> None:
             "an engine that runs the vision encoder alone has no decoder layer to score with: leave mm_encoder_only "
             "and ec_transfer_config out, or hawk out of hf_overrides"
         )
+    if config.model_config.enable_prompt_embeds:
+        raise UnsupportedCallError(
+            "enable_prompt_embeds=True lets requests give text as embeddings, which have no ids to find a question in: "
+            "leave it out, or hawk out of hf_overrides"
+        )
+    if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
+        raise UnsupportedCallError(
+            "enable_tower_connector_lora=True counts an encoder's tokens by those that are kept, so adapters would "
+            "meet other images' tokens: leave it out (adapters of the decoder are served), or hawk out of hf_overrides"
+        )
 
 
-def let_cpu_take_positions() -> None:
+def let_cpu_take_positions(check_loaded: Callable[[Any], None]) -> None:
     """The runner for CPUs does not turn on what the one for GPUs does when a model is loaded: embeddings that carry
-    positions."""
+    positions. Nor does it run the encoder before the first request.
+
+    Args:
+        check_loaded: sees a model when its weights are there.
+    """
     from vllm.model_executor.models.interfaces import supports_multimodal_pruning
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -99,9 +113,64 @@ def let_cpu_take_positions() -> None:
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         load(self, *args, **kwargs)
-        held = self.model_config.multimodal_config
+        held, model = self.model_config.multimodal_config, self.get_model()
         self.is_multimodal_pruning_enabled = bool(
-            held is not None and held.is_multimodal_pruning_enabled() and supports_multimodal_pruning(self.get_model())
+            held is not None and held.is_multimodal_pruning_enabled() and supports_multimodal_pruning(model)
         )
+        check_loaded(model)
 
     CPUModelRunner.load_model = load_model
+
+
+Sized = tuple[str, Any]
+"""(modality, what an item's encoder reads)."""
+
+encoder_call = 0
+"""How many visual tokens one call of an encoder may see; engines of one process share it."""
+
+
+def bound_encoder_calls(config: Any, size: Callable[[Any], int]) -> None:
+    """Keep a call of the encoder within what memory was measured with.
+
+    The scheduler lets the items of a step be encoded in one call if their embeddings fit
+    `max_num_encoder_input_tokens`, and counts those that are kept. Both of vLLM's runners batch the items by one
+    function, which gets fewer at a time.
+
+    Args:
+        size: how many visual tokens the encoder makes of an item of which some are removed; 0 of others.
+    """
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu.mm import encoder_runner
+
+    global encoder_call
+    encoder_call = config.scheduler_config.max_num_encoder_input_tokens
+    for module in (gpu_model_runner, encoder_runner):
+        batched = module.group_and_batch_mm_kwargs
+        if not hasattr(batched, "hawk"):
+            module.group_and_batch_mm_kwargs = in_parts(batched, size)
+
+
+def in_parts(batched: Callable[..., Iterator[Any]], size: Callable[[Any], int]) -> Callable[..., Iterator[Any]]:
+    """vLLM's function that batches items, each batch within bounds."""
+
+    def within_bounds(items: Sequence[Sized], **options: Any) -> Iterator[Any]:
+        for part in parts(items, size, encoder_call):
+            yield from batched(part, **options)
+
+    within_bounds.hawk = True  # type: ignore[attr-defined]
+    return within_bounds
+
+
+def parts(items: Sequence[Sized], size: Callable[[Any], int], most: int) -> Iterator[list[Sized]]:
+    """Items in their order, of at most `most` together; one that is larger stands alone."""
+    part: list[Sized] = []
+    total = 0
+    for item in items:
+        count = size(item[1])
+        if part and total + count > most:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += count
+    if part:
+        yield part

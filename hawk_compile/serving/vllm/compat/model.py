@@ -1,6 +1,7 @@
 """Of a served model: its decoder, the ranks that share it, and the positions that it takes."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,19 @@ def decoder_of(model: Any) -> Decoder:
 
 def model_dtype(model: nn.Module) -> torch.dtype:
     return next(each.dtype for each in model.parameters() if each.is_floating_point())
+
+
+def base_embedding(model: Any) -> Callable[[Tensor], Tensor]:
+    """How the decoder embeds ids by its base weights, whatever adapter is put in the place of its embedding later."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    text = model.get_language_model()
+    for name, module in text.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            text = with_module(text, name.split("."), module)
+            break
+    embed: Callable[[Tensor], Tensor] = text.embed_input_ids
+    return embed
 
 
 def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
