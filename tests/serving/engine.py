@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,16 @@ def prompts(count: int, images: int = 1) -> list[Prompt]:
     return [Prompt([scene.pil() for scene, _ in group], [each.text for _, each in group]) for group in groups]
 
 
-def optimised(folder: Path, asked: list[Prompt], **settings: Any) -> list[Answer]:
-    """By `optimize`, one prompt at a time."""
+def optimised(
+    folder: Path, asked: list[Prompt], tokens: int = TOKENS, allowed: Callable[..., list[int]] | None = None,
+    read: str = "logits", **settings: Any,
+) -> list[Answer]:  # fmt: skip
+    """By `optimize`, one prompt at a time.
+
+    Args:
+        allowed: the ids that may come next, asked in every step; None: any.
+        read: "logits", or "scores", which know nothing but what is allowed.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
@@ -55,12 +64,12 @@ def optimised(folder: Path, asked: list[Prompt], **settings: Any) -> list[Answer
         for each in asked:
             inputs = processor(images=each.images or None, text=each.rendered(processor), return_tensors="pt")
             out = model.generate(
-                **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
-                return_dict_in_generate=True,
+                **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, output_logits=True,
+                output_scores=True, return_dict_in_generate=True, prefix_allowed_tokens_fn=allowed,
             )  # fmt: skip
             ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
             found = [
-                torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(out.logits, ids, strict=True)
+                torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(out[read], ids, strict=True)
             ]
             removed = sum(hawk_compile.report(model).visual_tokens) - sum(hawk_compile.report(model).kept_visual_tokens)
             answers.append(Answer(ids, found, inputs["input_ids"].shape[1] - int(removed)))
@@ -78,26 +87,41 @@ def engine(folder: Path, hawk: dict[str, Any] | None, **options: Any) -> Any:
     return LLM(**given, hf_overrides={"hawk": hawk} if hawk is not None else {})
 
 
-def served(llm: Any, folder: Path, asked: list[Prompt], ratio: float | None = None) -> list[Answer]:
-    """By the engine, all at once."""
+def requests(folder: Path, asked: list[Prompt], ratio: float | None = None) -> list[dict[str, Any]]:
+    """As vLLM takes them."""
     from transformers import AutoProcessor
-    from vllm import SamplingParams
 
     processor = AutoProcessor.from_pretrained(folder)
-    requests = [
+    return [
         {
             "prompt": each.rendered(processor), "multi_modal_data": {"image": each.images},
             "mm_processor_kwargs": {} if ratio is None else {"hawk_ratio": ratio},
         }
         for each in asked
     ]  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, logprobs=1)
-    answers = []
-    for out in llm.generate(requests, sampling, use_tqdm=False):
-        ids = list(out.outputs[0].token_ids)
-        found = [step[token].logprob for step, token in zip(out.outputs[0].logprobs, ids, strict=True)]
-        answers.append(Answer(ids, found, len(out.prompt_token_ids)))
-    return answers
+
+
+def sampling(tokens: int = TOKENS, **options: Any) -> Any:
+    """vLLM's parameters: greedy unless said otherwise."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0, "max_tokens": tokens, "min_tokens": tokens, "logprobs": 1, **options})
+
+
+def answer(out: Any, sibling: int = 0) -> Answer:
+    """Of what vLLM returns for a request."""
+    completion = out.outputs[sibling]
+    ids = list(completion.token_ids)
+    found = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+    return Answer(ids, found, len(out.prompt_token_ids))
+
+
+def served(
+    llm: Any, folder: Path, asked: list[Prompt], ratio: float | None = None, tokens: int = TOKENS, **options: Any
+) -> list[Answer]:
+    """By the engine, all at once."""
+    outs = llm.generate(requests(folder, asked, ratio), sampling(tokens), use_tqdm=False, **options)
+    return [answer(out) for out in outs]
 
 
 def farthest(one: list[Answer], other: list[Answer]) -> float:
@@ -105,3 +129,8 @@ def farthest(one: list[Answer], other: list[Answer]) -> float:
     if [(each.ids, each.prompt) for each in one] != [(each.ids, each.prompt) for each in other]:
         return float("inf")
     return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
+
+
+def counted(llm: Any, name: str) -> float:
+    """A counter of vLLM's."""
+    return sum(each.value for each in llm.get_metrics() if each.name == name)

@@ -6,6 +6,7 @@ A new vLLM that changes one fails here, by its name.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from importlib.util import find_spec
 from typing import Any
@@ -81,6 +82,25 @@ def test_the_runner_for_cpus_asks_for_positions_when_it_is_told() -> None:
     assert issubclass(CPUModelRunner, GPUModelRunner) and parameters(supports_multimodal_pruning) == ["model"]
     assert "self.is_multimodal_pruning_enabled" in inspect.getsource(GPUModelRunner.load_model)
     assert "recompute_mrope_positions" in inspect.getsource(GPUModelRunner)
+
+
+@pytest.mark.parametrize("module", ["gpu_model_runner", "gpu.mm.encoder_runner"])
+def test_both_runners_batch_items_for_the_encoder_by_one_function(module: str) -> None:
+    from vllm.config import SchedulerConfig
+    from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+    runner = importlib.import_module(f"vllm.v1.worker.{module}")
+    source = inspect.getsource(runner)
+    assert "in group_and_batch_mm_kwargs(" in source and hasattr(runner, "group_and_batch_mm_kwargs")
+    assert parameters(group_and_batch_mm_kwargs) == ["mm_kwargs", "device", "pin_memory"]
+    assert "max_num_encoder_input_tokens" in {each.name for each in dataclasses.fields(SchedulerConfig)}
+
+
+def test_adapters_take_the_places_of_modules() -> None:
+    """The base weights score because what was taken when a model was made is still the base."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    assert "replace_submodule(self.model, module_name, new_module)" in inspect.getsource(LoRAModelManager)
 
 
 @pytest.mark.parametrize(("name", "takes"), [
