@@ -64,6 +64,7 @@ def test_many_requests_of_many_kinds(server: Server, checkpoint: Path) -> None:
     wrong, largest = load.differences(outcome, reference)
     assert not outcome.other and not wrong and largest < 1e-4
     assert len(outcome.answers) + outcome.left == len(asked) and outcome.left > 5
+    assert outcome.again <= server.log.read_text().count(load.DRIFT), "vLLM's own reason to send a request again"
     assert load.settled(server) and server.get("/health") == ""
     numbers = sorted(outcome.answers)
     others = {number: reference[other] for number, other in zip(numbers, numbers[1:] + numbers[:1], strict=True)}
