@@ -81,6 +81,7 @@ def serving(checkpoint: Path, log: Path, *arguments: str, ratio: float = 0.8) ->
         "--host", "127.0.0.1", "--port", str(port), *SMALL, *arguments,
     ]  # fmt: skip
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
+    settings |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}  # else as many shapes as come
     named_vllm(log.parent)
     paths = [str(Path(__file__).parents[2]), str(log.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings["PYTHONPATH"] = os.pathsep.join(paths)
