@@ -35,20 +35,18 @@ def test_text_between_visual_tokens_becomes_places_of_the_item() -> None:
     assert ids == [START, *[IMAGE] * 4, LINE, STOP], "the last line end stands behind all visual tokens"
     assert is_embed is not None and is_embed(ids).tolist() == [False, *[True] * 4, False, False]
     item = place.item([11, 12], 2)
-    assert item.inner_ids.tolist() == [LINE, LINE] and item.visual.tolist() == [True, True, False] * 2 + [True, True]
+    assert item.ids.tolist() == full and item.visual.tolist() == (torch.tensor(full) == IMAGE).tolist()
+    assert place.text == [LINE, LINE] and place.visual.tolist() == [True, True, False] * 2 + [True, True]
     assert item.question.tolist() == [11, 12] and int(item.keep) == 2
 
 
-def test_text_between_the_frames_of_a_video_is_refused() -> None:
-    full = [IMAGE, IMAGE, LINE, IMAGE, IMAGE]
-    place = place_of(full, torch.tensor(full) == IMAGE)
-    assert place is not None
-    check_inner(place, "image")
-    with pytest.raises(UnsupportedModelError, match=r'text between the frames of a video.*modalities=\["image"\]'):
-        check_inner(place, "video")
-    whole = place_of([IMAGE] * 4, None)
-    assert whole is not None
-    check_inner(whole, "video")
+def test_text_among_visual_tokens_is_refused_where_it_would_not_be_read_as_text() -> None:
+    place, whole = place_of([IMAGE, LINE, IMAGE], torch.tensor([True, False, True])), place_of([IMAGE] * 2, None)
+    assert place is not None and whole is not None
+    check_inner(place, "")
+    check_inner(whole, "they see each other")
+    with pytest.raises(UnsupportedModelError, match=r"text between the visual tokens of one item, and they see each"):
+        check_inner(place, "they see each other")
 
 
 def test_all_of_it_visual_or_none() -> None:

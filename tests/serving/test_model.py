@@ -12,20 +12,31 @@ from torch import Tensor, nn
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.kernels.score.reference import score_projected
+from hawk_compile.serving.vllm import model as served_models
 from hawk_compile.serving.vllm import positions
 from hawk_compile.serving.vllm.compat import model as compat
 from hawk_compile.serving.vllm.model import pruned_class
+from hawk_compile.serving.vllm.positions import PLAIN
+from hawk_compile.serving.vllm.scoring import Projections
 
 WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8
+IMAGE = 5
 WEIGHTS = [0.4, 0.3, 0.2, 0.1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Rotary(nn.Module):
-    mrope_section = (4, 0, 0)
-
     def forward(self, *given: Any) -> None:
         raise AssertionError("scores are taken in front of positions")
+
+
+class Kernel(nn.Module):
+    """As vLLM's Attention."""
+
+    def get_kv_cache_spec(self) -> None: ...
+
+    def forward(self, *given: Any) -> None:
+        raise AssertionError("scores are taken in front of attention")
 
 
 class Attention(nn.Module):
@@ -34,10 +45,13 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q_proj, self.k_proj = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(WIDTH, KV_HEADS * SIZE)
-        self.rotary_emb = Rotary()
+        self.rotary_emb, self.attn = Rotary(), Kernel()
+        self.behind = nn.Identity()
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> None:
-        self.rotary_emb(positions, self.q_proj(hidden_states), self.k_proj(hidden_states))
+        query, key = self.rotary_emb(positions, self.q_proj(hidden_states), self.k_proj(hidden_states))
+        query, key = (self.behind(each.unflatten(1, (-1, SIZE))).flatten(1) for each in (query, key))
+        self.attn(query, key, hidden_states)
 
 
 class Layer(nn.Module):
@@ -78,15 +92,17 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("all_reduce", "from_first_rank"):
         monkeypatch.setattr(compat, name, lambda same: same)
     monkeypatch.setattr(compat, "lone_feature", lambda *_: None)
+    monkeypatch.setattr(compat, "base_embedding", lambda model: model.get_language_model().embed_input_ids)
+    monkeypatch.setattr(served_models, "bound_encoder_calls", lambda *_: None)
     yield
 
 
 def served(**settings: Any) -> Any:
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1), ec_transfer_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1), ec_transfer_config=None, lora_config=None,
         model_config=SimpleNamespace(
-            model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}),
-            multimodal_config=SimpleNamespace(mm_encoder_only=False),
+            model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}, mrope_section=list(PLAIN)),
+            multimodal_config=SimpleNamespace(mm_encoder_only=False), enable_prompt_embeds=False,
         ),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -96,9 +112,11 @@ def served(**settings: Any) -> Any:
 
 def facts(question: list[int], keep: int, visual: list[bool], inner: list[int]) -> dict[str, list[Tensor]]:
     """What the processor sends with one item."""
+    text = iter(inner)
+    ids = [IMAGE if seen else next(text) for seen in visual]
     return {
         "hawk_question": [torch.tensor(question)], "hawk_keep": [torch.tensor(keep)],
-        "hawk_visual": [torch.tensor(visual)], "hawk_inner_ids": [torch.tensor(inner, dtype=torch.int64)],
+        "hawk_visual": [torch.tensor(visual)], "hawk_ids": [torch.tensor(ids)],
     }  # fmt: skip
 
 
@@ -109,7 +127,7 @@ def best(model: Any, question: list[int], features: Tensor, keep: int) -> list[i
     normed = layer.norm(hidden)
 
     def by_head(projected: Tensor, heads: int) -> Tensor:
-        return projected.view(1, -1, heads, SIZE).transpose(1, 2)
+        return layer.attention.behind(projected.view(1, -1, heads, SIZE)).transpose(1, 2)
 
     visual = (torch.arange(len(hidden), device=DEVICE) >= len(question)).unsqueeze(0)
     query, key = by_head(layer.attention.q_proj(normed), HEADS), by_head(layer.attention.k_proj(normed), KV_HEADS)
@@ -128,6 +146,17 @@ def test_the_best_rows_with_their_positions(deep: int) -> None:
     plain, axes, extent = positions.taken_apart(rows, torch.device("cpu"))
     assert plain.equal(features[expected]) and expected != list(range(5))
     assert axes.tolist() == [expected] * 3 and extent.tolist() == [12] * 5
+
+
+def test_a_norm_behind_the_rotation_counts() -> None:
+    model, question, features = served(), [3, 7, 9], torch.randn(12, WIDTH, device=DEVICE)
+    without = best(model, question, features, 4)
+    model.decoder_.layers[0].attention.behind = nn.LayerNorm(SIZE, elementwise_affine=False)
+    with torch.no_grad():
+        model.projections = Projections(model.decoder_.layers[0], 1, HEADS, KV_HEADS)
+        (rows,) = model.embed_multimodal(features=[features], **facts(question, 4, [True] * 12, []))
+    _, axes, _ = positions.taken_apart(rows, torch.device("cpu"))
+    assert axes[0].tolist() == best(model, question, features, 4) != without
 
 
 def test_text_between_visual_tokens_stays() -> None:

@@ -128,13 +128,17 @@ def test_items_travel_with_fields_and_places() -> None:
     assert with_text.mm_position.extract_embeds_range() == [(0, 0), (2, 2)]
 
 
-def test_decoders_say_which_dimension_of_positions_moves() -> None:
-    from vllm.compilation import decorators
+def test_axes_of_position_stand_in_a_configuration_or_beside_its_rope() -> None:
+    """Beside it, runners carry positions with axes, and rotary embeddings are made as without."""
+    from transformers import LlamaConfig, LlavaConfig
+    from vllm.transformers_utils.config import mrope_num_dims, uses_mrope
 
-    from hawk_compile.serving.vllm.compat.model import last_dimension
+    from hawk_compile.serving.vllm.positions import AXES, PLAIN
 
-    assert "self._dynamic_arg_dims = dynamic_arg_dims" in inspect.getsource(decorators)
-    assert last_dimension(0) == -1 and last_dimension({0: "s"}) == {-1: "s"}
+    config = LlavaConfig(text_config=LlamaConfig())
+    assert not uses_mrope(config)
+    config.mrope_section = list(PLAIN)
+    assert uses_mrope(config) and mrope_num_dims(config) == AXES and not uses_mrope(config.get_text_config())
 
 
 def test_an_engine_in_this_process_is_looked_into() -> None:

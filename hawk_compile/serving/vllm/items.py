@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hawk_compile.errors import UnsupportedModelError
 
-FIELDS = ("question", "keep", "visual", "inner_ids")
+FIELDS = ("question", "keep", "ids", "visual")
 """Names of what travels, without the prefix that tells it from the checkpoint's own."""
 
 PREFIX = "hawk_"
@@ -33,14 +33,14 @@ class Item:
     Attributes:
         question: [T] int64, the ids that vote; none if what is kept does not depend on them.
         keep: [] int64, how many visual tokens are kept.
-        visual: [L] bool, which positions from the first visual token to the last are visual.
-        inner_ids: [L - V] int64, the ids of the text between them.
+        ids: [L] int64, all that a checkpoint's processor writes for it; see `Place`.
+        visual: [L] bool, which of them are visual.
     """
 
     question: Tensor
     keep: Tensor
+    ids: Tensor
     visual: Tensor
-    inner_ids: Tensor
 
     def fields(self) -> dict[str, Tensor]:
         """By the names under which they travel."""
@@ -61,7 +61,24 @@ class Place:
     inner: list[int]
     after: list[int]
     visual: Tensor
-    """[L] bool over `inner`."""
+    """[N] bool over `inner`."""
+
+    @property
+    def ids(self) -> list[int]:
+        """All of them."""
+        return [*self.before, *self.inner, *self.after]
+
+    @property
+    def all_visual(self) -> Tensor:
+        """[L] bool over `ids`."""
+        mask = torch.zeros(len(self.ids), dtype=torch.bool)
+        mask[len(self.before) : len(self.before) + len(self.inner)] = self.visual
+        return mask
+
+    @property
+    def text(self) -> list[int]:
+        """The ids between the visual tokens."""
+        return [number for number, seen in zip(self.inner, self.visual.tolist(), strict=True) if not seen]
 
     @property
     def count(self) -> int:
@@ -85,25 +102,24 @@ class Place:
 
     def item(self, question: Sequence[int], keep: int) -> Item:
         """What the model needs to know."""
-        inner = [number for number, seen in zip(self.inner, self.visual.tolist(), strict=True) if not seen]
-        return Item(
-            torch.tensor(question, dtype=torch.int64),
-            torch.tensor(keep),
-            self.visual,
-            torch.tensor(inner, dtype=torch.int64),
-        )
+        question_ids, ids = torch.tensor(question, dtype=torch.int64), torch.tensor(self.ids)
+        return Item(question_ids, torch.tensor(keep), ids, self.all_visual)
 
 
-def check_inner(place: Place, modality: str) -> None:
-    """Refuse a video whose frames have text between them, as time stamps: its positions were never held to anything.
+def check_inner(place: Place, why: str) -> None:
+    """Refuse an item with text between its visual tokens, of a model that would not read it as text.
+
+    Args:
+        why: it would not; empty: it would.
 
     Raises:
-        UnsupportedModelError: such a video.
+        UnsupportedModelError: such an item.
     """
-    if modality == "video" and len(place.inner) != place.count:
+    if why and len(place.inner) != place.count:
         raise UnsupportedModelError(
-            "this checkpoint writes text between the frames of a video, which cannot be served pruned: set "
-            'modalities=["image"] in hawk, so that videos stay whole'
+            f"this checkpoint writes text between the visual tokens of one item, and {why}: ask for pictures in one "
+            'piece (without crops) and for videos as they are, by modalities=["image"] in hawk, or for '
+            'mm_processor_kwargs={"hawk_ratio": 0}'
         )
 
 

@@ -13,7 +13,7 @@ from hawk_compile.serving.settings import serving_config
 from hawk_compile.serving.vllm import positions
 from hawk_compile.serving.vllm.compat import model as compat
 from hawk_compile.serving.vllm.compat.engine import bound_encoder_calls, check_engine
-from hawk_compile.serving.vllm.items import FIELDS, PREFIX, visual_tokens
+from hawk_compile.serving.vllm.items import FIELDS, PREFIX, Place, place_of, visual_tokens
 from hawk_compile.serving.vllm.scoring import Projections, kept
 
 
@@ -35,15 +35,19 @@ class PrunedModel:
         self.hawk = serving_config(vllm_config.model_config.hf_config.hawk)
         self.places: set[int] = set()
         self.embedding_width = 0
+        self.plain = getattr(vllm_config.model_config.hf_config, "mrope_section", None) == list(positions.PLAIN)
         bound_encoder_calls(vllm_config, visual_tokens)
-        compat.let_positions_have_axes(self)
-        compat.check_axes(self)
         self.decoder = decoder = compat.decoder_of(self)
+        axes = 1 if self.plain else positions.AXES
         # Taken before adapters are put around the modules of the model: the base weights score.
-        self.projections = Projections(decoder.first_layer, positions.AXES, decoder.heads, decoder.kv_heads)
+        self.projections = Projections(decoder.first_layer, axes, decoder.heads, decoder.kv_heads)
         self.embed_words = compat.base_embedding(self)
         weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
         self.head_weights = weights.to(decoder.device)
+
+    def forward(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
+        """A decoder without axes gets one of those that vLLM carries, which are all the same."""
+        return super().forward(input_ids, positions[0] if self.plain else positions, *args, **kwargs)  # type: ignore[misc]
 
     @functools.cached_property
     def probed(self) -> bool:
@@ -66,24 +70,24 @@ class PrunedModel:
 
     def kept_rows(self, features: Tensor, facts: dict[str, Tensor], kwargs: dict[str, Any], index: int) -> Tensor:
         """What is kept of one item's features [V, D], with the text between them, and their positions behind."""
-        visual, inner = facts["visual"].bool().cpu(), facts["inner_ids"].cpu()
-        where, between = visual.nonzero().flatten(), (~visual).nonzero().flatten()
-        if len(where) != len(features):
+        place = place_of(facts["ids"].tolist(), facts["visual"].cpu())
+        if place is None or place.count != len(features):
             raise UnsupportedModelError(
-                f"an item has {len(where)} placeholders and {len(features)} visual features: this checkpoint cannot be "
-                "served pruned; leave hawk out of hf_overrides"
+                f"an item has {int(facts['visual'].sum())} placeholders and {len(features)} visual features: this "
+                "checkpoint cannot be served pruned; leave hawk out of hf_overrides"
             )
         device = features.device
-        where, between = over(where, device), over(between, device)
+        where = over(place.visual.nonzero().flatten(), device)
+        between = over((~place.visual).nonzero().flatten(), device)
         chosen = self.chosen(features, over(facts["question"], device), int(facts["keep"]))
         stays = torch.cat([where[chosen], between]).sort().values  # by index: a mask's length would be waited for
         rows = features[chosen]
-        if len(inner):
-            whole = features.new_zeros(len(visual), features.shape[1])
+        if place.text:
+            whole = features.new_zeros(len(place.inner), features.shape[1])
             whole[where] = features
-            whole[between, : self.decoder.width] = self.words(over(inner, device), features)
+            whole[between, : self.decoder.width] = self.words(over(torch.tensor(place.text), device), features)
             rows = whole[stays]
-        axes, extent = self.item_positions(kwargs, index, visual, inner.tolist())
+        axes, extent = self.item_positions(kwargs, index, place)
         return positions.with_positions(rows, over(axes, device)[:, stays], extent)
 
     def chosen(self, features: Tensor, question: Tensor, keep: int) -> Tensor:
@@ -99,21 +103,20 @@ class PrunedModel:
         """[T, D] embeddings of text, as the decoder gets them."""
         return self.embed_words(ids).to(like.dtype)
 
-    def item_positions(
-        self, kwargs: dict[str, Any], index: int, visual: Tensor, inner: list[int]
-    ) -> tuple[Tensor, int]:
-        """([3, L] positions of an item at the start of a prompt, how many it takes), by the model's own rule."""
-        ids = iter(inner)
-        tokens = [0 if seen else next(ids) for seen in visual.tolist()]
-        found, _ = self.whole_positions(tokens, [compat.lone_feature(kwargs, index, visual)])
-        return found, int(found.max()) + 1
+    def item_positions(self, kwargs: dict[str, Any], index: int, place: Place) -> tuple[Tensor, int]:
+        """([3, N] positions from an item's first visual token to its last, how many they take), counted from the first,
+        by the model's own rule for a prompt that is this item alone."""
+        found, _ = self.whole_positions(place.ids, [compat.lone_feature(kwargs, index, place.all_visual)])
+        begin = len(place.before)
+        first = int(found[:, :begin].max()) + 1 if begin else 0
+        inner = found[:, begin : begin + len(place.inner)] - first
+        return inner, int(inner.max()) + 1
 
     def whole_positions(self, tokens: list[int], features: Sequence[Any]) -> tuple[Tensor, int]:
         """([3, S] positions of a whole prompt, what is added to later places), by the model's own rule."""
-        own = getattr(super(), "get_mrope_input_positions", None)
-        if own is not None:
-            return own(tokens, features)
-        return torch.arange(len(tokens)).expand(positions.AXES, -1), 0
+        if self.plain:
+            return torch.arange(len(tokens)).expand(positions.AXES, -1), 0
+        return super().get_mrope_input_positions(tokens, features)  # type: ignore[misc]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
         features = sorted(mm_features, key=lambda each: each.mm_position.offset)

@@ -11,6 +11,7 @@ from hawk_compile.serving.vllm.compat.engine import (
     name_architecture,
     when_verified,
 )
+from hawk_compile.serving.vllm.positions import AXES, PLAIN
 
 LOG = logging.getLogger("vllm.hawk")
 MODULE = "hawk_compile.serving.vllm.classes"
@@ -58,8 +59,13 @@ def serve_pruned(model: Any) -> None:
     remedy = f"leave {KEY} out of hf_overrides"
     from vllm.model_executor.models.registry import ModelRegistry
 
-    if f"Pruned{name}" not in ModelRegistry.models or model.multimodal_config is None:
+    if model.multimodal_config is None:
         raise UnsupportedModelError(f"{name} takes no images in vLLM, so that there is nothing to prune: {remedy}")
+    if f"Pruned{name}" not in ModelRegistry.models:
+        raise UnsupportedModelError(
+            f"vLLM has no model of its own for this checkpoint and runs transformers' code ({name}), whose layers get "
+            f"their positions ready made, so that they cannot be scored without: {remedy}"
+        )
     if model.multimodal_config.is_multimodal_pruning_enabled():
         raise UnsupportedModelError(
             f"video_pruning_rate={model.multimodal_config.video_pruning_rate} removes video tokens by itself, and "
@@ -77,21 +83,18 @@ def serve_pruned(model: Any) -> None:
 
 
 def give_axes(model: Any) -> None:
-    """Let positions of a model with plain rotary embeddings be carried as those of one with axes: all channels read the
-    first axis, so nothing else changes."""
-    from vllm.transformers_utils.config import uses_mrope
+    """Let positions of a model with plain rotary embeddings be carried as those of one with axes. Its decoder gets one
+    of them (`PrunedModel.forward`), so that nothing of it changes.
 
-    if uses_mrope(model.hf_config):
-        return
-    text = model.hf_text_config
-    parameters = getattr(text, "rope_parameters", None) or {}
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    Raises:
+        UnsupportedModelError: positions with more axes than travel with the embeddings.
+    """
+    from vllm.transformers_utils.config import mrope_num_dims, uses_mrope
 
-    def one_axis(of_layers: dict[str, Any]) -> dict[str, Any]:
-        half = int(head * of_layers.get("partial_rotary_factor", 1.0)) // 2
-        return {**of_layers, "mrope_section": [half, 0, 0]}
-
-    by_kind = parameters and all(isinstance(each, dict) for each in parameters.values())  # of layers
-    text.rope_parameters = (
-        {kind: one_axis(each) for kind, each in parameters.items()} if by_kind else one_axis(parameters)
-    )
+    if not uses_mrope(model.hf_config):
+        model.hf_config.mrope_section = list(PLAIN)
+    elif (axes := mrope_num_dims(model.hf_config)) != AXES:
+        raise UnsupportedModelError(
+            f"positions of this checkpoint have {axes} axes, and {AXES} travel with visual tokens: it cannot be served "
+            f"pruned; leave {KEY} out of hf_overrides"
+        )

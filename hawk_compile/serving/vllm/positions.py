@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.serving.vllm.items import place_of
+
 BASE = 256
 AXES = 3
 COLUMNS = 2 * (AXES + 1)
+PLAIN = (1, 0, 0)
+"""The section of axes that the configuration of a model without any is given, beside its rotary embedding's own."""
 
 
 def with_positions(rows: Tensor, positions: Tensor, extent: int) -> Tensor:
@@ -62,23 +66,16 @@ def expanded(tokens: Sequence[int], features: Sequence[Any]) -> tuple[list[int],
             moved.append(replace(feature, mm_position=replace(place, offset=place.offset + shift)))
             read = stop
             continue
-        visual, inner = feature.data["hawk_visual"].data, feature.data["hawk_inner_ids"].data.tolist()
-        begin = place.offset if place.is_embed is None else place.offset + int(place.is_embed.int().argmax())
+        item = place_of(feature.data["hawk_ids"].data.tolist(), feature.data["hawk_visual"].data)
+        assert item is not None
         places = place.get_num_embeds()
-        head = tokens[read:begin]
-        columns += range(len(full), len(full) + len(head))
         start = len(full) + place.offset - read
-        full += head
-        columns += range(len(full), len(full) + places)
-        text = iter(inner)
-        full += [tokens[begin] if seen else next(text) for seen in visual.tolist()]
-        tail = place.offset + place.length - begin - places
-        length = begin - place.offset + len(visual) + tail
-        mask = None
-        if place.is_embed is not None or inner:
-            mask = torch.zeros(length, dtype=torch.bool)
-            mask[begin - place.offset : begin - place.offset + len(visual)] = visual
-        moved.append(replace(feature, mm_position=replace(place, offset=start, length=length, is_embed=mask)))
+        # What stands around its visual tokens is the prompt's: checkpoints join ends of lines there, of two items too.
+        begin = place.offset + len(item.before)
+        columns += range(len(full), start + len(item.before) + places)
+        full += [*tokens[read:begin], *item.inner]
+        mask = None if bool(item.all_visual.all()) else item.all_visual
+        moved.append(replace(feature, mm_position=replace(place, offset=start, length=len(item.ids), is_embed=mask)))
         read = begin + places
     columns += range(len(full), len(full) + len(tokens) - read)
     full += tokens[read:]

@@ -28,7 +28,13 @@ from hawk_compile.serving.settings import (
     serving_config,
     with_ratio,
 )
-from hawk_compile.serving.vllm.compat.processor import Ask, ProcessorHooks, chat_and_ids, without_video_pruning
+from hawk_compile.serving.vllm.compat.processor import (
+    Ask,
+    ProcessorHooks,
+    chat_and_ids,
+    why_no_text_inside,
+    without_video_pruning,
+)
 from hawk_compile.serving.vllm.items import check_inner, place_of
 from hawk_compile.serving.vllm.tally import Tally, counters
 
@@ -56,6 +62,8 @@ class PrunedProcessor(ProcessorHooks):
         """Read the settings, and what tells where users' texts stand."""
         given = self.info.get_hf_config().hawk
         self.config = serving_config(given)
+        check_modalities(self.config, self.info.supported_mm_limits)
+        self.why_no_text_inside = why_no_text_inside(self.info.ctx.model_config)
         self.info.ctx = without_video_pruning(self.info.ctx)
         ids, chat = chat_and_ids(self.info, self.config)
         self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
@@ -195,7 +203,7 @@ class PrunedProcessor(ProcessorHooks):
             if place is None:
                 made.append(update)
                 continue
-            check_inner(place, update.modality)
+            check_inner(place, self.why_no_text_inside)
             keep = config.floor(place.count)
             made.append(update.with_content(Shortened(*place.shortened(keep), came=place.count, kept=keep)))
             items.append(place.item(question, keep))
@@ -209,6 +217,19 @@ class PrunedProcessor(ProcessorHooks):
                 field = MultiModalBatchedField(keep_on_cpu=True)
                 kwargs_of_item[name] = MultiModalFieldElem(data=value, field=field)
         return made
+
+
+def check_modalities(config: Any, taken: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of which nothing would ever be pruned.
+
+    Raises:
+        UnsupportedModelError: it takes none of the modalities.
+    """
+    if not set(taken) & set(config.modalities):
+        raise UnsupportedModelError(
+            f"this model takes {' and '.join(taken)}, and modalities={list(config.modalities)} are pruned, so that "
+            f"nothing ever would be: leave {KEY} out of hf_overrides"
+        )
 
 
 def without(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, Asked] | None]:

@@ -11,40 +11,51 @@ import hawk_compile.kernels.select.op  # noqa: F401  both register operators
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.kernels.score.by_token import MOST_TOKENS
 from hawk_compile.passes.insert_ranking import what_it_reads
-from hawk_compile.serving.vllm.compat.model import with_module
+from hawk_compile.serving.vllm.compat.model import attentions_of, with_module
 from hawk_compile.settings.config import HawkConfig
 
 
 class Reached(Exception):
-    """The first layer's attention, with its queries and keys before position enters them."""
+    """The first layer's attention, with its queries and keys."""
 
 
 class Stop(nn.Module):
-    """Stands for the rotary embedding of a layer."""
+    """Stands for the attention of a layer."""
 
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor, *rest: Any, **others: Any) -> None:
+    def forward(self, query: Tensor, key: Tensor, *rest: Any, **others: Any) -> None:
         raise Reached(query, key)
 
 
-class Projections:
-    """Queries and keys of a decoder's first layer, before position enters them.
+class Unrotated(nn.Module):
+    """Stands for the rotary embedding of a layer, and lets position out."""
 
-    The layer is run as far as its rotary embedding, in a twin that shares every module with it but that one: what
-    stands before (norms, adapters of the checkpoint, quantised projections) is the layer's own.
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return query, key
+
+
+class Projections:
+    """Queries and keys of a decoder's first layer, as its attention gets them, but for position.
+
+    The layer is run as far as its attention, in a twin that shares every module with it but that one and the rotary
+    embedding: what stands before and between (norms, adapters of the checkpoint, quantised projections) is the layer's
+    own.
 
     Raises:
-        UnsupportedModelError: the layer has no rotary embedding, or rotates only a part of each head.
+        UnsupportedModelError: the layer has not one rotary embedding and one attention, over whole heads.
     """
 
     def __init__(self, layer: nn.Module, axes: int, heads: int, kv_heads: int):
         self.axes, self.heads, self.kv_heads = axes, heads, kv_heads
-        found = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
-        if len(found) != 1:
+        rotary = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+        attention = attentions_of(layer)
+        if len(rotary) != 1 or len(attention) != 1:
             raise UnsupportedModelError(
-                f"the first decoder layer, {type(layer).__name__}, has {len(found)} rotary embeddings, and it is "
-                "scored by what its one rotary embedding reads: leave hawk out of hf_overrides"
+                f"the first decoder layer, {type(layer).__name__}, has {len(rotary)} rotary embeddings and "
+                f"{len(attention)} attentions, and it is scored by what its one attention reads, but for its one "
+                "rotary embedding: leave hawk out of hf_overrides"
             )
-        self.layer = with_module(layer, found[0].split("."), Stop())
+        twin = with_module(layer, rotary[0].split("."), Unrotated())
+        self.layer = with_module(twin, attention[0].split("."), Stop())
         self.takes = inspect.signature(layer.forward).parameters
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,15 +68,16 @@ class Projections:
         except Reached as reached:
             query, key = reached.args
         else:
-            raise UnsupportedModelError(f"{type(self.layer).__name__} ran without its rotary embedding")
+            raise UnsupportedModelError(f"{type(self.layer).__name__} ran without its attention")
+        size, of_key = query.numel() / len(hidden) / self.heads, key.numel() / len(hidden) / self.kv_heads
+        if size != of_key:
+            raise UnsupportedModelError(
+                f"the first decoder layer's attention reads queries {tuple(query.shape)} and keys {tuple(key.shape)}, "
+                "whose heads are not of one size, as those of latent attention: it cannot be served pruned; leave hawk "
+                "out of hf_overrides"
+            )
         query = query.reshape(len(hidden), self.heads, -1)
         key = key.reshape(len(hidden), self.kv_heads, -1)
-        if query.shape[2] != key.shape[2]:
-            raise UnsupportedModelError(
-                f"the first decoder layer's rotary embedding reads queries {tuple(query.shape)} and keys "
-                f"{tuple(key.shape)}, only a part of each head, as latent attention does: it cannot be served pruned; "
-                "leave hawk out of hf_overrides"
-            )
         return query.transpose(0, 1).unsqueeze(0), key.transpose(0, 1).unsqueeze(0)
 
 

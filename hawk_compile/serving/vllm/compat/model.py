@@ -67,6 +67,11 @@ def base_embedding(model: Any) -> Callable[[Tensor], Tensor]:
     return embed
 
 
+def attentions_of(layer: nn.Module) -> list[str]:
+    """The names of the modules that keep keys and values (vLLM's AttentionLayerBase), whatever computes them."""
+    return [name for name, module in layer.named_modules() if hasattr(module, "get_kv_cache_spec")]
+
+
 def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
     """A twin of a module that shares all of it but the module at `path`."""
     twin = copy.copy(module)
@@ -98,34 +103,6 @@ def from_first_rank(chosen: Tensor) -> Tensor:
     from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
     return get_tp_group().broadcast(chosen, src=0) if get_tensor_model_parallel_world_size() > 1 else chosen
-
-
-def let_positions_have_axes(model: Any) -> None:
-    """Compiled decoders that take the first dimension of positions for the sequence take the last one instead, which is
-    the same for [S] and right for [3, S]. Their class is told, in place: it compiles by what it was decorated with."""
-    for module in model.modules():
-        dims = getattr(module, "_dynamic_arg_dims", None)
-        if dims and "positions" in dims:
-            dims["positions"] = last_dimension(dims["positions"])
-
-
-def last_dimension(dims: Any) -> Any:
-    return dict.fromkeys((-1,), next(iter(dims.values()))) if isinstance(dims, dict) else -1
-
-
-def check_axes(model: Any) -> None:
-    """Refuse a decoder whose rotary embeddings would read positions with axes as those of more tokens.
-
-    Raises:
-        UnsupportedModelError: such a decoder.
-    """
-    for name, module in model.get_language_model().named_modules():
-        if name.rpartition(".")[2] == "rotary_emb" and getattr(module, "mrope_section", None) is None:
-            raise UnsupportedModelError(
-                f"{name} is a {type(module).__name__}, which has no axes of position, so that the original positions "
-                "of kept tokens cannot be carried: this checkpoint cannot be served pruned; leave hawk out of "
-                "hf_overrides"
-            )
 
 
 def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:

@@ -71,6 +71,19 @@ def give_processor(served: Any, base: Any, wrap: Callable[[Any], Any]) -> None:
     )
 
 
+def why_no_text_inside(model: Any) -> str:
+    """Why a model would not read text as text at a place of an item, in whose stead it stands there; empty: it would.
+
+    Args:
+        model: a ModelConfig.
+    """
+    if model.is_mm_prefix_lm:
+        return "all places of one see each other both ways"
+    if model.requires_raw_input_tokens or getattr(model.hf_text_config, "hidden_size_per_layer_input", 0):
+        return "the decoder reads ids beside embeddings, which are the same at all places of one"
+    return ""
+
+
 def without_video_pruning(context: Any) -> Any:
     """A processor's context in which vLLM's own pruning of videos is off, whose switch `plugin.py` uses."""
     held = copy.copy(context.model_config)
