@@ -3,6 +3,7 @@
 # make test-slow   the slow tests; make test-all   everything
 # make test-compat   the suite's core at both ends of the supported torch and transformers; make test-compat-low: one
 # make test-vllm   the tests in a real vLLM, in an environment of its own (.venv-vllm, on a CPU)
+# make test-vllm-kinds   the slow ones: every tiny checkpoint with every kind of conversation
 # make check   ruff, mypy and the rooms' imports alone
 # make bench   install into .venv and time pruning against the same model unpruned
 
@@ -16,7 +17,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no
 COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 VLLM_PIP = .venv-vllm/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo vllm-env test-vllm test test-quick test-slow test-all test-compat test-compat-low check bench clean
+.PHONY: demo vllm-env test-vllm test-vllm-kinds test test-quick test-slow test-all test-compat test-compat-low check bench clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
@@ -44,7 +45,10 @@ test-compat-low: $(VENV)/.test
 vllm-env: .venv-vllm/.ready
 
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -q tests/serving -m vllm
+	.venv-vllm/bin/python -m pytest -q tests/serving -m "vllm and not slow"
+
+test-vllm-kinds: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -q tests/serving -m "vllm and slow"
 
 # torchaudio and torchcodec link CUDA, and PyPI's torchvision too: tests/serving/torchvision_on_cpu.py lets it be imported.
 # Nothing is compiled in advance: the tests import a part of it, and each module is compiled when it is first imported.

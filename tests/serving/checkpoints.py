@@ -1,5 +1,7 @@
 """Tiny checkpoints with random weights that vLLM loads as it is: heads of 32, and a processor of their own."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from hawk_compile.tools.demo.run import MODEL
 
 TEXT: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 96, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
 VISION: dict[str, Any] = {
@@ -45,7 +47,8 @@ def save(model: Any, processor: Any, folder: Path, tower: str = "") -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                scale = 1.0 if "embed_tokens" in name else 1.6 / weight[0].numel() ** 0.5
+                fan_in = weight.shape[1] if weight.ndim == 3 else weight[0].numel()  # 3: experts
+                scale = 1.0 if "embed_tokens" in name else 1.6 / fan_in**0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
     model.float().save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -105,23 +108,26 @@ def qwen(version: str, folder: Path) -> Path:
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     text = {**TEXT, "rope_parameters": rope}
+    vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
+              "patch_size": 14}  # fmt: skip
     if version == "2":
         vision = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 128, "patch_size": 14}
-        model = hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
-        kind = hf.Qwen2VLProcessor
+    elif version == "2_5":  # windows of 4 x 4 patches in the first layer
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
     else:
-        vision = {
-            "hidden_size": 64, "depth": 3, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
-            "patch_size": 14, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
-        }  # fmt: skip
+        vision |= {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
         text["rope_parameters"] = {**rope, "mrope_interleaved": True}
-        model = hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
-        kind = hf.Qwen3VLProcessor
+    family = {"2": "Qwen2VL", "2_5": "Qwen2_5_VL", "3": "Qwen3VL"}[version]
+    config = getattr(hf, f"{family}Config")(text_config=text, vision_config=vision, **ids)
+    model = getattr(hf, f"{family}ForConditionalGeneration")(config)
     sizes: dict[str, Any] = {
         "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
         "temporal_patch_size": 2,
     }  # fmt: skip
-    video = (hf.Qwen2VLVideoProcessor if version == "2" else hf.Qwen3VLVideoProcessor)(**sizes)
+    if version == "3":  # vLLM normalises frames by the numbers for pictures
+        sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    video = (hf.Qwen3VLVideoProcessor if version == "3" else hf.Qwen2VLVideoProcessor)(**sizes)
+    kind = getattr(hf, f"{family}Processor")
     processor = kind(hf.Qwen2VLImageProcessor(**sizes), words, video, chat_template=words.chat_template)
     return save(model, processor, folder)
 
@@ -144,13 +150,13 @@ def internvl(folder: Path) -> Path:
     return save(hf.InternVLForConditionalGeneration(config), processor, folder)
 
 
-def gemma3(folder: Path) -> Path:
+def gemma3(folder: Path, window: int = 512) -> Path:
     """Visual tokens that see each other both ways, norms of queries and keys, scaled embeddings."""
     words = tokenizer(
-        "<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
-        **{f"newline_{count}": "\n" * count for count in range(1, 5)},
+        "<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
     )
-    text = {**TEXT, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
+    words.add_tokens(["\n" * count for count in range(1, 5)])
+    text = {**TEXT, "sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
     config = hf.Gemma3Config(
         vision_config=hf.SiglipVisionConfig(**VISION, image_size=112), text_config=hf.Gemma3TextConfig(**text),
         mm_tokens_per_image=16, boi_token_index=words.convert_tokens_to_ids("<start_of_image>"),
@@ -181,6 +187,18 @@ def idefics3(folder: Path, family: str = "Idefics3") -> Path:
         )
     processor = getattr(hf, f"{family}Processor")(pixels, words, **options)
     return save(getattr(hf, f"{family}ForConditionalGeneration")(config), processor, folder)
+
+
+def as_idefics3(folder: Path) -> Path:
+    """A SmolVLM under the class that its own was made from: the same weights and the same function, in a folder beside
+    it. `optimize` needs transformers 5.21 for SmolVLM's own class, and vLLM 0.32 comes with an older one."""
+    twin = Path(f"{folder}-as-idefics3")
+    shutil.copytree(folder, twin, dirs_exist_ok=True)
+    config = json.loads((twin / "config.json").read_text())
+    config |= {"model_type": "idefics3", "architectures": ["Idefics3ForConditionalGeneration"]}
+    config["vision_config"]["model_type"] = "idefics3_vision"
+    (twin / "config.json").write_text(json.dumps(config))
+    return twin
 
 
 def mistral3(folder: Path) -> Path:

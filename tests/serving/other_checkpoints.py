@@ -1,0 +1,224 @@
+"""More of them: other kinds of the families that the engine is held to, and families that none of those is."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers as hf
+
+from tests.serving.checkpoints import TEXT, VISION, gemma3, qwen, save, tokenizer
+
+SIGLIP = {**VISION, "image_size": 112}
+
+
+def pixtral(folder: Path) -> Path:
+    """A tower that takes pictures of any size, under LLaVA; ends of lines between the visual tokens of one image."""
+    words = tokenizer("[IMG]", image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")
+    config = hf.LlavaConfig(
+        vision_config=hf.PixtralVisionConfig(**VISION, image_size=112, head_dim=32),
+        text_config=hf.MistralConfig(**{**TEXT, "sliding_window": None}),
+        image_token_index=words.convert_tokens_to_ids("[IMG]"), vision_feature_layer=-1,
+        vision_feature_select_strategy="full", tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.PixtralImageProcessor(size={"longest_edge": 112}, patch_size={"height": 14, "width": 14})
+    processor = hf.PixtralProcessor(pixels, words, patch_size=14, chat_template=words.chat_template)
+    return save(hf.LlavaForConditionalGeneration(config), processor, folder)
+
+
+def lighton_ocr(folder: Path) -> Path:
+    """The tower of Pixtral, whose visual tokens stand in one piece, and a decoder with norms of queries and keys."""
+    words = tokenizer("<|image_pad|>", image_token="<|image_pad|>", image_break_token="<|vision_pad|>",
+                      image_end_token="<|vision_end|>")  # fmt: skip
+    config = hf.LightOnOcrConfig(
+        vision_config=hf.PixtralVisionConfig(**VISION, image_size=224, head_dim=32), text_config=hf.Qwen3Config(**TEXT),
+        spatial_merge_size=2, image_token_id=words.convert_tokens_to_ids("<|image_pad|>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.PixtralImageProcessor(size={"longest_edge": 224}, patch_size={"height": 28, "width": 28})
+    processor = hf.LightOnOcrProcessor(
+        pixels, words, patch_size=14, spatial_merge_size=2, chat_template=words.chat_template
+    )
+    made = save(hf.LightOnOcrForConditionalGeneration(config), processor, folder)
+    file = made / "config.json"
+    file.write_text(file.read_text().replace("LightOnOcrFor", "LightOnOCRFor"))  # as published checkpoints have it
+    return made
+
+
+def llava_onevision(folder: Path) -> Path:
+    """Tiles whose rows end in an embedding of their own, and frames in the place of tiles."""
+    words = tokenizer("<image>", image_token="<image>", video_token="<video>")
+    grid = [[112, 112], [112, 224], [224, 112], [224, 224]]
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**SIGLIP), text_config=hf.Qwen2Config(**TEXT), image_grid_pinpoints=grid,
+        image_token_index=words.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
+        video_token_index=words.convert_tokens_to_ids("<video>"), vision_feature_layer=-1,
+    )  # fmt: skip
+    size = {"height": 112, "width": 112}
+    processor = hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grid), words,
+        hf.LlavaOnevisionVideoProcessor(size=size), num_image_tokens=64, vision_feature_select_strategy="full",
+        chat_template=words.chat_template,
+    )  # fmt: skip
+    return save(hf.LlavaOnevisionForConditionalGeneration(config), processor, folder, "vision_tower.")
+
+
+def granite(folder: Path) -> Path:
+    """Tiles under a decoder that multiplies its embeddings and its residuals."""
+    words = tokenizer("<image>", image_token="<image>")
+    multipliers = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 1.0,
+                   "attention_multiplier": 0.1}  # fmt: skip
+    config = hf.LlavaNextConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, image_size=84),
+        text_config=hf.GraniteConfig(**TEXT, **multipliers),
+        image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+        vision_feature_select_strategy="full", image_grid_pinpoints=[[84, 168], [168, 84], [168, 168]],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )  # fmt: skip
+    processor = hf.LlavaNextProcessor(
+        pixels, words, patch_size=14, vision_feature_select_strategy="full", chat_template=words.chat_template
+    )
+    return save(hf.LlavaNextForConditionalGeneration(config), processor, folder, "vision_tower.")
+
+
+def cohere2_vision(folder: Path) -> Path:
+    """Tiles with text between them, attention and MLP side by side, layers without rotary embeddings."""
+    words = tokenizer("<|image|>", image_token="<|image|>", boi_token="<boi>", eoi_token="<eoi>",
+                      img_line_break_token="<line>")  # fmt: skip
+    text = {name: value for name, value in TEXT.items() if name != "rms_norm_eps"}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 1024, "logit_scale": 1.0}
+    text["tie_word_embeddings"] = True
+    config = hf.Cohere2VisionConfig(
+        vision_config=hf.SiglipVisionConfig(**SIGLIP), text_config=hf.Cohere2Config(**text), downsample_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<|image|>"), alignment_intermediate_size=64,
+    )  # fmt: skip
+    pixels = hf.Cohere2VisionImageProcessor(
+        size={"height": 112, "width": 112}, crop_to_patches=True, max_patches=3, patch_size=4
+    )
+    processor = hf.Cohere2VisionProcessor(pixels, words, chat_template=words.chat_template)
+    return save(hf.Cohere2VisionForConditionalGeneration(config), processor, folder, "vision_tower.")
+
+
+def glm4v(folder: Path) -> Path:
+    """Three axes of position, channels rotated in pairs, half of each head."""
+    names = {name: f"<|{name}|>" for name in ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video")}
+    words = tokenizer("<|begin_of_image|><|image|><|end_of_image|>", image_token="<|image|>", video_token="<|video|>",
+                      **names)  # fmt: skip
+    ids = {
+        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (("image", "image"), ("video", "video"), ("image_start", "begin_of_image"),
+                            ("image_end", "end_of_image"), ("video_start", "begin_of_video"),
+                            ("video_end", "end_of_video"))
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
+              "image_size": 112, "patch_size": 14}  # fmt: skip
+    config = hf.Glm4vConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **ids)
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 120}}
+    processor = hf.Glm4vProcessor(
+        hf.Glm4vImageProcessor(**sizes), words, hf.Glm4vVideoProcessor(**sizes), chat_template=words.chat_template
+    )
+    return save(hf.Glm4vForConditionalGeneration(config), processor, folder)
+
+
+def qwen3_5(folder: Path) -> Path:
+    """Linear attention in front of softmax attention."""
+    words = tokenizer(
+        "<|vision_start|><|image_pad|><|vision_end|>", image_token="<|image_pad|>", video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+    )  # fmt: skip
+    ids = {
+        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+                            ("vision_end", "vision_end"))
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25}  # fmt: skip
+    text = {
+        **TEXT, "rope_parameters": rope, "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    }  # fmt: skip
+    vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
+              "patch_size": 14, "num_position_embeddings": 64}  # fmt: skip
+    config = hf.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
+        "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    processor = hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(**sizes), words, hf.Qwen3VLVideoProcessor(**sizes), chat_template=words.chat_template
+    )
+    return save(hf.Qwen3_5ForConditionalGeneration(config), processor, folder)
+
+
+def llama4(folder: Path) -> Path:
+    """Tiles with separators, experts, layers without rotary embeddings whose queries grow with the position."""
+    names = {name: f"<|{name}|>" for name in ("image_start", "image_end", "patch", "tile_x_separator",
+                                              "tile_y_separator")}  # fmt: skip
+    words = tokenizer("<|image|>", image_token="<|image|>", **names)
+    text = {
+        **TEXT, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
+        "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 1024, "floor_scale": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "use_qk_norm": True,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,
+        "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 112,
+        "patch_size": 14, "pixel_shuffle_ratio": 0.5,
+    }  # fmt: skip
+    config = hf.Llama4Config(
+        text_config=text, vision_config=vision, boi_token_index=words.convert_tokens_to_ids("<|image_start|>"),
+        eoi_token_index=words.convert_tokens_to_ids("<|image_end|>"),
+        image_token_index=words.convert_tokens_to_ids("<|patch|>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = hf.Llama4ImageProcessor(size={"height": 112, "width": 112}, max_patches=4)
+    processor = hf.Llama4Processor(pixels, words, patch_size=14, chat_template=words.chat_template)
+    return save(hf.Llama4ForConditionalGeneration(config), processor, folder)
+
+
+def aria(folder: Path) -> Path:
+    """A projector that makes a number of tokens of its own, and experts."""
+    words = tokenizer("<image>", image_token="<image>")
+    config = hf.AriaConfig(
+        vision_config=hf.Idefics3VisionConfig(**{**VISION, "image_size": 490}),
+        text_config=hf.AriaTextConfig(**TEXT, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+        image_token_index=words.convert_tokens_to_ids("<image>"), projector_patch_to_query_dict={1225: 24, 4900: 24},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = hf.AriaProcessor(
+        hf.AriaImageProcessor(max_image_size=490, min_image_size=336), words, chat_template=words.chat_template,
+        size_conversion={490: 24, 980: 24},
+    )  # fmt: skip
+    return save(hf.AriaForConditionalGeneration(config), processor, folder)
+
+
+def paligemma(folder: Path) -> Path:
+    """A prompt that is seen both ways, and no chats."""
+    words = tokenizer("<image>", image_token="<image>")
+    words.chat_template = None
+    words.bos_token = "<|im_start|>"
+    text = {**TEXT, "vocab_size": 1300, "tie_word_embeddings": True}
+    config = hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(**SIGLIP, vision_use_head=False), text_config=hf.GemmaConfig(**text),
+        image_token_index=words.convert_tokens_to_ids("<image>"), projection_dim=128,
+    )  # fmt: skip
+    pixels = hf.SiglipImageProcessor(size={"height": 112, "width": 112})
+    pixels.image_seq_length = 64
+    return save(hf.PaliGemmaForConditionalGeneration(config), hf.PaliGemmaProcessor(pixels, words), folder)
+
+
+OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
+    "qwen2_5_vl": lambda folder: qwen("2_5", folder),
+    "gemma3.window": lambda folder: gemma3(folder, window=12),
+    "pixtral": pixtral,
+    "lighton_ocr": lighton_ocr,
+    "llava_onevision": llava_onevision,
+    "granite": granite,
+    "cohere2_vision": cohere2_vision,
+    "glm4v": glm4v,
+    "llama4": llama4,
+    "aria": aria,
+    "paligemma": paligemma,
+}

@@ -1,0 +1,71 @@
+"""Every tiny checkpoint with every kind of conversation, against `optimize`. Takes minutes: `make test-vllm-kinds`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hawk_compile.errors import InputError, UnsupportedModelError
+from tests.serving.by_hand import expected
+from tests.serving.cases import conversations, films
+from tests.serving.checkpoints import KINDS
+from tests.serving.engine import engine, farthest, optimised, served
+from tests.serving.other_checkpoints import OTHER_KINDS, qwen3_5
+
+pytestmark = [
+    pytest.mark.vllm, pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm-kinds"),
+]  # fmt: skip
+
+CLOSE = 1e-4
+"""Log-probabilities in fp32, of two implementations of the same model."""
+FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
+TOUCHING = ("llava", "llava_next", "llava_onevision", "granite")
+"""Nothing stands around the visual tokens of a picture."""
+
+
+@pytest.fixture(scope="module", params=[*KINDS, *OTHER_KINDS])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return {**KINDS, **OTHER_KINDS}[request.param](tmp_path_factory.mktemp("checkpoints") / request.param)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process() -> None:
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> Iterator[Any]:
+    most = {"image": 2, "video": 1} if checkpoint.name in FILMED else {"image": 2}
+    yield engine(checkpoint, {"ratio": 0.8}, max_model_len=2048, limit_mm_per_prompt=most)
+
+
+@pytest.mark.parametrize("case", conversations())
+def test_as_optimize(llm: Any, checkpoint: Path, case: str) -> None:
+    asked = conversations()[case]
+    if case == "several" and checkpoint.name in TOUCHING:
+        with pytest.raises(InputError, match="two images of this prompt touch"):
+            served(llm, checkpoint, asked)
+        return
+    for ratio in (0.8, 0.95, 0.0):
+        answers = served(llm, checkpoint, asked, ratio)
+        assert farthest(answers, expected(checkpoint, asked, answers, ratio)) < CLOSE, (checkpoint.name, ratio)
+
+
+def test_videos_as_optimize(llm: Any, checkpoint: Path) -> None:
+    if checkpoint.name not in FILMED:
+        pytest.skip("takes no videos, or not as Hugging Face does")
+    for ratio in (0.8, 0.5, 0.0):
+        assert farthest(served(llm, checkpoint, films(), ratio), optimised(checkpoint, films(), ratio=ratio)) < CLOSE
+
+
+def test_what_cannot_be_scored_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="has no softmax attention, by which visual tokens are scored"):
+        engine(qwen3_5(tmp_path / "qwen3_5"), {"ratio": 0.8})
