@@ -11,7 +11,8 @@ from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.settings.config import HawkConfig
 
 VISION_END_NAMES = (
-    "vision_end_token_id", "eoi_token_id", "eoi_token_index", "image_end_token_id", "audio_end_token_id",
+    "vision_end_token_id", "eoi_token_id", "eoi_token_index", "image_end_token_id", "video_end_token_id",
+    "audio_end_token_id",
 )  # fmt: skip
 
 

@@ -14,6 +14,10 @@ Mask = NDArray[np.bool_]
 STRUCTURE = 4
 """Ids between two visual tokens, at most, that are the image's own (tags of tiles, ends of lines), not a user's."""
 
+LABEL = 16
+"""Ids between two visual tokens, at most, that may tell a frame's time or an image's number; they do where half of them
+stand between the visual tokens before or behind as well."""
+
 REST = 2
 """Ids behind an image, at most, that close it rather than ask something, where much text stands before it."""
 
@@ -96,13 +100,25 @@ class RowTurns:
         return blank & ((self.visual[left] & (left < here)) | (self.visual[right] & (right > here)))
 
     def structure(self, shown: Row, here: Row) -> Mask:
-        """Which places of a turn stand in short gaps between visual tokens."""
+        """Which places of a turn stand in short gaps between visual tokens, or in such as hold labels."""
         if len(shown) < 2:
             return np.zeros(len(here), bool)
         behind = np.searchsorted(shown, here)
         inside = (behind > 0) & (behind < len(shown))
         gap = shown[np.minimum(behind, len(shown) - 1)] - shown[np.maximum(behind - 1, 0)] - 1
-        return inside & (gap <= STRUCTURE)
+        return inside & (gap <= STRUCTURE) | is_in(here, self.labels(shown))
+
+    def labels(self, shown: Row) -> list[int]:
+        """The places of gaps between visual tokens that say much the same as a gap beside them."""
+        size = np.diff(shown) - 1
+        starts = np.flatnonzero((size > STRUCTURE) & (size <= LABEL))
+        gaps = [range(shown[at] + 1, shown[at + 1]) for at in starts]
+        texts = [self.ids[gap.start : gap.stop].tolist() for gap in gaps]
+        return [
+            place for at, gap in enumerate(gaps)
+            if any(alike(texts[at], other) for other in (*texts[max(at - 1, 0) : at], *texts[at + 1 : at + 2]))
+            for place in gap
+        ]  # fmt: skip
 
     def newest(self) -> tuple[Mask, QuerySource]:
         """The newest user's text that is not empty."""
@@ -131,3 +147,8 @@ class RowTurns:
         mask = np.zeros(self.length, bool)
         mask[self.place[chosen]] = True
         return mask
+
+
+def alike(text: list[int], other: list[int]) -> bool:
+    """Whether at least half of a text's ids stand in another."""
+    return 2 * sum(number in other for number in text) >= len(text)

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedConfig
 
 from hawk_compile.errors import InputError
 from hawk_compile.plan.given import mask_of_ids
-from hawk_compile.plan.ids import SpecialIds
+from hawk_compile.plan.ids import SpecialIds, special_ids_of
 from hawk_compile.plan.plan import make_plan
 from hawk_compile.plan.question import find_question
 from hawk_compile.plan.row import QuerySource, QuestionRule
@@ -83,6 +84,27 @@ def given_votes(config: HawkConfig | None = None, **asked: Any) -> list[list[int
     plan = make_plan(ids, ids == VISUAL, real, 5, IDS, config or HawkConfig(ratio=0.5), **asked)
     assert plan.question.source == [QuerySource.GIVEN] * 2 and plan.question.rule == [QuestionRule.GIVEN] * 2
     return [mask.nonzero()[:, 0].tolist() for mask in plan.question_mask]
+
+
+def test_the_time_of_a_videos_last_frame_is_no_question() -> None:
+    """It stands behind that frame's end and in front of the video's."""
+    named = PreTrainedConfig(image_end_token_id=VISION_END, video_end_token_id=6)
+    special = special_ids_of(named, GenerationConfig(), HawkConfig())
+    frame, seconds = [VISUAL, VISUAL, VISION_END], [60, 61]
+    row = [40, *frame, *seconds, *frame, *seconds, 6, 50, 51, 52]
+    assert question_of(row, special) == ([12, 13, 14], QuerySource.AFTER_IMAGE)
+
+
+def test_times_between_frames_are_no_question() -> None:
+    """Where it stands in front of the video; what is asked between two pictures is one."""
+    frame = [VISUAL, VISUAL, VISION_END]
+    times = [[60, number, 61, 62, 63] for number in (50, 51, 52)]
+    row = [40, 41, 42, *frame, *times[0], *frame, *times[1], *frame, *times[2], *frame]
+    assert question_of(row) == ([0, 1, 2], QuerySource.TURN)
+    row[6:11] = range(70, 75)
+    assert question_of(row) == ([0, 1, 2, 6, 7, 8, 9, 10], QuerySource.TURN)
+    alone = [40, 41, 42, *frame, *times[0], *frame]
+    assert question_of(alone) == ([0, 1, 2, 6, 7, 8, 9, 10], QuerySource.TURN)
 
 
 def test_a_mask_says_who_votes() -> None:
