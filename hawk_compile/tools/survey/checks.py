@@ -80,9 +80,15 @@ def prefill(tiny: Tiny, model: PreTrainedModel) -> str:
     visual = visual_of(model, inputs)
     expected, _ = oracle.pruned_forward(model, inputs, keep, visual, layer)
     difference = equal("logits", pruned.logits, expected.logits)
+    unlike_others(model, inputs, pruned, keep, layer)
+    return f"{difference:.2g}"
+
+
+def unlike_others(model: PreTrainedModel, inputs: dict[str, Any], pruned: Any, keep: Tensor, layer: int) -> None:
+    """The control of what a pruned prefill must equal: with other kept tokens the plain model says something else."""
+    visual = visual_of(model, inputs)
     other, _ = oracle.pruned_forward(model, inputs, others_kept(keep, visual), visual, layer)
     unlike("logits of other kept tokens", other.logits[:, -1], pruned.logits[:, -1], ROUNDING)
-    return f"{difference:.2g}"
 
 
 def selection(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -119,11 +125,18 @@ def steps(tiny: Tiny, model: PreTrainedModel) -> str:
     result = generated(model, inputs)
     record = pruned_record(model)
     restore(model)
-    keep = record.keep_indices[0]
+    _, difference = steps_behind(model, inputs, result, record.keep_indices[0], record.scoring_layer)
+    return f"{difference:.2g}"
+
+
+def steps_behind(
+    model: PreTrainedModel, inputs: dict[str, Any], result: Any, keep: Tensor, layer: int
+) -> tuple[Any, float]:
+    """(prefill of the gathered plain model, largest difference of its decode steps from those of a generation)."""
     tokens = result.sequences[0, -STEPS - 1 :].tolist()[:STEPS]
-    output, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), record.scoring_layer)
+    output, cache = oracle.pruned_forward(model, inputs, keep, visual_of(model, inputs), layer)
     expected = [output.logits[0, -1], *oracle.decode(model, inputs, cache, tokens, len(keep))]
-    return f"{equal('logits of steps', torch.stack(result.logits)[:, 0], torch.stack(expected), ROUNDING):.2g}"
+    return output, equal("logits of steps", torch.stack(result.logits)[:, 0], torch.stack(expected), ROUNDING)
 
 
 def turns(tiny: Tiny, model: PreTrainedModel) -> str:
@@ -221,8 +234,18 @@ def restored(tiny: Tiny, model: PreTrainedModel) -> str:
 
 
 def video(tiny: Tiny, model: PreTrainedModel) -> str:
-    """The prefill, of a video."""
-    return prefill(video_of(tiny, model), model)
+    """Of a video: nothing removed, and the prefill and decode steps with half of its tokens removed."""
+    asked = video_of(tiny, model)
+    at_ratio_zero(asked, model)
+    inputs = prompt(asked, rows=1)
+    pruned, keep, layer = pruned_call(asked, restore(model), inputs)
+    result = generated(model, inputs)
+    if not pruned_record(model).keep_indices[0].equal(keep):
+        raise Wrong("generate keeps other tokens than a call")
+    expected, _ = steps_behind(restore(model), inputs, result, keep, layer)
+    difference = equal("logits", pruned.logits, expected.logits)
+    unlike_others(model, inputs, pruned, keep, layer)
+    return f"{difference:.2g}"
 
 
 CHECKS: dict[str, Check] = {

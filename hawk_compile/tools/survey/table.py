@@ -155,16 +155,16 @@ def page(types: Types, command: str, whole: bool = True) -> str:
         "where every angle of its rotary embedding is zero. *Prefill* and *decode*: with half of the visual tokens "
         "removed, the logits are those of the plain model run on hand-gathered tokens, in the "
         "prefill, where other kept tokens give other ones, and over five more tokens of `generate`. *Several turns*: "
-        "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Video*: the "
-        "prefill with frames in the places of images. *Restore*: afterwards the model is the plain one. *Layer*: the "
-        "decoder layer that scores, in front of which tokens are removed. *Seconds*: what all checks but the exports "
-        "took. *ONNX* and *OpenVINO*: the exported model generates the ids that the optimised one does, and keeps the "
-        "same tokens.", "",
+        "so are those of a text turn on the same cache. *Padded batches*: every row is as it is alone. *Video*: "
+        "nothing removed, prefill and decode, with frames in the places of images. *Restore*: afterwards the model is "
+        "the plain one. *Layer*: the decoder layer that scores, in front of which tokens are removed. *Seconds*: what "
+        "all checks but the exports took. *ONNX* and *OpenVINO*: the exported model generates the ids that the "
+        "optimised one does, and keeps the same tokens.", "",
         "*Yes*: it is so. *—*: the check could not be asked, because the model's forward requires an image in every "
-        "turn, because it takes no videos or takes frames for images, or because the plain model itself gives another "
-        "result there. *Refused*: an error of this package says what of the model stands against it. *Fails*: it ends "
-        "in any other error. *Wrong*: the result is another. *Not tried*: nobody exported it, a package that the model "
-        "needs was missing, or no tiny model has such a video.",
+        "turn, because it takes no videos or takes frames for images, or because the plain model itself fails or "
+        "gives another result there. *Refused*: an error of this package says what of the model stands against it. "
+        "*Fails*: it ends in any other error. *Wrong*: the result is another. *Not tried*: nobody exported it, a "
+        "package that the model needs was missing, or no tiny model has such a video.",
     ]  # fmt: skip
     if right:
         lines += ["", "## Right", "", *table_of(right), *not_exported(right)]

@@ -9,7 +9,7 @@ import json
 import os
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Tiny:
         modalities: what is pruned; None: images and videos.
         inputs: name -> values, or {"dtype", "shape", "low", "high"} to draw from; "rows" beside them is the dimension
             along which rows lie, 0 if it says nothing; see `prompt`.
+        video_inputs: what its forward takes of a video for each row, as `inputs`; see `videos`.
         notes: what is special of it, in words.
     """
 
@@ -46,6 +47,7 @@ class Tiny:
     inputs: dict[str, Any]
     modalities: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
+    video_inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def read(path: Path) -> Tiny:
@@ -65,7 +67,7 @@ def read(path: Path) -> Tiny:
     return Tiny(
         path.stem, held["model_type"], held["class"], held["config_class"], held["config"], held["inputs"],
         None if modalities is None else tuple(modalities),
-        (notes,) if isinstance(notes, str) else tuple(notes),
+        (notes,) if isinstance(notes, str) else tuple(notes), held.get("video_inputs", {}),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from hawk_compile.passes.errors import ShapeError
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.commands import measure
 from hawk_compile.tools.commands.look import where_cut
-from hawk_compile.tools.survey import checks, commands, exports, oracle
+from hawk_compile.tools.survey import checks, commands, exports, oracle, videos
 from hawk_compile.tools.survey.checks import survey
 from hawk_compile.tools.survey.outcome import Misdescribed, Outcome, Survey, Unasked, Untried, Wrong, equal, unlike
 from hawk_compile.tools.survey.prompts import others_kept, visual_of
@@ -385,18 +385,72 @@ def test_exports_alone_leave_what_else_is_known(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_images_of_a_tiny_model_as_a_video() -> None:
-    """Of two frames half as high: other names, ids and kinds, and as many tokens."""
+    """Of two frames: other names, ids and kinds, and twice as many tokens, which end where the images' did."""
     tiny = read(FOLDER / "qwen2_vl.json")
     model = build(tiny)
     made = video_of(tiny, model)
     inputs, before = prompt(made, rows=1), prompt(tiny, rows=1)
-    (_, height, width), grid = before["image_grid_thw"][0].tolist(), inputs["video_grid_thw"][0].tolist()
-    assert grid == [2, height // 2, width] and "image_grid_thw" not in inputs
-    assert inputs["pixel_values_videos"].shape == before["pixel_values"].shape
-    there = before["input_ids"] == model.config.image_token_id
-    assert inputs["input_ids"][there].eq(model.config.video_token_id).all()
-    assert inputs["input_ids"][~there].equal(before["input_ids"][~there])
+    (_, *size), grid = before["image_grid_thw"][0].tolist(), inputs["video_grid_thw"][0].tolist()
+    assert grid == [2, *size] and "image_grid_thw" not in inputs and "pixel_values" not in inputs
+    assert len(inputs["pixel_values_videos"]) == 2 * len(before["pixel_values"])
+    words, now = (ids[0, ids[0] != token].tolist() for ids, token in (
+        (before["input_ids"], model.config.image_token_id), (inputs["input_ids"], model.config.video_token_id)))
+    assert words == now and inputs["input_ids"].eq(model.config.video_token_id).sum() == 2 * before["input_ids"].eq(
+        model.config.image_token_id).sum()
+    assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+
+
+def test_frames_with_text_between_them() -> None:
+    """What ends an image and what starts one, and around them what does a video; the ids are of images, where the model
+    lets these wait for frames."""
+    tiny = read(FOLDER / "glm4v.json")
+    model = build(tiny)
+    inputs, image, config = prompt(video_of(tiny, model), rows=1), model.config.image_token_id, model.config
+    frame = [config.image_start_token_id, *[image] * 64, config.image_end_token_id]
+    ids = inputs["input_ids"][0].tolist()
+    assert ids == [config.video_start_token_id, *frame * 2, config.video_end_token_id, *ids[-5:]]
+    assert inputs["mm_token_type_ids"].eq(2).equal(inputs["input_ids"] == image)
+
+
+def test_a_video_of_one_frame_where_the_models_encoder_fails_on_more() -> None:
+    tiny = read(FOLDER / "kimi_k25.json")
+    assert video_of(tiny, build(tiny)).inputs["video_grid_thw"]["values"] == tiny.inputs["image_grid_thw"]["values"]
+
+
+def test_videos_that_the_json_describes() -> None:
+    """As a forward takes them; what stands in the prompt is worked out. What the model does not take is told of."""
+    tiny = read(FOLDER / "llava_onevision.json")
+    model = build(tiny)
+    ids, video = torch.tensor(video_of(tiny, model).inputs["input_ids"]["values"]), model.config.video_token_id
+    assert (ids == video).sum(1).tolist() == [7, 7, 7], "six frames and the newline behind them"
+    assert video_of(tiny, model).inputs.keys() == {"input_ids", "attention_mask", "pixel_values_videos"}
+    with pytest.raises(Untried, match="describe one in `video_inputs` of the JSON"):
+        video_of(replace(tiny, video_inputs={}), model)
     assert survey(tiny, {"video": checks.CHECKS["video"]}).outcomes["video"].status == "right"
+    words = tiny.inputs | {"input_ids": {"dtype": "int64", "values": [[1] * 10 + [5] * 7, [1] * 9 + [5] * 8, [5] * 17]}}
+    with pytest.raises(Untried, match="unequal room, or none"):
+        video_of(replace(tiny, inputs=words), model)
+    flat = {"pixel_values_videos": tiny.inputs["pixel_values"] | {"shape": [3, 3, 16, 16]}}
+    with pytest.raises(Untried, match="encoder takes no such video: describe one in `video_inputs`"):
+        video_of(replace(tiny, video_inputs=flat), model)
+
+
+def test_models_that_fail_on_videos_and_videos_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error for a video wherever it stands is the model's own; several are of what the JSON says."""
+    tiny, calls = read(FOLDER / "llava_onevision.json"), []
+
+    def failing(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+        calls.append(inputs)
+        raise Misdescribed("it fails") from TypeError(f"of {len(calls) if distinct else 'the model'}")
+
+    model = build(tiny)
+    monkeypatch.setattr(videos, "plain", failing)
+    distinct = False
+    with pytest.raises(Unasked, match=r"on a video, wherever it stands in the prompt \(TypeError: of the model\)"):
+        video_of(tiny, model)
+    distinct = True
+    with pytest.raises(Untried, match=r"correct `video_inputs` in the JSON \(TypeError: of 5; TypeError: of 6"):
+        video_of(tiny, model)
 
 
 def test_models_that_are_not_asked_about_videos(monkeypatch: pytest.MonkeyPatch) -> None:
