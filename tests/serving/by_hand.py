@@ -19,7 +19,7 @@ from tests.serving.cases import Conversation
 from tests.serving.checkpoints import as_idefics3
 from tests.serving.engine import BOTH_WAYS, Answer, optimised
 
-TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "llama4")
+TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision")
 ALONE: dict[str, Any] = {"question": "own", "quota": "image", "normalize_per": "image"}
 """The settings with which `optimize` prunes every picture by itself."""
 
@@ -52,6 +52,7 @@ def kept_alone(folder: Path, asked: list[Conversation], **settings: Any) -> list
                 for picture in (part for part in turn if not isinstance(part, str)):
                     alone = Conversation([[picture, *turn[last + 1 :]]])
                     inputs = processor(images=alone.images, text=alone.rendered(processor), return_tensors="pt")
+                    inputs = inputs.to(torch.float32)
                     inputs.pop(BOTH_WAYS, None)
                     with torch.no_grad():
                         model(**inputs)
@@ -75,6 +76,7 @@ def gathered(folder: Path, asked: list[Conversation], answers: list[Answer], **s
         count = inputs["input_ids"].shape[1]
         ids = torch.cat([inputs["input_ids"], torch.tensor([answer.ids[:-1]])], 1)
         visual, stays = visual_of(model, ids), torch.ones(ids.shape[1], dtype=torch.bool)
+        visual[count:] = False  # an answer may hold the id
         stays[visual] = torch.cat(of_pictures)
         places = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).unsqueeze(0)}
         keep = stays.nonzero()[:, 0]

@@ -25,24 +25,6 @@ def pixtral(folder: Path) -> Path:
     return save(hf.LlavaForConditionalGeneration(config), processor, folder)
 
 
-def lighton_ocr(folder: Path) -> Path:
-    """The tower of Pixtral, whose visual tokens stand in one piece, and a decoder with norms of queries and keys."""
-    words = tokenizer("<|image_pad|>", image_token="<|image_pad|>", image_break_token="<|vision_pad|>",
-                      image_end_token="<|vision_end|>")  # fmt: skip
-    config = hf.LightOnOcrConfig(
-        vision_config=hf.PixtralVisionConfig(**VISION, image_size=224, head_dim=32), text_config=hf.Qwen3Config(**TEXT),
-        spatial_merge_size=2, image_token_id=words.convert_tokens_to_ids("<|image_pad|>"), tie_word_embeddings=False,
-    )  # fmt: skip
-    pixels = hf.PixtralImageProcessor(size={"longest_edge": 224}, patch_size={"height": 28, "width": 28})
-    processor = hf.LightOnOcrProcessor(
-        pixels, words, patch_size=14, spatial_merge_size=2, chat_template=words.chat_template
-    )
-    made = save(hf.LightOnOcrForConditionalGeneration(config), processor, folder)
-    file = made / "config.json"
-    file.write_text(file.read_text().replace("LightOnOcrFor", "LightOnOCRFor"))  # as published checkpoints have it
-    return made
-
-
 def llava_onevision(folder: Path) -> Path:
     """Tiles whose rows end in an embedding of their own, and frames in the place of tiles."""
     words = tokenizer("<image>", image_token="<image>", video_token="<video>")
@@ -153,72 +135,11 @@ def qwen3_5(folder: Path) -> Path:
     return save(hf.Qwen3_5ForConditionalGeneration(config), processor, folder)
 
 
-def llama4(folder: Path) -> Path:
-    """Tiles with separators, experts, layers without rotary embeddings whose queries grow with the position."""
-    names = {name: f"<|{name}|>" for name in ("image_start", "image_end", "patch", "tile_x_separator",
-                                              "tile_y_separator")}  # fmt: skip
-    words = tokenizer("<|image|>", image_token="<|image|>", **names)
-    text = {
-        **TEXT, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
-        "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 1024, "floor_scale": 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "use_qk_norm": True,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,
-        "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 112,
-        "patch_size": 14, "pixel_shuffle_ratio": 0.5,
-    }  # fmt: skip
-    config = hf.Llama4Config(
-        text_config=text, vision_config=vision, boi_token_index=words.convert_tokens_to_ids("<|image_start|>"),
-        eoi_token_index=words.convert_tokens_to_ids("<|image_end|>"),
-        image_token_index=words.convert_tokens_to_ids("<|patch|>"), tie_word_embeddings=False,
-    )  # fmt: skip
-    pixels = hf.Llama4ImageProcessor(size={"height": 112, "width": 112}, max_patches=4)
-    processor = hf.Llama4Processor(pixels, words, patch_size=14, chat_template=words.chat_template)
-    return save(hf.Llama4ForConditionalGeneration(config), processor, folder)
-
-
-def aria(folder: Path) -> Path:
-    """A projector that makes a number of tokens of its own, and experts."""
-    words = tokenizer("<image>", image_token="<image>")
-    config = hf.AriaConfig(
-        vision_config=hf.Idefics3VisionConfig(**{**VISION, "image_size": 490}),
-        text_config=hf.AriaTextConfig(**TEXT, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
-        image_token_index=words.convert_tokens_to_ids("<image>"), projector_patch_to_query_dict={1225: 24, 4900: 24},
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    processor = hf.AriaProcessor(
-        hf.AriaImageProcessor(max_image_size=490, min_image_size=336), words, chat_template=words.chat_template,
-        size_conversion={490: 24, 980: 24},
-    )  # fmt: skip
-    return save(hf.AriaForConditionalGeneration(config), processor, folder)
-
-
-def paligemma(folder: Path) -> Path:
-    """A prompt that is seen both ways, and no chats."""
-    words = tokenizer("<image>", image_token="<image>")
-    words.chat_template = None
-    words.bos_token = "<|im_start|>"
-    text = {**TEXT, "vocab_size": 1300, "tie_word_embeddings": True}
-    config = hf.PaliGemmaConfig(
-        vision_config=hf.SiglipVisionConfig(**SIGLIP, vision_use_head=False), text_config=hf.GemmaConfig(**text),
-        image_token_index=words.convert_tokens_to_ids("<image>"), projection_dim=128,
-    )  # fmt: skip
-    pixels = hf.SiglipImageProcessor(size={"height": 112, "width": 112})
-    pixels.image_seq_length = 64
-    return save(hf.PaliGemmaForConditionalGeneration(config), hf.PaliGemmaProcessor(pixels, words), folder)
-
-
 OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
     "qwen2_5_vl": lambda folder: qwen("2_5", folder),
     "gemma3.window": lambda folder: gemma3(folder, window=12),
     "pixtral": pixtral,
-    "lighton_ocr": lighton_ocr,
     "llava_onevision": llava_onevision,
-    "granite": granite,
     "cohere2_vision": cohere2_vision,
     "glm4v": glm4v,
-    "llama4": llama4,
-    "aria": aria,
-    "paligemma": paligemma,
 }

@@ -15,7 +15,7 @@ from tests.serving.by_hand import expected
 from tests.serving.cases import conversations, films
 from tests.serving.checkpoints import KINDS
 from tests.serving.engine import engine, farthest, optimised, served
-from tests.serving.other_checkpoints import OTHER_KINDS, qwen3_5
+from tests.serving.other_checkpoints import OTHER_KINDS, granite, qwen3_5
 
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,
@@ -25,7 +25,7 @@ pytestmark = [
 CLOSE = 1e-4
 """Log-probabilities in fp32, of two implementations of the same model."""
 FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
-TOUCHING = ("llava", "llava_next", "llava_onevision", "granite")
+TOUCHING = ("llava", "llava_next", "llava_onevision")
 """Nothing stands around the visual tokens of a picture."""
 
 
@@ -66,6 +66,10 @@ def test_videos_as_optimize(llm: Any, checkpoint: Path) -> None:
         assert farthest(served(llm, checkpoint, films(), ratio), optimised(checkpoint, films(), ratio=ratio)) < CLOSE
 
 
-def test_what_cannot_be_scored_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="has no softmax attention, by which visual tokens are scored"):
-        engine(qwen3_5(tmp_path / "qwen3_5"), {"ratio": 0.8})
+@pytest.mark.parametrize(("make", "message"), [
+    (qwen3_5, "has no softmax attention, by which visual tokens are scored"),
+    (granite, "embedding_multiplier=12.0 is applied to visual tokens inside the decoder"),
+])  # fmt: skip
+def test_what_cannot_be_scored_is_refused_when_the_engine_starts(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises((UnsupportedModelError, ValueError), match=message):
+        engine(make(tmp_path / "refused"), {"ratio": 0.8})

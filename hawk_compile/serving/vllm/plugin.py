@@ -66,6 +66,11 @@ def serve_pruned(model: Any) -> None:
             f"vLLM has no model of its own for this checkpoint and runs transformers' code ({name}), whose layers get "
             f"their positions ready made, so that they cannot be scored without: {remedy}"
         )
+    if (times := getattr(model.hf_text_config, "embedding_multiplier", None) or 1) != 1:
+        raise UnsupportedModelError(
+            f"embedding_multiplier={times} is applied to visual tokens inside the decoder, behind the place where they "
+            f"are scored, and the eps of its first norm weighs otherwise there: other tokens would be kept; {remedy}"
+        )
     if model.multimodal_config.is_multimodal_pruning_enabled():
         raise UnsupportedModelError(
             f"video_pruning_rate={model.multimodal_config.video_pruning_rate} removes video tokens by itself, and "
