@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,10 @@ def optimised(
 
 
 def engine(folder: Path, hawk: dict[str, Any] | None, **options: Any) -> Any:
-    """vLLM in this process."""
+    """vLLM in this process. One that is not used any more ends first: later, it would end groups of the new one."""
     from vllm import LLM
 
+    gc.collect()
     given: dict[str, Any] = {
         "model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
         "enable_prefix_caching": False, "seed": 0, "distributed_executor_backend": "uni", **options,
