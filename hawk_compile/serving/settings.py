@@ -1,10 +1,12 @@
 """The settings of a server: those of `HawkConfig` that make sense where items are pruned one by one."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import ConfigError
@@ -101,9 +103,16 @@ def digest(config: HawkConfig) -> str:
     """What tells items apart that these settings prune otherwise; the same in every process."""
     method = config.method
     given = config.used_head_weights
-    weights = str(given) if isinstance(given, str | PathLike) else as_tensor(given).tolist()
+    weights = written(str(given)) if isinstance(given, str | PathLike) else as_tensor(given).tolist()
     said = (
         config.ratio, config.min_per_image, method.name, dict(method.options), config.used_normalization,
         config.used_query, weights,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def written(weights: str) -> str:
+    """A name of head weights, or what stands in their file when a process first asks: caches may outlive a server."""
+    file = Path(weights)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else weights

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.vllm import positions
-from hawk_compile.serving.vllm.items import check_inner, place_of
+from hawk_compile.serving.vllm.items import check_inner, check_length, place_of
 
 START, IMAGE, STOP, LINE = 4, 6, 5, 8
 CPU = torch.device("cpu")
@@ -53,6 +53,14 @@ def test_all_of_it_visual_or_none() -> None:
     place = place_of([IMAGE] * 4, None)
     assert place is not None and place.shortened(1) == ([IMAGE], None)
     assert place_of([START, STOP], torch.tensor([False, False])) is None
+
+
+def test_an_item_of_which_positions_would_be_rounded_is_refused() -> None:
+    longest = [IMAGE] * 65535
+    for ids in (longest, [START, *longest]):
+        check_length(place_of(ids, torch.tensor(ids) == IMAGE))
+    with pytest.raises(InputError, match="of 65536 tokens is longer than 65535: give fewer frames"):
+        check_length(place_of([*longest, IMAGE], None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -162,7 +170,7 @@ def test_positions_of_what_is_kept(chunk: int) -> None:
                 low, high = max(computed - begin, 0), min(computed + chunk - begin, len(each))
                 if low < high:
                     window.append(each[low:high])
-            plain, known, delta = positions.restored(window, torch.tensor(short), known, computed, {IMAGE}, 3)
+            plain, known, delta = positions.restored(window, torch.tensor(short), known, computed, {IMAGE}, {3})
             assert all(part.shape[1] == 3 for part in plain)
         assert known[0].tolist() == known[2].tolist() == expected
         assert delta == len(whole) - len(short)
@@ -176,6 +184,6 @@ def test_an_item_at_the_end_of_a_prompt_counts_whole() -> None:
     _, _, columns = positions.expanded(short, [feature])
     rows = rows_of([IMAGE] * 9, [0, 3])
     known = torch.tensor(columns).expand(3, -1)
-    _, known, delta = positions.restored([rows], torch.tensor(short), known, 0, {IMAGE}, 3)
+    _, known, delta = positions.restored([rows], torch.tensor(short), known, 0, {IMAGE}, {3})
     assert known[0].tolist() == [0, 1, 4]
     assert len(short) + delta == 10

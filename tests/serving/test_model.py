@@ -174,6 +174,25 @@ def test_text_between_visual_tokens_stays() -> None:
     assert plain.equal(torch.stack([expected[place] for place in sorted(expected)]))
 
 
+def test_head_weights_outlive_sleep() -> None:
+    """vLLM keeps a sleeping model's buffers, and loads its parameters anew."""
+    model = served()
+    assert dict(model.named_buffers())["hawk_head_weights"].tolist() == pytest.approx(WEIGHTS)
+    assert not model.state_dict().keys() & {"hawk_head_weights"}
+
+
+def test_encoders_of_several_widths() -> None:
+    """Deep features of images, and audio that is as wide as the decoder, in either order."""
+    model = served()
+    image, audio = torch.randn(5, 3 * WIDTH, device=DEVICE), torch.randn(4, WIDTH, device=DEVICE)
+    for features in (image, audio):
+        model.embed_multimodal(features=[features])
+    ids = torch.tensor([1, *[IMAGE] * 5, 2, *[IMAGE] * 4])
+    model.places = {IMAGE}
+    rows, *_ = model.recompute_mrope_positions(ids, [image, audio], torch.arange(11).expand(3, -1), 0)
+    assert rows[0] is image and rows[1] is audio
+
+
 def test_items_that_are_not_pruned_are_the_encoders_own() -> None:
     features = torch.randn(6, WIDTH, device=DEVICE)
     (rows,) = served().embed_multimodal(features=[features])

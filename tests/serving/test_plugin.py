@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.errors import UnsupportedCallError, UnsupportedModelError
 from hawk_compile.serving.vllm import plugin
 from hawk_compile.serving.vllm.compat import engine
 from hawk_compile.serving.vllm.compat.engine import check_engine
@@ -17,19 +17,27 @@ from hawk_compile.serving.vllm.items import visual_tokens
 from hawk_compile.serving.vllm.model import PrunedModel
 
 
+@pytest.mark.parametrize("step", ["when_verified", "offer_classes"])
 @pytest.mark.parametrize("error", [ImportError("no module named vllm.config"), AttributeError("no such method")])
 def test_a_vllm_without_what_it_needs_goes_on(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    step: str, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that never asked for pruning starts as before; one that did says in its log that it is off."""
+    """A server that never asked for pruning starts as before; one that did does not start, if it can be told."""
 
-    def fail(call: object) -> bool:
+    def fail(*given: object) -> bool:
         raise error
 
-    monkeypatch.setattr(plugin, "when_verified", fail)
+    monkeypatch.setattr(plugin, "lacking", [])
+    monkeypatch.setattr(plugin, step, fail)
+    monkeypatch.setattr(plugin, "when_verified", fail if step == "when_verified" else lambda call: True)
     with caplog.at_level(logging.ERROR, "vllm.hawk"):
         plugin.register()
-    assert "nothing is pruned" in caplog.text and str(error) in caplog.text
+    assert "nothing can be pruned" in caplog.text and str(error) in caplog.text
+    unpruned = SimpleNamespace(hf_config=SimpleNamespace(), architecture="Some")
+    plugin.serve_if_asked(unpruned)
+    unpruned.hf_config.hawk = {"ratio": 0.8}
+    with pytest.raises(UnsupportedModelError, match=str(error)):
+        plugin.serve_if_asked(unpruned)
 
 
 def an_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hawk_compile.serving.settings import (
     reads_question,
     serving_config,
     with_ratio,
+    written,
 )
 
 
@@ -68,6 +70,17 @@ def test_a_request_has_a_ratio_and_nothing_else_of_ours() -> None:
 ])  # fmt: skip
 def test_which_selectors_read_a_question(selector: str, expected: bool) -> None:
     assert reads_question(serving_config({"selector": selector})) is expected
+
+
+def test_another_file_of_head_weights_is_another_setting(tmp_path: Path) -> None:
+    """Under the same name: a cache of another process may hold what its former content chose."""
+    file = tmp_path / "weights.json"
+    digests = set()
+    for content in ("[1, 2]", "[2, 1]"):
+        written.cache_clear()
+        file.write_text(content)
+        digests |= {digest(serving_config({"head_weights": str(file)})) for _ in range(2)}
+    assert len(digests) == 2
 
 
 def test_what_tells_items_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hawk_compile.errors import HawkError
+from hawk_compile.errors import HawkError, InputError
+from hawk_compile.serving.vllm.positions import COLUMNS
 from hawk_compile.tools.demo.run import MODEL
 from tests.serving.by_hand import ALONE, expected
 from tests.serving.cases import conversations, films
@@ -53,6 +55,25 @@ def test_as_optimize_and_whole_at_0(checkpoint: Path) -> None:
         answers = served(llm, checkpoint, asked, ratio)
         assert farthest(answers, expected(checkpoint, asked, answers, ratio)) < CLOSE
     assert sum(each.prompt for each in served(llm, checkpoint, asked)) < sum(each.prompt for each in answers)
+    check_what_memory_is_measured_with(llm)
+    check_places_are_not_text(llm, checkpoint)
+
+
+def check_what_memory_is_measured_with(llm: Any) -> None:
+    """As GPUs measure before the first request: items with all that pruning does, of which nothing is removed."""
+    worker = llm.llm_engine.model_executor.driver_worker
+    model, runner = worker.get_model(), worker.model_runner
+    (rows,) = model.embed_multimodal(**runner._get_mm_dummy_batch("image", 1))
+    assert rows.shape[1] - COLUMNS in model.widths and not rows[:, -COLUMNS:].eq(0).all()
+
+
+def check_places_are_not_text(llm: Any, folder: Path) -> None:
+    """A user who writes what stands for visual tokens: positions would be given to the text."""
+    place = llm.get_tokenizer().decode(sorted(llm.llm_engine.model_executor.driver_worker.get_model().places)[:1])
+    (asked,) = prompts(1)
+    typed = dataclasses.replace(asked, texts=[f"{asked.texts[0]} {place}"])
+    with pytest.raises(InputError, match=r"placeholders for 1 items|stands for visual tokens: leave it out"):
+        served(llm, folder, [typed])
 
 
 def test_the_demo_as_it_is_shipped() -> None:

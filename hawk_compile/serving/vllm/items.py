@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.errors import InputError, UnsupportedModelError
 
 FIELDS = ("question", "keep", "ids", "visual")
 """Names of what travels, without the prefix that tells it from the checkpoint's own."""
 
 PREFIX = "hawk_"
+MOST = 65535
+"""The largest position in an item that travels exactly with its embeddings: two digits of base 256."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,19 @@ def check_inner(place: Place, why: str) -> None:
             f"this checkpoint writes text between the visual tokens of one item, and {why}: ask for pictures in one "
             'piece (without crops) and for videos as they are, by modalities=["image"] in hawk, or for '
             'mm_processor_kwargs={"hawk_ratio": 0}'
+        )
+
+
+def check_length(place: Place) -> None:
+    """Refuse an item of which positions would not travel exactly: see `positions.py`.
+
+    Raises:
+        InputError: such an item.
+    """
+    if len(place.inner) > MOST:
+        raise InputError(
+            f"an image or video of {len(place.inner)} tokens is longer than {MOST}: give fewer frames or a smaller "
+            'picture, or ask for mm_processor_kwargs={"hawk_ratio": 0}'
         )
 
 

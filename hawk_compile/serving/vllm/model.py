@@ -1,7 +1,6 @@
 """The model of a served checkpoint: vLLM's own, with what is kept of every item as it leaves the encoder."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,8 @@ class PrunedModel:
         self.video_pruning_rate = None
         self.hawk = serving_config(vllm_config.model_config.hf_config.hawk)
         self.places: set[int] = set()
-        self.embedding_width = 0
+        self.widths: set[int] = set()
+        self.is_probed = False
         self.plain = getattr(vllm_config.model_config.hf_config, "mrope_section", None) == list(positions.PLAIN)
         bound_encoder_calls(vllm_config, visual_tokens)
         self.decoder = decoder = compat.decoder_of(self)
@@ -43,24 +43,25 @@ class PrunedModel:
         self.projections = Projections(decoder.first_layer, axes, decoder.heads, decoder.kv_heads)
         self.embed_words = compat.base_embedding(self)
         weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
-        self.head_weights = weights.to(decoder.device)
+        # A buffer: an engine that sleeps keeps those, and loads parameters anew.
+        self.register_buffer("hawk_head_weights", weights.to(decoder.device), persistent=False)  # type: ignore[attr-defined]
 
     def forward(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
         """A decoder without axes gets one of those that vLLM carries, which are all the same."""
         return super().forward(input_ids, positions[0] if self.plain else positions, *args, **kwargs)  # type: ignore[misc]
 
-    @functools.cached_property
-    def probed(self) -> bool:
-        """Runs the projections once, as soon as the engine measures its memory: later is too late to refuse."""
-        decoder = self.decoder
-        self.projections(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
-        return True
+    def probe(self) -> None:
+        """Run the projections, once, as soon as there are weights: later is too late to refuse."""
+        if not self.is_probed:
+            decoder = self.decoder
+            self.projections(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
+            self.is_probed = True
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        assert self.probed
+        self.probe()
         facts = {name: kwargs.pop(PREFIX + name, None) for name in FIELDS}
         features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        self.embedding_width = features[0].shape[-1]  # with what deeper layers add
+        self.widths.add(features[0].shape[-1])  # of images with what deeper layers add, of audio without
         if facts["keep"] is None:
             return features
         return tuple(
@@ -92,11 +93,9 @@ class PrunedModel:
 
     def chosen(self, features: Tensor, question: Tensor, keep: int) -> Tensor:
         """[keep] int64, which of an item's features [V, D] stay; the same on all ranks."""
-        if keep == len(features):
-            return torch.arange(keep, device=features.device)
         words, seen = self.words(question, features), features[:, : self.decoder.width]
         return compat.from_first_rank(
-            kept(self.hawk, self.projections, self.head_weights, words, seen, keep, compat.all_reduce)
+            kept(self.hawk, self.projections, self.hawk_head_weights, words, seen, keep, compat.all_reduce)
         )
 
     def words(self, ids: Tensor, like: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ class PrunedModel:
             return multimodal_embeddings, mrope_positions, end - len(input_ids)
         ids = torch.as_tensor(input_ids, dtype=torch.int64).cpu()
         return positions.restored(
-            multimodal_embeddings, ids, mrope_positions, num_computed_tokens, self.places, self.embedding_width
+            multimodal_embeddings, ids, mrope_positions, num_computed_tokens, self.places, self.widths
         )
 
     def get_encoder_cudagraph_config(self) -> Any:

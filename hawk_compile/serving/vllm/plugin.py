@@ -15,6 +15,8 @@ from hawk_compile.serving.vllm.positions import AXES, PLAIN
 
 LOG = logging.getLogger("vllm.hawk")
 MODULE = "hawk_compile.serving.vllm.classes"
+lacking: list[str] = []
+"""What a vLLM has not that the plugin needs."""
 
 
 def register() -> None:
@@ -23,22 +25,36 @@ def register() -> None:
     A vLLM that lacks what this needs goes on without it, and says so: it may not be about to prune at all.
     """
     try:
-        if not when_verified(serve_if_asked):
-            return
+        if when_verified(serve_if_asked):
+            offer_classes()
     except (ImportError, AttributeError) as error:
+        lacking.append(str(error))
         LOG.error(
-            "hawk: nothing is pruned, whatever hf_overrides say, since this vLLM has not what the plugin needs (%s): "
-            "take vLLM 0.32, or a later hawk-compile",
+            "hawk: nothing can be pruned, since this vLLM has not what the plugin needs (%s): take vLLM 0.32, or a "
+            "later hawk-compile",
             error,
         )
-        return
+
+
+def offer_classes() -> None:
+    """Put the classes of ours into vLLM's registry, and let the runner for CPUs serve them."""
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
     for architecture in multimodal_architectures():
         ModelRegistry.register_model(f"Pruned{architecture}", f"{MODULE}:Pruned{architecture}")
     if current_platform.is_cpu():
-        let_cpu_take_positions(lambda model: getattr(model, "probed", None))
+        let_cpu_take_positions(is_pruned)
+
+
+def is_pruned(model: Any) -> bool:
+    """Whether a loaded model is one of ours, which is tried then: a CPU measures no memory with images."""
+    from hawk_compile.serving.vllm.model import PrunedModel
+
+    ours = isinstance(model, PrunedModel)
+    if ours:
+        model.probe()
+    return ours
 
 
 def serve_if_asked(model: Any) -> None:
@@ -57,6 +73,11 @@ def serve_pruned(model: Any) -> None:
     settings = serving_config(getattr(model.hf_config, KEY))
     name = model.architecture
     remedy = f"leave {KEY} out of hf_overrides"
+    if lacking:
+        raise UnsupportedModelError(
+            f"this vLLM has not what pruning in it needs ({lacking[0]}): take vLLM 0.32, or a later hawk-compile; or "
+            f"{remedy}"
+        )
     from vllm.model_executor.models.registry import ModelRegistry
 
     if model.multimodal_config is None:

@@ -89,7 +89,7 @@ def start_of(ids: Tensor, place: int) -> int:
 
 
 def restored(
-    embeddings: Sequence[Tensor], ids: Tensor, before: Tensor, computed: int, places: set[int], width: int
+    embeddings: Sequence[Tensor], ids: Tensor, before: Tensor, computed: int, places: set[int], widths: set[int]
 ) -> tuple[list[Tensor], Tensor, int]:
     """Embeddings without what travelled behind them, and the positions of a prompt with theirs.
 
@@ -99,7 +99,7 @@ def restored(
         before: [3, S], its positions as they are known until now.
         computed: positions that earlier steps have read.
         places: the ids that stand for places of items.
-        width: D.
+        widths: every D that there is: encoders of one model may differ.
 
     Returns:
         embeddings [n, D]; positions [3, S]; what is added to a later slot to have its position.
@@ -115,7 +115,7 @@ def restored(
     for rows in embeddings:
         where = waiting[done : done + len(rows)]
         done += len(rows)
-        if rows.shape[1] == width:
+        if rows.shape[1] in widths:
             plain.append(rows)
             end = max(end, int(before[:, where].max()) + 1)
             continue

@@ -32,17 +32,18 @@ from hawk_compile.serving.vllm.compat.processor import (
     Ask,
     ProcessorHooks,
     chat_and_ids,
+    named_places,
     why_no_text_inside,
     without_video_pruning,
 )
-from hawk_compile.serving.vllm.items import check_inner, place_of
+from hawk_compile.serving.vllm.items import check_inner, check_length, place_of
 from hawk_compile.serving.vllm.tally import Tally, counters
 
 Asked = Mapping[str, list[tuple[int, ...]]]
 """Modality -> the ids that vote on each of its items."""
 
 MEASURE = object()
-"""The ratio of what memory is measured with: nothing is pruned, as a request may ask for it, and nothing is counted."""
+"""The ratio of what memory is measured with: all is scored and chosen, and nothing is counted."""
 
 
 @dataclass
@@ -67,6 +68,7 @@ class PrunedProcessor(ProcessorHooks):
         self.info.ctx = without_video_pruning(self.info.ctx)
         ids, chat = chat_and_ids(self.info, self.config)
         self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
+        self.places = named_places(self.info.get_hf_config())
         self.tally = Tally(*counters())
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
@@ -77,14 +79,40 @@ class PrunedProcessor(ProcessorHooks):
         check_request(kwargs)
         ratio = kwargs.pop(RATIO, self.config.ratio)
         config = with_ratio(self.config, 0 if ratio is MEASURE else ratio)
-        if config.ratio:
+        if ratio is MEASURE:
+            kwargs[KEY] = (config, self.stand_ins(inputs, kwargs, config))
+        elif config.ratio:
             kwargs[KEY] = (config, self.asked(inputs, kwargs, config))
         made = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
+        if ratio is MEASURE:
+            return made
         if config.ratio:
             check_apart(made["mm_placeholders"])
-        if ratio is not MEASURE:
-            self.count_whole(made["mm_placeholders"], config)
+            self.check_text(made["prompt_token_ids"], made["mm_placeholders"])
+        self.count_whole(made["mm_placeholders"], config)
         return made
+
+    def check_text(self, ids: Sequence[int], placeholders: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse a prompt in whose text stands an id that stands for visual tokens: the model would take it for one.
+
+        Args:
+            ids: of the prompt as the model reads it.
+            placeholders: modality -> where its items stand in it.
+
+        Raises:
+            InputError: such a prompt.
+        """
+        spans = [span for ranges in placeholders.values() for each in ranges for span in each.extract_embeds_range()]
+        self.places |= {ids[start] for start, _ in spans}
+        text = list(ids)
+        for start, stop in spans:
+            text[start : stop + 1] = [-1] * (stop + 1 - start)
+        if wrong := self.places.intersection(text):
+            raise InputError(
+                f"the text of this prompt holds {self.info.get_tokenizer().decode(sorted(wrong))!r}, which stands for "
+                "visual tokens: leave it out of what users write, or ask for "
+                f'mm_processor_kwargs={{"{RATIO}": 0}}'
+            )
 
     def count_whole(self, placeholders: Mapping[str, Sequence[Any]], config: Any) -> None:
         for modality, ranges in placeholders.items():
@@ -95,6 +123,22 @@ class PrunedProcessor(ProcessorHooks):
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, RATIO: MEASURE})
 
+    def stand_ins(self, inputs: Any, kwargs: dict[str, Any], config: Any) -> Asked:
+        """A question for every item that memory is measured with: what a request would run into is run into then.
+
+        Raises:
+            UnsupportedModelError: nobody could tell where an item stands in a prompt.
+        """
+        counts = {name: len(items) for name, items in inputs.mm_data_items.items() if name in config.modalities}
+        targets = self.targets(inputs, kwargs)
+        for name in counts:
+            if not targets.get(name):
+                raise UnsupportedModelError(
+                    f"this checkpoint's processor in vLLM does not say which ids stand for items of modality {name} in "
+                    f"a prompt: it cannot be pruned; leave {KEY} out of hf_overrides"
+                )
+        return {name: [(0,)] * count for name, count in counts.items()}
+
     def asked(self, inputs: Any, kwargs: dict[str, Any], config: Any) -> Asked:
         """The question of every item that may be pruned.
 
@@ -102,9 +146,9 @@ class PrunedProcessor(ProcessorHooks):
             InputError: an item without a placeholder of its own, or without any text.
         """
         counts = {name: len(items) for name, items in inputs.mm_data_items.items() if name in config.modalities}
+        spans = self.spans(inputs, kwargs, counts)
         if not reads_question(config):
             return {name: [()] * count for name, count in counts.items()}
-        spans = self.spans(inputs, kwargs, counts)
         order = sorted((span, name) for name, found in spans.items() for span in found)
         questions = self.reader.questions(inputs.prompt, [span for span, _ in order])
         asked: dict[str, list[tuple[int, ...]]] = {name: [] for name in counts}
@@ -204,6 +248,7 @@ class PrunedProcessor(ProcessorHooks):
                 made.append(update)
                 continue
             check_inner(place, self.why_no_text_inside)
+            check_length(place)
             keep = config.floor(place.count)
             made.append(update.with_content(Shortened(*place.shortened(keep), came=place.count, kept=keep)))
             items.append(place.item(question, keep))

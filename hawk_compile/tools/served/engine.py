@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.serving.settings import KEY, RATIO
 from hawk_compile.serving.vllm.compat import engine as compat
+from hawk_compile.serving.vllm.compat.processor import named_places
 from hawk_compile.tools.checkpoints import read_processor
 from hawk_compile.tools.served.measured import Answer, Together
 from hawk_compile.tools.served.prompts import Turns
@@ -20,7 +21,6 @@ from hawk_compile.tools.served.prompts import Turns
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """vLLM's names."""
 
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 FIRST_TOKENS = 2
 """Of a request that is timed to its first: one that ends with it holds nothing any more."""
 
@@ -54,11 +54,13 @@ class Engine:
         self.pruning = hawk is not None
         self.processor = read_processor(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        self.placeholders = {getattr(config, name) for name in PLACEHOLDERS if hasattr(config, name)}
+        self.placeholders = named_places(config)
         given = {
             "dtype": DTYPES[dtype], "seed": 0, "enable_prefix_caching": True, "enable_mm_processor_stats": True,
             "hf_overrides": {KEY: hawk} if self.pruning else {}, **options,
         }  # fmt: skip
+        if "video_pruning_rate" in options:
+            compat.let_cpu_take_positions(compat.prunes_by_itself)
         try:
             self.llm = LLM(str(folder), **given)
         except TypeError as error:

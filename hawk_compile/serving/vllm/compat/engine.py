@@ -99,27 +99,29 @@ def check_engine(config: Any) -> None:
         )
 
 
-def let_cpu_take_positions(check_loaded: Callable[[Any], None]) -> None:
+def let_cpu_take_positions(carries: Callable[[Any], bool]) -> None:
     """The runner for CPUs does not turn on what the one for GPUs does when a model is loaded: embeddings that carry
     positions. Nor does it run the encoder before the first request.
 
     Args:
-        check_loaded: sees a model when its weights are there.
+        carries: sees a model when its weights are there, and says whether its embeddings do. Others stay as they are.
     """
-    from vllm.model_executor.models.interfaces import supports_multimodal_pruning
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     load = CPUModelRunner.load_model
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         load(self, *args, **kwargs)
-        held, model = self.model_config.multimodal_config, self.get_model()
-        self.is_multimodal_pruning_enabled = bool(
-            held is not None and held.is_multimodal_pruning_enabled() and supports_multimodal_pruning(model)
-        )
-        check_loaded(model)
+        if carries(self.get_model()):
+            self.is_multimodal_pruning_enabled = True
 
     CPUModelRunner.load_model = load_model
+
+
+def prunes_by_itself(model: Any) -> bool:
+    """Whether vLLM's own pruning of videos (EVS) is on in a loaded model, which then appends positions, that the runner
+    for CPUs leaves there without `let_cpu_take_positions`."""
+    return bool(getattr(model, "is_multimodal_pruning_enabled", False))
 
 
 Sized = tuple[str, Any]

@@ -71,6 +71,15 @@ def give_processor(served: Any, base: Any, wrap: Callable[[Any], Any]) -> None:
     )
 
 
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+"""What configurations call the ids that stand for visual tokens."""
+
+
+def named_places(config: Any) -> set[int]:
+    """Those ids of a checkpoint that its configuration names."""
+    return {number for name in PLACEHOLDERS if isinstance(number := getattr(config, name, None), int)}
+
+
 def why_no_text_inside(model: Any) -> str:
     """Why a model would not read text as text at a place of an item, in whose stead it stands there; empty: it would.
 
