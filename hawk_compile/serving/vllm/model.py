@@ -25,6 +25,8 @@ class PrunedModel:
 
     supports_multimodal_pruning = True
     supports_mrope = True
+    hawk_head_weights: Tensor
+    """[H], of this rank's heads. A buffer: an engine that sleeps keeps those, and loads parameters anew."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         check_engine(vllm_config)
@@ -43,7 +45,6 @@ class PrunedModel:
         self.projections = Projections(decoder.first_layer, axes, decoder.heads, decoder.kv_heads)
         self.embed_words = compat.base_embedding(self)
         weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
-        # A buffer: an engine that sleeps keeps those, and loads parameters anew.
         self.register_buffer("hawk_head_weights", weights.to(decoder.device), persistent=False)  # type: ignore[attr-defined]
 
     def forward(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
