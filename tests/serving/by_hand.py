@@ -17,11 +17,9 @@ import hawk_compile
 from tests import eager_reference
 from tests.serving.cases import Conversation
 from tests.serving.checkpoints import as_idefics3
-from tests.serving.engine import BOTH_WAYS, Answer, optimised
+from tests.serving.engine import ALONE, BOTH_WAYS, Answer, optimised, visual_of
 
 TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision")
-ALONE: dict[str, Any] = {"question": "own", "quota": "image", "normalize_per": "image"}
-"""The settings with which `optimize` prunes every picture by itself."""
 
 
 def expected(folder: Path, asked: list[Conversation], answers: list[Answer], ratio: float) -> list[Answer]:
@@ -30,13 +28,6 @@ def expected(folder: Path, asked: list[Conversation], answers: list[Answer], rat
     if ratio and folder.name in TILED:
         return gathered(known, asked, answers, ratio=ratio)
     return optimised(known, asked, ratio=ratio, **ALONE)
-
-
-def visual_of(model: Any, ids: Tensor) -> Tensor:
-    """[S] bool, of ids [1, S]."""
-    config = model.config
-    number = getattr(config, "image_token_id", None)
-    return ids[0] == (config.image_token_index if number is None else number)
 
 
 def kept_alone(folder: Path, asked: list[Conversation], **settings: Any) -> list[list[Tensor]]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 import hawk_compile
 from hawk_compile.tools.demo.scenes import pick_questions
 from tests.serving.cases import Asked
 
 TOKENS = 4
+ALONE: dict[str, Any] = {"question": "own", "quota": "image", "normalize_per": "image"}
+"""The settings with which `optimize` prunes every picture by itself, as a server does."""
 BOTH_WAYS = "token_type_ids"
 """Says which visual tokens see each other both ways. vLLM's attention for CPUs has no such masks, for any model: it
 differs from Hugging Face with these ids, pruned or not, and agrees with it without them."""
@@ -41,6 +44,8 @@ class Answer:
     """Of the ids."""
     prompt: int
     """Tokens of the prompt that the decoder read."""
+    kept: list[int] = field(default_factory=list)
+    """Which visual tokens of the pictures, one after the other, are among them; an engine does not say."""
 
 
 def prompts(count: int, images: int = 1) -> list[Prompt]:
@@ -77,9 +82,19 @@ def optimised(
             found = [
                 torch.log_softmax(row[0].float(), -1)[token].item() for row, token in zip(out[read], ids, strict=True)
             ]
-            removed = sum(hawk_compile.report(model).visual_tokens) - sum(hawk_compile.report(model).kept_visual_tokens)
-            answers.append(Answer(ids, found, inputs["input_ids"].shape[1] - int(removed)))
+            report = hawk_compile.report(model)
+            removed = sum(report.visual_tokens) - sum(report.kept_visual_tokens)
+            visual = visual_of(model, inputs["input_ids"]).nonzero().flatten()
+            kept = torch.isin(visual, report.keep_indices[0]).nonzero().flatten().tolist()
+            answers.append(Answer(ids, found, inputs["input_ids"].shape[1] - int(removed), kept))
     return answers
+
+
+def visual_of(model: Any, ids: Tensor) -> Tensor:
+    """[S] bool, of ids [1, S]."""
+    config = model.config
+    number = getattr(config, "image_token_id", None)
+    return ids[0] == (config.image_token_index if number is None else number)
 
 
 def engine(folder: Path, hawk: dict[str, Any] | None, **options: Any) -> Any:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from hawk_compile.tools.demo.run import MODEL
 from hawk_compile.tools.demo.scenes import pick_questions
-from tests.serving.engine import TOKENS, Answer, optimised
+from tests.serving.engine import ALONE, TOKENS, Answer, optimised
 from tests.serving.server import Server, serving
 
 AT_ONCE = 8
@@ -44,7 +44,6 @@ DRIFT, MOST_AGAIN = "cache drift", 20
 GROWTH = 20.0
 """MiB by which a process may grow over the last half of 2,000 requests or more; before, not all kinds have come."""
 SIDES = (140, 168, 196, 252)
-AS_A_SERVER: dict[str, Any] = {"question": "own", "quota": "image", "normalize_per": "image"}
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def expected(checkpoint: Path, asked: list[Request], numbers: list[int]) -> dict
     for ratio in {asked[number].ratio for number in numbers}:
         group = [number for number in numbers if asked[number].ratio == ratio]
         made = optimised(
-            checkpoint, [asked[number] for number in group], ratio=OWN if ratio is None else ratio, **AS_A_SERVER
+            checkpoint, [asked[number] for number in group], ratio=OWN if ratio is None else ratio, **ALONE
         )
         answers |= dict(zip(group, made, strict=True))
     return answers

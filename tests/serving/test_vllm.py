@@ -14,18 +14,16 @@ import pytest
 from hawk_compile.errors import HawkError, InputError
 from hawk_compile.serving.vllm.positions import COLUMNS
 from hawk_compile.tools.demo.run import MODEL
-from tests.serving.by_hand import ALONE, expected
+from tests.serving.by_hand import expected
 from tests.serving.cases import conversations, films
 from tests.serving.checkpoints import KINDS
-from tests.serving.engine import engine, farthest, optimised, prompts, served
+from tests.serving.engine import ALONE, engine, farthest, optimised, prompts, served
+from tests.serving.held_out import CLOSE, CONTROLS, broken, compared
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
 ]
-
-CLOSE = 1e-4
-"""Log-probabilities in fp32, of two implementations of the same model."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,9 +77,12 @@ def check_places_are_not_text(llm: Any, folder: Path) -> None:
 def test_the_demo_as_it_is_shipped() -> None:
     """A trained model, whose kept tokens matter to what it answers."""
     asked = prompts(12)
-    llm = engine(MODEL, {"ratio": 0.8})
+    llm = engine(MODEL, {"ratio": 0.8}, disable_log_stats=False)
     for ratio in (0.6, 0.8, 0.9):
-        assert farthest(served(llm, MODEL, asked, ratio), optimised(MODEL, asked, ratio=ratio)) < CLOSE
+        (row,) = compared(llm, asked, ratio)
+        assert row.same and row.kept == 12, row
+    (other,) = compared(llm, asked[:4], 0.8, selector="stride")
+    assert not other.same and other.prompts == 4 and other.kept == 0, other
 
 
 def test_videos_with_text_between_their_frames(tmp_path: Path) -> None:
@@ -125,21 +126,16 @@ def test_whole_items_are_bit_for_bit_what_they_are_without_the_plugin(kind: str,
     assert type(llm.llm_engine.model_executor.driver_worker.get_model()).__name__.startswith("Pruned")
 
 
-@pytest.mark.parametrize("control", ["positions", "question"])
-def test_what_must_fail_fails(control: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("control", CONTROLS)
+def test_what_must_fail_fails(control: str, tmp_path: Path) -> None:
     """Positions that are not restored; a question that is no part of an item's identity."""
-    from hawk_compile.serving.vllm import positions, processor
-
     folder, asked = llava(tmp_path), prompts(4)
-    restored = positions.restored
-    if control == "positions":
-        monkeypatch.setattr(positions, "restored", lambda rows, ids, known, *rest: (
-            restored(rows, ids, known, *rest)[0], known, restored(rows, ids, known, *rest)[2]))  # fmt: skip
-    else:
-        monkeypatch.setattr(processor, "mixed", lambda item_hash, settings, question: item_hash + settings)
+    if control == "question":
         asked = [type(each)(asked[0].images, each.texts) for each in prompts(8)]
-    llm = engine(folder, {"ratio": 0.8})
-    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8)) > 1e-3
+    with broken(control):
+        llm = engine(folder, {"ratio": 0.8})
+        answers = served(llm, folder, asked)
+    assert farthest(answers, optimised(folder, asked, ratio=0.8)) > 1e-3
 
 
 @pytest.mark.parametrize(("hawk", "message"), [
