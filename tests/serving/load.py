@@ -28,6 +28,7 @@ from PIL import Image
 
 from hawk_compile.tools.demo.run import MODEL
 from hawk_compile.tools.demo.scenes import pick_questions
+from tests.serving.cases import Asked
 from tests.serving.engine import ALONE, TOKENS, Answer, optimised
 from tests.serving.server import Server, serving
 
@@ -47,7 +48,7 @@ SIDES = (140, 168, 196, 252)
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Asked):
     """What a client asks, and how.
 
     Attributes:
