@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hawk_compile.tools.demo.run import MODEL
 from tests.serving.cases import Asked
-from tests.serving.engine import ALONE, Answer, counted, engine, optimised, prompts, served
+from tests.serving.engine import ALONE, Answer, counted, engine, farthest, optimised, prompts, served
 
 CLOSE = 1e-4
 """Log-probabilities in fp32, of two implementations of the same model."""
@@ -91,7 +91,7 @@ class Row:
 
     Attributes:
         kept: how many of the kept sets; None: not compared.
-        largest: difference of log-probabilities.
+        largest: difference of log-probabilities, in answers with the same ids.
         prompt: tokens of all prompts that the decoder read.
         cached: tokens of them that the prefix cache had.
     """
@@ -142,8 +142,7 @@ def compared(
                 ids=sum(one.ids == other.ids for one, other in pairs),
                 prompts=sum(one.prompt == other.prompt for one, other in pairs),
                 kept=choices.same(expected) if here else None,
-                largest=max(abs(a - b) for one, other in pairs
-                            for a, b in zip(one.logprobs, other.logprobs, strict=True)),
+                largest=max((farthest([one], [other]) for one, other in pairs if one.ids == other.ids), default=0.0),
                 prompt=sum(answer.prompt for answer in answers),
                 cached=int(counted(llm, "vllm:prefix_cache_hits") - before),
             ))  # fmt: skip
