@@ -31,7 +31,7 @@ test-quick: $(VENV)/.test
 	$(PYTEST) -m "not slow and not vllm"
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not vllm"
 
 test-all: check
 	$(PYTEST) -m "not vllm"
