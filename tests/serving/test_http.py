@@ -35,6 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
     with serving(checkpoint, checkpoint.parent / "server.log", *OPTIONS) as started:
+        assert started.metric("hawk:visual_tokens_total") == 0, "vLLM measures with pictures of its own"
         yield started
 
 

@@ -48,7 +48,7 @@ MEASURE = object()
 
 @dataclass
 class Shortened(PromptUpdateDetails):
-    """An item with fewer placeholders: how many visual tokens came, and how many were kept."""
+    """An item with fewer placeholders: how many visual tokens came, and were kept; 0 of what is not counted."""
 
     came: int = 0
     kept: int = 0
@@ -218,7 +218,7 @@ class PrunedProcessor(ProcessorHooks):
     def applied(self, prompt_updates: Mapping[str, Any]) -> None:
         for items in prompt_updates.values():
             for updates in items:  # cached ones too
-                if updates and isinstance(content := updates[0].content, Shortened):
+                if updates and isinstance(content := updates[0].content, Shortened) and content.came:
                     self.tally.count(content.came, content.kept)
 
     def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
@@ -250,7 +250,8 @@ class PrunedProcessor(ProcessorHooks):
             check_inner(place, self.why_no_text_inside)
             check_length(place)
             keep = config.floor(place.count)
-            made.append(update.with_content(Shortened(*place.shortened(keep), came=place.count, kept=keep)))
+            counted = {"came": place.count, "kept": keep} if config.ratio else {}
+            made.append(update.with_content(Shortened(*place.shortened(keep), **counted)))
             items.append(place.item(question, keep))
         if any(not same(item, items[0]) for item in items[1:]):
             raise UnsupportedModelError(
