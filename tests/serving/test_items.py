@@ -55,6 +55,12 @@ def test_all_of_it_visual_or_none() -> None:
     assert place_of([START, STOP], torch.tensor([False, False])) is None
 
 
+def test_a_prompt_whose_gaps_there_is_no_room_for_is_refused() -> None:
+    positions.check_reach(128, 128)
+    with pytest.raises(InputError, match=r"129 visual tokens .* would be removed, .* positions reach for 128"):
+        positions.check_reach(129, 128)
+
+
 def test_an_item_of_which_positions_would_be_rounded_is_refused() -> None:
     longest = [IMAGE] * 65535
     for ids in (longest, [START, *longest]):

@@ -26,6 +26,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Rotary(nn.Module):
+    """As vLLM's, for 8 positions."""
+
+    max_position_embeddings = 8
+
+    def __init__(self, by_length: bool = False) -> None:
+        super().__init__()
+        self.by_length = by_length
+        self.register_buffer("cos_sin_cache", self._compute_cos_sin_cache(), persistent=False)
+
+    def _compute_cos_sin_cache(self) -> Tensor:
+        rows = self.max_position_embeddings
+        return torch.outer(torch.arange(rows), torch.ones(4)) / (rows if self.by_length else 1)
+
     def forward(self, *given: Any) -> None:
         raise AssertionError("scores are taken in front of positions")
 
@@ -102,7 +115,7 @@ def served(**settings: Any) -> Any:
         parallel_config=SimpleNamespace(pipeline_parallel_size=1), ec_transfer_config=None, lora_config=None,
         model_config=SimpleNamespace(
             model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}, mrope_section=list(PLAIN)),
-            multimodal_config=SimpleNamespace(mm_encoder_only=False), enable_prompt_embeds=False,
+            multimodal_config=SimpleNamespace(mm_encoder_only=False), enable_prompt_embeds=False, max_model_len=8,
         ),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -172,6 +185,20 @@ def test_text_between_visual_tokens_stays() -> None:
     expected = {2: words[0], 5: words[1], where[first]: features[first], where[second]: features[second]}
     assert axes[0].tolist() == sorted(expected) and extent.tolist() == [8] * 4
     assert plain.equal(torch.stack([expected[place] for place in sorted(expected)]))
+
+
+def test_positions_reach_as_far_as_a_whole_prompt_and_its_answer() -> None:
+    rotary = served().decoder_.layers[0].attention.rotary_emb
+    assert rotary.cos_sin_cache[:, 0].tolist() == list(range(16)) and rotary.max_position_embeddings == 16
+
+
+def test_a_table_that_depends_on_its_length_is_refused() -> None:
+    model = Model(vllm_config=None)
+    model.decoder_.layers[0].attention.rotary_emb = Rotary(by_length=True)
+    compat.let_positions_reach(model, 8)
+    with pytest.raises(UnsupportedModelError, match=r"a Rotary for 8 positions, .* max_model_len=4 or less"):
+        compat.let_positions_reach(model, 9)
+    assert model.decoder_.layers[0].attention.rotary_emb.max_position_embeddings == 8
 
 
 def test_head_weights_outlive_sleep() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -96,6 +97,19 @@ def test_two_images_each_by_itself(tmp_path: Path) -> None:
     folder, asked = llava(tmp_path), prompts(3, images=2)
     llm = engine(folder, {"ratio": 0.8}, limit_mm_per_prompt={"image": 2})
     assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8, **ALONE)) < CLOSE
+
+
+def test_prompts_that_are_longer_than_the_decoder_knows_positions(tmp_path: Path) -> None:
+    """Three pictures of 64 tokens in 128 positions: the first answers as `optimize`, all of them are too many."""
+    folder = llava(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 128
+    (folder / "config.json").write_text(json.dumps(config))
+    llm = engine(folder, {"ratio": 0.9}, limit_mm_per_prompt={"image": 3}, max_model_len=128)
+    asked = prompts(2, images=2)
+    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.9, **ALONE)) < CLOSE
+    with pytest.raises(InputError, match="would be removed, whose positions stay"):
+        served(llm, folder, prompts(1, images=3))
 
 
 @pytest.mark.parametrize("selector", ["hawk_each", "cdpruner", "divprune", "stride"])

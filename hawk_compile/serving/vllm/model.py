@@ -37,7 +37,9 @@ class PrunedModel:
         self.places: set[int] = set()
         self.widths: set[int] = set()
         self.is_probed = False
-        self.plain = getattr(vllm_config.model_config.hf_config, "mrope_section", None) == list(positions.PLAIN)
+        self.plain = positions.is_plain(vllm_config.model_config.hf_config)
+        if self.plain:  # a prompt may leave gaps of `max_model_len`: see `positions.check_reach`
+            compat.let_positions_reach(self, 2 * vllm_config.model_config.max_model_len)
         bound_encoder_calls(vllm_config, visual_tokens)
         self.decoder = decoder = compat.decoder_of(self)
         axes = 1 if self.plain else positions.AXES

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.errors import InputError
 from hawk_compile.serving.vllm.items import place_of
 
 BASE = 256
@@ -25,6 +26,28 @@ AXES = 3
 COLUMNS = 2 * (AXES + 1)
 PLAIN = (1, 0, 0)
 """The section of axes that the configuration of a model without any is given, beside its rotary embedding's own."""
+
+
+def is_plain(config: Any) -> bool:
+    """Whether a checkpoint's configuration was given axes: its decoder has none, so that positions count all tokens."""
+    return getattr(config, "mrope_section", None) == list(PLAIN)
+
+
+def check_reach(removed: int, most: int) -> None:
+    """Refuse a prompt whose answer would run past the end of the decoder's positions.
+
+    Args:
+        removed: visual tokens that leave a gap in the positions of a prompt.
+        most: the gap that there is room for.
+
+    Raises:
+        InputError: such a prompt.
+    """
+    if removed > most:
+        raise InputError(
+            f"{removed} visual tokens of this prompt would be removed, whose positions stay, and positions reach for "
+            f"{most}: give fewer or smaller pictures or a lower ratio, or start the server with a larger max_model_len"
+        )
 
 
 def with_positions(rows: Tensor, positions: Tensor, extent: int) -> Tensor:

@@ -37,6 +37,7 @@ from hawk_compile.serving.vllm.compat.processor import (
     without_video_pruning,
 )
 from hawk_compile.serving.vllm.items import check_inner, check_length, place_of
+from hawk_compile.serving.vllm.positions import check_reach, is_plain
 from hawk_compile.serving.vllm.tally import Tally, counters
 
 Asked = Mapping[str, list[tuple[int, ...]]]
@@ -216,10 +217,12 @@ class PrunedProcessor(ProcessorHooks):
         return without(kwargs)[0]
 
     def applied(self, prompt_updates: Mapping[str, Any]) -> None:
-        for items in prompt_updates.values():
-            for updates in items:  # cached ones too
-                if updates and isinstance(content := updates[0].content, Shortened) and content.came:
-                    self.tally.count(content.came, content.kept)
+        contents = [updates[0].content for items in prompt_updates.values() for updates in items if updates]
+        pruned = [each for each in contents if isinstance(each, Shortened) and each.came]  # cached ones too
+        if is_plain(self.info.get_hf_config()):
+            check_reach(sum(each.came - each.kept for each in pruned), self.info.ctx.model_config.max_model_len)
+        for each in pruned:
+            self.tally.count(each.came, each.kept)
 
     def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         kwargs, asked = without(kwargs_of_request)

@@ -105,6 +105,40 @@ def from_first_rank(chosen: Tensor) -> Tensor:
     return get_tp_group().broadcast(chosen, src=0) if get_tensor_model_parallel_world_size() > 1 else chosen
 
 
+def let_positions_reach(model: Any, rows: int) -> None:
+    """Let the tables of a decoder's rotary embeddings hold more positions: vLLM makes them as long as prompts may be,
+    and what is kept has positions of a longer one. Past the end of a table is whatever memory holds.
+
+    Raises:
+        UnsupportedModelError: a table that cannot grow, as one whose entries depend on its length.
+    """
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    for name, module in model.get_language_model().named_modules():
+        table = getattr(module, "cos_sin_cache", None)
+        if table is None and (not name.rpartition(".")[2].startswith("rotary_emb") or trained >= rows):
+            continue
+        if table is None or (len(table) < rows and not grown(module, rows)):
+            length = trained if table is None else len(table)
+            raise UnsupportedModelError(
+                f"{name} is a {type(module).__name__} for {length} positions, and kept tokens have up to {rows}: "
+                f"start the server with max_model_len={length // 2} or less, or leave hawk out of hf_overrides"
+            )
+
+
+def grown(module: Any, rows: int) -> bool:
+    """Make a rotary embedding's table [positions, d] longer; False, and nothing changed, if it would be another one."""
+    table, length = module.cos_sin_cache, module.max_position_embeddings
+    module.max_position_embeddings = length * -(-rows // len(table))
+    longer = module._compute_cos_sin_cache().to(table)
+    if len(longer) < rows or not torch.equal(longer[: len(table)], table):
+        module.max_position_embeddings = length
+        return False
+    module.cos_sin_cache = longer
+    if getattr(module, "cos_sin_cache_bf16", None) is not None:
+        module.cos_sin_cache_bf16 = longer.to(torch.bfloat16)
+    return True
+
+
 def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
     """One item by itself, at the start of a prompt: what a model's rule for positions reads of it."""
     from vllm.multimodal.inputs import (
