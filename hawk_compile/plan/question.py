@@ -86,7 +86,11 @@ def each_image_apart(question: Question, image: Tensor) -> Question:
         rows.append(groups)
     most = max(map(len, rows), default=1)
     if most < 2:
-        return question if question.images is None else replace(question, mask=question.mask[:, 0], images=None)
+        if seen_by is None:
+            return question
+        # Of several questions the one that scores the image: others may stand with videos, which stay whole.
+        own = [groups[0][0] if groups else texts[row, 0] for row, groups in enumerate(rows)]
+        return replace(question, mask=torch.from_numpy(np.stack(own)), images=None)
     mask = np.zeros((len(rows), most, image.shape[1]), bool)
     images = np.zeros_like(mask)
     for row, groups in enumerate(rows):

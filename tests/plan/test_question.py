@@ -18,7 +18,7 @@ from hawk_compile.errors import InputError
 from hawk_compile.plan.given import mask_of_ids
 from hawk_compile.plan.ids import SpecialIds, special_ids_of
 from hawk_compile.plan.plan import make_plan
-from hawk_compile.plan.question import find_question
+from hawk_compile.plan.question import Question, each_image_apart, find_question
 from hawk_compile.plan.row import QuerySource, QuestionRule
 from hawk_compile.settings.config import HawkConfig
 
@@ -202,3 +202,17 @@ def test_golden_voters(case: str) -> None:
     places = visual[0].nonzero()[:, 0][total.topk(count).indices]
     keep = (~visual[0]).index_fill(0, places, True).nonzero()[:, 0]
     assert keep.equal(held["keep_indices"].flatten().long())
+
+
+def test_the_image_has_its_own_question_behind_a_video_that_stays_whole() -> None:
+    """video, its question, image, its question: where images alone are pruned, one is left, which is not the first."""
+    first, second = [0, 1, 0, 0], [0, 0, 0, 1]
+    seen = [[1, 0, 0, 0], [0, 0, 1, 0]]
+    source, rule = [QuerySource.TURN], [QuestionRule.TEMPLATE]
+    question = Question(torch.tensor([[first, second]]).bool(), torch.tensor([seen]).bool(), source, rule)
+    apart = each_image_apart(question, torch.tensor([[-1, -1, 0, -1]]))
+    assert apart.mask.int().tolist() == [second] and apart.images is None
+    whole = each_image_apart(question, torch.tensor([[-1, -1, -1, -1]]))
+    assert whole.mask.int().tolist() == [first]
+    both = each_image_apart(question, torch.tensor([[0, -1, 1, -1]]))
+    assert both.mask.int().tolist() == [[first, second]] and both.images.int().tolist() == [seen]
