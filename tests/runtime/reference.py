@@ -170,5 +170,5 @@ def voters(model: PreTrainedModel, ids: list[int]) -> list[int]:
 
 def vision_ends(model: PreTrainedModel) -> tuple[int, ...]:
     config = model.config
-    names = ("vision_end_token_id", "eoi_token_index", "image_end_token_id")
+    names = ("vision_end_token_id", "eoi_token_index", "image_end_token_id", "video_end_token_id")
     return tuple(getattr(config, name) for name in names if getattr(config, name, None) is not None)
