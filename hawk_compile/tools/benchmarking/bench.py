@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from hawk_compile.errors import ConfigError, InputError
 from hawk_compile.progress import Listener, Progress, nobody
-from hawk_compile.settings.config import HawkConfig, check_choice, make_config_of_ratios
+from hawk_compile.settings.config import HawkConfig, make_config_of_ratios
 from hawk_compile.tools.benchmarking import memory, prompts, timing
+from hawk_compile.tools.benchmarking.checked import check_sweep
 from hawk_compile.tools.benchmarking.floors import floors, measure_rates
 from hawk_compile.tools.benchmarking.images import Picture, family, picture
 from hawk_compile.tools.benchmarking.measured import Measurement, Shape, Size
@@ -77,7 +78,7 @@ def bench(
         HawkError: the pruned logits are not those of the eager decoder on the kept tokens.
     """
     made = config_of(config, settings, ratios)
-    check_numbers(ratios, tokens, text, batch, layers, stages, rounds)
+    check_sweep(ratios, tokens, text, stages, ALL_STAGES, batch=(batch, 1), rounds=(rounds, 1), layers=(layers, 1))
     place, kind = device_named(device), dtype_named(dtype)
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device must be cpu or cuda, got {device!r}")
@@ -118,25 +119,6 @@ def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Seque
     if made.backend == "inductor" and compiler().startswith("none"):
         raise ConfigError("inductor needs a C++ compiler, and there is none: install g++, or give backend aot_eager")
     return made
-
-
-def check_numbers(
-    ratios: Sequence[float], tokens: Sequence[int], text: int, batch: int, layers: int | None, stages: Sequence[str],
-    rounds: int,
-) -> None:  # fmt: skip
-    several: dict[str, Sequence[Any]] = {"ratios": ratios, "tokens": tokens, "stages": stages}
-    for name, values in several.items():
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name} must be one or several different values, got {list(values)}")
-    for stage in stages:
-        check_choice("stages", stage, ALL_STAGES)
-    prompts.check_text(text)
-    least = {"tokens": (min(tokens), 2), "batch": (batch, 1), "rounds": (rounds, 1)}
-    if layers is not None:
-        least["layers"] = (layers, 1)
-    for name, (lowest, minimum) in least.items():
-        if lowest < minimum:
-            raise InputError(f"{name} must be at least {minimum}, got {lowest}")
 
 
 def name_of(source: Any) -> str:

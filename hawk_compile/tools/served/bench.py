@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from hawk_compile.errors import ConfigError, HawkError, InputError
+from hawk_compile.errors import ConfigError, HawkError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.serving.settings import reads_question, serving_config, with_ratio
 from hawk_compile.serving.vllm.compat.engine import prunes_videos
-from hawk_compile.settings.config import HawkConfig, check_choice
-from hawk_compile.tools.benchmarking.prompts import check_text
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.tools.benchmarking.checked import check_sweep
 from hawk_compile.tools.checkpoints import dtype_named
 from hawk_compile.tools.environment import measured_on
 from hawk_compile.tools.served.checkpoint import write_random
@@ -68,7 +68,11 @@ def bench_served(
         UnsupportedModelError: vLLM is not installed, or cannot serve the model pruned.
         HawkError: a prompt of another length than pruning leaves.
     """
-    check_numbers(ratios, tokens, text, requests, answer, stages, rounds)
+    check_sweep(
+        ratios, tokens, text, stages, STAGES, requests=(requests, 1), answer=(answer, 2), rounds=(rounds, 1)
+    )  # fmt: skip
+    if not min(ratios) > 0:
+        raise ConfigError(f"ratios must remove something, got {list(ratios)}: unpruned requests are measured anyway")
     middle = sorted(ratios)[len(ratios) // 2]
     config = serving_config({**(hawk or {}), "ratio": middle})
     check_installed()
@@ -87,25 +91,6 @@ def bench_served(
         result = Served((model.architectures or [model.model_type])[0], given, "", command)
         Run(result, folder, model, config, progress).measure()
     return result
-
-
-def check_numbers(
-    ratios: Sequence[float], tokens: Sequence[int], text: int, requests: int, answer: int, stages: Sequence[str],
-    rounds: int,
-) -> None:  # fmt: skip
-    several: dict[str, Sequence[Any]] = {"ratios": ratios, "tokens": tokens, "stages": stages}
-    for name, values in several.items():
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name} must be one or several different values, got {list(values)}")
-    for stage in stages:
-        check_choice("stages", stage, STAGES)
-    if not min(ratios) > 0:
-        raise ConfigError(f"ratios must remove something, got {list(ratios)}: unpruned requests are measured anyway")
-    check_text(text)
-    least = {"tokens": (min(tokens), 2), "requests": (requests, 1), "answer": (answer, 2), "rounds": (rounds, 1)}
-    for name, (lowest, minimum) in least.items():
-        if lowest < minimum:
-            raise InputError(f"{name} must be at least {minimum}, got {lowest}")
 
 
 @dataclass
