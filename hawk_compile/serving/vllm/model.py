@@ -127,9 +127,9 @@ class PrunedModel:
             self.places.add(input_tokens[start])
         tokens, moved, columns = positions.expanded(input_tokens, features)
         found, _ = self.whole_positions(tokens, moved)
-        known = found[:, torch.tensor(columns)].contiguous()
-        known.hawk_end = int(found.max()) + 1  # type: ignore[attr-defined]
-        return known, int(found.max()) + 1 - len(input_tokens)
+        known, end = found[:, torch.tensor(columns)].contiguous(), int(found.max()) + 1
+        known.hawk_end = end  # type: ignore[attr-defined]
+        return known, end - len(input_tokens)
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int

@@ -62,14 +62,16 @@ class PrunedProcessor(ProcessorHooks):
 
     def prepare(self) -> None:
         """Read the settings, and what tells where users' texts stand."""
-        given = self.info.get_hf_config().hawk
+        config = self.info.get_hf_config()
+        given = config.hawk
         self.config = serving_config(given)
         check_modalities(self.config, self.info.supported_mm_limits)
         self.why_no_text_inside = why_no_text_inside(self.info.ctx.model_config)
         self.info.ctx = without_video_pruning(self.info.ctx)
         ids, chat = chat_and_ids(self.info, self.config)
         self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
-        self.places = named_places(self.info.get_hf_config())
+        self.places = named_places(config)
+        self.reach = self.info.ctx.model_config.max_model_len if is_plain(config) else None
         self.tally = Tally(*counters())
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
@@ -219,8 +221,8 @@ class PrunedProcessor(ProcessorHooks):
     def applied(self, prompt_updates: Mapping[str, Any]) -> None:
         contents = [updates[0].content for items in prompt_updates.values() for updates in items if updates]
         pruned = [each for each in contents if isinstance(each, Shortened) and each.came]  # cached ones too
-        if is_plain(self.info.get_hf_config()):
-            check_reach(sum(each.came - each.kept for each in pruned), self.info.ctx.model_config.max_model_len)
+        if self.reach is not None:
+            check_reach(sum(each.came - each.kept for each in pruned), self.reach)
         for each in pruned:
             self.tally.count(each.came, each.kept)
 
