@@ -95,8 +95,8 @@ def llava_next(folder: Path) -> Path:
     return save(hf.LlavaNextForConditionalGeneration(config), processor, folder, "vision_tower.")
 
 
-def qwen(version: str, folder: Path) -> Path:
-    """Three axes of position."""
+def qwen_words() -> tuple[Any, dict[str, int]]:
+    """(the tokenizer of Qwen's checkpoints, the ids that their configurations name)."""
     words = tokenizer(
         "<|vision_start|><|image_pad|><|vision_end|>", image_token="<|image_pad|>", video_token="<|video_pad|>",
         vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
@@ -106,6 +106,12 @@ def qwen(version: str, folder: Path) -> Path:
         for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
                             ("vision_end", "vision_end"))
     }  # fmt: skip
+    return words, ids
+
+
+def qwen(version: str, folder: Path) -> Path:
+    """Three axes of position."""
+    words, ids = qwen_words()
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     text = {**TEXT, "rope_parameters": rope}
     vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,9 @@ def visual_of(model: Any, ids: Tensor) -> Tensor:
 
 def engine(folder: Path, hawk: dict[str, Any] | None, **options: Any) -> Any:
     """vLLM in this process. One that is not used any more ends first: later, it would end groups of the new one."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
     from vllm import LLM
 
     gc.collect()

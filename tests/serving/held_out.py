@@ -191,9 +191,6 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="tensor parallel")
     parser.add_argument("--control", choices=CONTROLS, help="what must fail: a part of the plugin is left out")
     given = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if given.ranks > 1:
         cores = sorted(os.sched_getaffinity(0))[: given.ranks]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers as hf
 
-from tests.serving.checkpoints import TEXT, VISION, gemma3, qwen, save, tokenizer
+from tests.serving.checkpoints import TEXT, VISION, gemma3, qwen, qwen_words, save, tokenizer
 
 SIGLIP = {**VISION, "image_size": 112}
 
@@ -107,15 +107,7 @@ def glm4v(folder: Path) -> Path:
 
 def qwen3_5(folder: Path) -> Path:
     """Linear attention in front of softmax attention."""
-    words = tokenizer(
-        "<|vision_start|><|image_pad|><|vision_end|>", image_token="<|image_pad|>", video_token="<|video_pad|>",
-        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
-    )  # fmt: skip
-    ids = {
-        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
-                            ("vision_end", "vision_end"))
-    }  # fmt: skip
+    words, ids = qwen_words()
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True,
             "partial_rotary_factor": 0.25}  # fmt: skip
     text = {

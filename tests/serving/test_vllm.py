@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    """Engines run in this process: a test starts and ends several."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
-    yield
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,14 +43,6 @@ LONG = 40
 
 NARROW: dict[str, Any] = {"block_size": 32, "max_model_len": 128, "max_num_batched_tokens": 24}
 """Few blocks, prefill in chunks."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
-    yield
 
 
 def checkpoint(kind: str, folder: Path) -> Path:

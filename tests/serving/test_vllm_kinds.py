@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,13 +31,6 @@ TOUCHING = ("llava", "llava_next", "llava_onevision")
 @pytest.fixture(scope="module", params=[*KINDS, *OTHER_KINDS])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return {**KINDS, **OTHER_KINDS}[request.param](tmp_path_factory.mktemp("checkpoints") / request.param)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
