@@ -7,7 +7,6 @@ prompt ids, images  ->  each item's question and ratio             found here, b
 """
 
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +37,7 @@ from hawk_compile.serving.vllm.compat.processor import (
 )
 from hawk_compile.serving.vllm.items import check_inner, check_length, place_of
 from hawk_compile.serving.vllm.positions import check_reach, is_plain
+from hawk_compile.serving.vllm.refusals import check_apart, check_modalities, check_text, runs_of
 from hawk_compile.serving.vllm.tally import Tally, counters
 
 Asked = Mapping[str, list[tuple[int, ...]]]
@@ -90,32 +90,12 @@ class PrunedProcessor(ProcessorHooks):
         if ratio is MEASURE:
             return made
         if config.ratio:
-            check_apart(made["mm_placeholders"])
-            self.check_text(made["prompt_token_ids"], made["mm_placeholders"])
+            ids, runs = made["prompt_token_ids"], runs_of(made["mm_placeholders"])
+            check_apart(runs)
+            self.places |= {ids[first] for first, _ in runs}
+            check_text(ids, runs, self.places, lambda wrong: self.info.get_tokenizer().decode(wrong))
         self.count_whole(made["mm_placeholders"], config)
         return made
-
-    def check_text(self, ids: Sequence[int], placeholders: Mapping[str, Sequence[Any]]) -> None:
-        """Refuse a prompt in whose text stands an id that stands for visual tokens: the model would take it for one.
-
-        Args:
-            ids: of the prompt as the model reads it.
-            placeholders: modality -> where its items stand in it.
-
-        Raises:
-            InputError: such a prompt.
-        """
-        spans = [span for ranges in placeholders.values() for each in ranges for span in each.extract_embeds_range()]
-        self.places |= {ids[start] for start, _ in spans}
-        text = list(ids)
-        for start, stop in spans:
-            text[start : stop + 1] = [-1] * (stop + 1 - start)
-        if wrong := self.places.intersection(text):
-            raise InputError(
-                f"the text of this prompt holds {self.info.get_tokenizer().decode(sorted(wrong))!r}, which stands for "
-                "visual tokens: leave it out of what users write, or ask for "
-                f'mm_processor_kwargs={{"{RATIO}": 0}}'
-            )
 
     def count_whole(self, placeholders: Mapping[str, Sequence[Any]], config: Any) -> None:
         for modality, ranges in placeholders.items():
@@ -270,19 +250,6 @@ class PrunedProcessor(ProcessorHooks):
         return made
 
 
-def check_modalities(config: Any, taken: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of which nothing would ever be pruned.
-
-    Raises:
-        UnsupportedModelError: it takes none of the modalities.
-    """
-    if not set(taken) & set(config.modalities):
-        raise UnsupportedModelError(
-            f"this model takes {' and '.join(taken)}, and modalities={list(config.modalities)} are pruned, so that "
-            f"nothing ever would be: leave {KEY} out of hf_overrides"
-        )
-
-
 def without(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, Asked] | None]:
     """(the keyword arguments of the checkpoint's own processor, what a request asks for)."""
     return {name: value for name, value in kwargs.items() if name not in (KEY, RATIO)}, kwargs.get(KEY)
@@ -296,21 +263,6 @@ def mixed(item_hash: str, settings: str, question: tuple[int, ...]) -> str:
 
 def same(one: Any, other: Any) -> bool:
     return all(a.tolist() == b.tolist() for a, b in zip(one.fields().values(), other.fields().values(), strict=True))
-
-
-def check_apart(placeholders: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse items whose visual tokens touch: the position of the second could not be told.
-
-    Raises:
-        InputError: such items.
-    """
-    spans = sorted(span for ranges in placeholders.values() for each in ranges for span in each.extract_embeds_range())
-    for (_, stop), (start, _) in itertools.pairwise(spans):
-        if start == stop + 1:
-            raise InputError(
-                "two images of this prompt touch, with no text between their visual tokens: put text between them, or "
-                f'ask for mm_processor_kwargs={{"{RATIO}": 0}}'
-            )
 
 
 def pruned(processor: Any) -> Any:
