@@ -195,9 +195,9 @@ def test_positions_reach_as_far_as_a_whole_prompt_and_its_answer() -> None:
 def test_a_table_that_depends_on_its_length_is_refused() -> None:
     model = Model(vllm_config=None)
     model.decoder_.layers[0].attention.rotary_emb = Rotary(by_length=True)
-    compat.let_positions_reach(model, 8)
+    compat.let_positions_reach(model, 4, 4)
     with pytest.raises(UnsupportedModelError, match=r"a Rotary for 8 positions, .* max_model_len=4 or less"):
-        compat.let_positions_reach(model, 9)
+        compat.let_positions_reach(model, 5, 5)
     assert model.decoder_.layers[0].attention.rotary_emb.max_position_embeddings == 8
 
 

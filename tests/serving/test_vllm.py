@@ -13,8 +13,9 @@ import pytest
 from hawk_compile.errors import HawkError, InputError
 from hawk_compile.serving.vllm.positions import COLUMNS
 from hawk_compile.tools.demo.run import MODEL
+from hawk_compile.tools.demo.scenes import pick_questions
 from tests.serving.by_hand import expected
-from tests.serving.cases import conversations, films
+from tests.serving.cases import Conversation, conversations, films
 from tests.serving.checkpoints import KINDS
 from tests.serving.engine import ALONE, engine, farthest, optimised, prompts, served
 from tests.serving.held_out import CLOSE, CONTROLS, broken, compared
@@ -88,17 +89,28 @@ def test_two_images_each_by_itself(tmp_path: Path) -> None:
     assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8, **ALONE)) < CLOSE
 
 
-def test_prompts_that_are_longer_than_the_decoder_knows_positions(tmp_path: Path) -> None:
-    """Three pictures of 64 tokens in 128 positions: the first answers as `optimize`, all of them are too many."""
-    folder = llava(tmp_path)
+@pytest.mark.parametrize(("kind", "size", "room", "beyond"), [
+    ("llava", (112, 112), 2, 3),  # 64 positions each, of 256
+    ("qwen2_vl", (1600, 28), 6, 8),  # 57 of each axis, of 512
+])  # fmt: skip
+def test_prompts_that_are_longer_than_the_decoder_knows_positions(
+    kind: str, size: tuple[int, int], room: int, beyond: int, tmp_path: Path
+) -> None:
+    """Of 128: so many pictures answer as by `optimize`, more are too many, and the engine goes on."""
+    folder = KINDS[kind](tmp_path / kind)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 128
     (folder / "config.json").write_text(json.dumps(config))
-    llm = engine(folder, {"ratio": 0.9}, limit_mm_per_prompt={"image": 3}, max_model_len=128)
-    asked = prompts(2, images=2)
-    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.9, **ALONE)) < CLOSE
+    llm = engine(folder, {"ratio": 0.98}, limit_mm_per_prompt={"image": beyond}, max_model_len=128)
+
+    def talk(count: int) -> Conversation:
+        pairs = pick_questions("test", count)
+        return Conversation([[part for scene, each in pairs for part in (scene.pil().resize(size), each.text)]])
+
     with pytest.raises(InputError, match="would be removed, whose positions stay"):
-        served(llm, folder, prompts(1, images=3))
+        served(llm, folder, [talk(beyond)])
+    asked = [talk(room), talk(1)]
+    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.98, **ALONE)) < CLOSE
 
 
 @pytest.mark.parametrize("selector", ["hawk_each", "cdpruner", "divprune", "stride"])

@@ -3,6 +3,8 @@
 hawk_compile.serving.vllm.classes:PrunedQwen2VLForConditionalGeneration     made when it is asked for
 """
 
+import functools
+
 from hawk_compile.serving.vllm.compat.processor import give_processor
 from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.processor import pruned
@@ -16,7 +18,7 @@ def made(architecture: str) -> type:
 
     base = ModelRegistry.models[architecture].load_model_cls()
     served = pruned_class(base)
-    give_processor(served, base, pruned)
+    give_processor(served, base, functools.partial(pruned, served))
     return served
 
 

@@ -125,15 +125,18 @@ def check_inner(place: Place, why: str) -> None:
         )
 
 
-def check_length(place: Place) -> None:
+def check_extent(extent: int) -> None:
     """Refuse an item of which positions would not travel exactly: see `positions.py`.
+
+    Args:
+        extent: how many positions it takes. Those of a video may follow its seconds, and be more than its tokens.
 
     Raises:
         InputError: such an item.
     """
-    if len(place.inner) > MOST:
+    if extent > MOST:
         raise InputError(
-            f"an image or video of {len(place.inner)} tokens is longer than {MOST}: give fewer frames or a smaller "
+            f"an image or video of {extent} positions is longer than {MOST}: give fewer frames or a smaller "
             'picture, or ask for mm_processor_kwargs={"hawk_ratio": 0}'
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.settings import serving_config
@@ -38,8 +38,8 @@ class PrunedModel:
         self.widths: set[int] = set()
         self.is_probed = False
         self.plain = positions.is_plain(vllm_config.model_config.hf_config)
-        if self.plain:  # a prompt may leave gaps of `max_model_len`: see `positions.check_reach`
-            compat.let_positions_reach(self, 2 * vllm_config.model_config.max_model_len)
+        most = vllm_config.model_config.max_model_len
+        compat.let_positions_reach(self, most, positions.room(vllm_config.model_config.hf_config, most))
         bound_encoder_calls(vllm_config, visual_tokens)
         self.decoder = decoder = compat.decoder_of(self)
         axes = 1 if self.plain else positions.AXES
@@ -91,7 +91,7 @@ class PrunedModel:
             whole[where] = features
             whole[between, : self.decoder.width] = self.words(over(torch.tensor(place.text), device), features)
             rows = whole[stays]
-        axes, extent = self.item_positions(kwargs, index, place)
+        axes, extent = self.item_positions(compat.lone_feature(kwargs, index, place.all_visual), place)
         return positions.with_positions(rows, over(axes, device)[:, stays], extent)
 
     def chosen(self, features: Tensor, question: Tensor, keep: int) -> Tensor:
@@ -105,10 +105,10 @@ class PrunedModel:
         """[T, D] embeddings of text, as the decoder gets them."""
         return self.embed_words(ids).to(like.dtype)
 
-    def item_positions(self, kwargs: dict[str, Any], index: int, place: Place) -> tuple[Tensor, int]:
+    def item_positions(self, feature: Any, place: Place) -> tuple[Tensor, int]:
         """([3, N] positions from an item's first visual token to its last, how many they take), counted from the first,
         by the model's own rule for a prompt that is this item alone."""
-        found, _ = self.whole_positions(place.ids, [compat.lone_feature(kwargs, index, place.all_visual)])
+        found, _ = self.whole_positions(place.ids, [feature])
         begin = len(place.before)
         first = int(found[:, :begin].max()) + 1 if begin else 0
         inner = found[:, begin : begin + len(place.inner)] - first
@@ -147,6 +147,15 @@ class PrunedModel:
     def get_encoder_cudagraph_config(self) -> Any:
         """A captured encoder passes `embed_multimodal` by."""
         return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
+
+
+def rule_of_positions(served: type, config: Any) -> Any:
+    """A model of such a class with nothing in it: the positions of an item (`item_positions`) can be asked for where
+    there are no weights, as in front of the engine."""
+    model: Any = object.__new__(served)
+    nn.Module.__init__(model)
+    model.config, model.plain = config, positions.is_plain(config)
+    return model
 
 
 def over(tensor: Tensor, device: torch.device) -> Tensor:

@@ -33,20 +33,27 @@ def is_plain(config: Any) -> bool:
     return getattr(config, "mrope_section", None) == list(PLAIN)
 
 
-def check_reach(removed: int, most: int) -> None:
+def room(config: Any, most: int) -> int:
+    """How many positions more than `most` tokens, the longest prompt with its answer, the rotary embeddings hold: as
+    many of a decoder without axes; of others, whose pictures take fewer positions than tokens, what vLLM makes."""
+    return most if is_plain(config) else 3 * most
+
+
+def check_reach(gaps: int, most: int) -> None:
     """Refuse a prompt whose answer would run past the end of the decoder's positions.
 
     Args:
-        removed: visual tokens that leave a gap in the positions of a prompt.
-        most: the gap that there is room for.
+        gaps: how many positions the items of a prompt take more than tokens are left of them.
+        most: how many there is room for.
 
     Raises:
         InputError: such a prompt.
     """
-    if removed > most:
+    if gaps > most:
         raise InputError(
-            f"{removed} visual tokens of this prompt would be removed, whose positions stay, and positions reach for "
-            f"{most}: give fewer or smaller pictures or a lower ratio, or start the server with a larger max_model_len"
+            f"visual tokens of this prompt would be removed, whose positions stay: {gaps} more than there are tokens "
+            f"left, and there is room for {most}; give fewer or smaller pictures or a lower ratio, or start the server "
+            "with a larger max_model_len"
         )
 
 

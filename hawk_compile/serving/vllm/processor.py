@@ -27,6 +27,7 @@ from hawk_compile.serving.settings import (
     serving_config,
     with_ratio,
 )
+from hawk_compile.serving.vllm.compat.model import at_the_start
 from hawk_compile.serving.vllm.compat.processor import (
     Ask,
     ProcessorHooks,
@@ -35,8 +36,9 @@ from hawk_compile.serving.vllm.compat.processor import (
     why_no_text_inside,
     without_video_pruning,
 )
-from hawk_compile.serving.vllm.items import check_inner, check_length, place_of
-from hawk_compile.serving.vllm.positions import check_reach, is_plain
+from hawk_compile.serving.vllm.items import Place, check_extent, check_inner, place_of
+from hawk_compile.serving.vllm.model import rule_of_positions
+from hawk_compile.serving.vllm.positions import check_reach, room
 from hawk_compile.serving.vllm.refusals import check_apart, check_modalities, check_text, runs_of
 from hawk_compile.serving.vllm.tally import Tally, counters
 
@@ -49,10 +51,12 @@ MEASURE = object()
 
 @dataclass
 class Shortened(PromptUpdateDetails):
-    """An item with fewer placeholders: how many visual tokens came, and were kept; 0 of what is not counted."""
+    """An item with fewer placeholders: how many visual tokens came, and were kept, and how many positions it takes
+    more than placeholders; 0 of what is not counted."""
 
     came: int = 0
     kept: int = 0
+    gap: int = 0
 
 
 class PrunedProcessor(ProcessorHooks):
@@ -60,8 +64,12 @@ class PrunedProcessor(ProcessorHooks):
 
     info: Any
 
-    def prepare(self) -> None:
-        """Read the settings, and what tells where users' texts stand."""
+    def prepare(self, served: type) -> None:
+        """Read the settings, and what tells where users' texts stand.
+
+        Args:
+            served: the class of the model, which knows the positions of an item.
+        """
         config = self.info.get_hf_config()
         given = config.hawk
         self.config = serving_config(given)
@@ -71,7 +79,8 @@ class PrunedProcessor(ProcessorHooks):
         ids, chat = chat_and_ids(self.info, self.config)
         self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
         self.places = named_places(config)
-        self.reach = self.info.ctx.model_config.max_model_len if is_plain(config) else None
+        self.rule = rule_of_positions(served, config)
+        self.room = room(config, self.info.ctx.model_config.max_model_len)
         self.tally = Tally(*counters())
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
@@ -201,8 +210,7 @@ class PrunedProcessor(ProcessorHooks):
     def applied(self, prompt_updates: Mapping[str, Any]) -> None:
         contents = [updates[0].content for items in prompt_updates.values() for updates in items if updates]
         pruned = [each for each in contents if isinstance(each, Shortened) and each.came]  # cached ones too
-        if self.reach is not None:
-            check_reach(sum(each.came - each.kept for each in pruned), self.reach)
+        check_reach(sum(each.gap for each in pruned), self.room)
         for each in pruned:
             self.tally.count(each.came, each.kept)
 
@@ -214,7 +222,7 @@ class PrunedProcessor(ProcessorHooks):
         config, questions = asked
         return {
             name: [
-                self.shortened(each, question, config, out_mm_kwargs[name][index])
+                self.shortened(each, question, config, name, out_mm_kwargs[name][index])
                 for index, (each, question) in enumerate(zip(items, questions[name], strict=True))
             ]
             if name in questions else items
@@ -222,7 +230,7 @@ class PrunedProcessor(ProcessorHooks):
         }  # fmt: skip
 
     def shortened(
-        self, updates: Sequence[Any], question: tuple[int, ...], config: Any, kwargs_of_item: Any
+        self, updates: Sequence[Any], question: tuple[int, ...], config: Any, modality: str, kwargs_of_item: Any
     ) -> list[Any]:
         """The updates of an item, of which one will be applied, with the number of placeholders that is kept."""
         made, items = [], []
@@ -233,9 +241,10 @@ class PrunedProcessor(ProcessorHooks):
                 made.append(update)
                 continue
             check_inner(place, self.why_no_text_inside)
-            check_length(place)
             keep = config.floor(place.count)
-            counted = {"came": place.count, "kept": keep} if config.ratio else {}
+            extent = self.extent(place, modality, kwargs_of_item)
+            gap = extent - (len(place.inner) - place.count + keep)
+            counted = {"came": place.count, "kept": keep, "gap": gap} if config.ratio else {}
             made.append(update.with_content(Shortened(*place.shortened(keep), **counted)))
             items.append(place.item(question, keep))
         if any(not same(item, items[0]) for item in items[1:]):
@@ -248,6 +257,16 @@ class PrunedProcessor(ProcessorHooks):
                 field = MultiModalBatchedField(keep_on_cpu=True)
                 kwargs_of_item[name] = MultiModalFieldElem(data=value, field=field)
         return made
+
+    def extent(self, place: Place, modality: str, kwargs_of_item: Any) -> int:
+        """How many positions an item takes.
+
+        Raises:
+            InputError: more than travel exactly.
+        """
+        _, extent = self.rule.item_positions(at_the_start(kwargs_of_item, modality, place.all_visual), place)
+        check_extent(extent)
+        return extent
 
 
 def without(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Any, Asked] | None]:
@@ -265,10 +284,10 @@ def same(one: Any, other: Any) -> bool:
     return all(a.tolist() == b.tolist() for a, b in zip(one.fields().values(), other.fields().values(), strict=True))
 
 
-def pruned(processor: Any) -> Any:
-    """A processor of vLLM's as one that prunes."""
+def pruned(served: type, processor: Any) -> Any:
+    """A processor of vLLM's as one that prunes for a class of ours (`model.pruned_class`)."""
     kind = type(processor)
     made: Any = object.__new__(type(f"Pruned{kind.__name__}", (PrunedProcessor, kind), {}))
     made.__dict__.update(processor.__dict__)
-    made.prepare()
+    made.prepare(served)
     return made

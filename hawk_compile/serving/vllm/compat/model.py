@@ -105,13 +105,19 @@ def from_first_rank(chosen: Tensor) -> Tensor:
     return get_tp_group().broadcast(chosen, src=0) if get_tensor_model_parallel_world_size() > 1 else chosen
 
 
-def let_positions_reach(model: Any, rows: int) -> None:
+def let_positions_reach(model: Any, most: int, room: int) -> None:
     """Let the tables of a decoder's rotary embeddings hold more positions: vLLM makes them as long as prompts may be,
-    and what is kept has positions of a longer one. Past the end of a table is whatever memory holds.
+    and what is kept has positions of a longer one. Past the end of a table is whatever memory holds, or an error that
+    ends the engine.
+
+    Args:
+        most: the longest prompt.
+        room: how many positions there may be beyond it.
 
     Raises:
         UnsupportedModelError: a table that cannot grow, as one whose entries depend on its length.
     """
+    rows = most + room
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
     for name, module in model.get_language_model().named_modules():
         table = getattr(module, "cos_sin_cache", None)
@@ -119,9 +125,10 @@ def let_positions_reach(model: Any, rows: int) -> None:
             continue
         if table is None or (len(table) < rows and not grown(module, rows)):
             length = trained if table is None else len(table)
+            shorter = length * most // rows
             raise UnsupportedModelError(
                 f"{name} is a {type(module).__name__} for {length} positions, and kept tokens have up to {rows}: "
-                f"start the server with max_model_len={length // 2} or less, or leave hawk out of hf_overrides"
+                f"start the server with max_model_len={shorter} or less, or leave hawk out of hf_overrides"
             )
 
 
@@ -140,14 +147,8 @@ def grown(module: Any, rows: int) -> bool:
 
 
 def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
-    """One item by itself, at the start of a prompt: what a model's rule for positions reads of it."""
-    from vllm.multimodal.inputs import (
-        MultiModalBatchedField,
-        MultiModalFeatureSpec,
-        MultiModalFieldElem,
-        MultiModalKwargsItem,
-        PlaceholderRange,
-    )
+    """One item of those that an encoder gets, by itself: what a model's rule for positions reads of it."""
+    from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 
     modality = "video" if any("video" in name for name in kwargs) else "image"
     data = {
@@ -155,6 +156,13 @@ def lone_feature(kwargs: dict[str, Any], index: int, visual: Tensor) -> Any:
         for name, value in kwargs.items()
         if name.endswith("grid_thw") or name == "second_per_grid_ts"
     }
+    return at_the_start(MultiModalKwargsItem(data), modality, visual)
+
+
+def at_the_start(data: Any, modality: str, visual: Tensor) -> Any:
+    """An item (a MultiModalKwargsItem) of which `visual` [L] says what is visual, as a prompt that begins with it."""
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
     mask = None if bool(visual.all()) else visual
     place = PlaceholderRange(offset=0, length=len(visual), is_embed=mask)
-    return MultiModalFeatureSpec(data=MultiModalKwargsItem(data), modality=modality, identifier="", mm_position=place)
+    return MultiModalFeatureSpec(data=data, modality=modality, identifier="", mm_position=place)
