@@ -91,6 +91,16 @@ def test_a_placeholder_too_many(server: Server) -> None:
     assert status == 400 and "2 placeholders for 1 items of modality image" in reply["error"]["message"]
 
 
+def test_a_refused_request_leaves_its_picture_to_the_next_one(server: Server) -> None:
+    """It is refused when the picture is processed and cached, and the engine, which has a cache beside that one, never
+    sees it. The text alone differs, not the question: what stands for visual tokens asks nothing."""
+    status, reply = server.chat([picture(3), words("which digit is red <|video_pad|>")])
+    assert status == 400 and "stands for visual tokens: leave it out" in reply["error"]["message"]
+    drifts = server.log.read_text().count(load.DRIFT)
+    status, reply = server.chat([picture(3), words("which digit is red")])
+    assert status == 200 and server.log.read_text().count(load.DRIFT) == drifts, reply
+
+
 def test_a_picture_that_has_a_name_is_another_item_for_another_question(server: Server) -> None:
     """vLLM takes the name for what a picture is."""
     replies = [

@@ -118,6 +118,16 @@ def test_a_processor_prepares_items_by_these_methods(name: str, takes: list[str]
     assert parameters(getattr(BaseMultiModalProcessor, name)) == takes
 
 
+def test_the_cache_of_processed_items_forgets_one() -> None:
+    from vllm.multimodal.cache.base import BaseMultiModalProcessorCache
+    from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+
+    assert parameters(BaseMultiModalProcessorCache.invalidate) == ["mm_hash"]
+    assert LruKeyReplicatedSenderCache.invalidate is not BaseMultiModalProcessorCache.invalidate
+    assert "cache" in {each.name for each in dataclasses.fields(ProcessorInputs)}
+
+
 def test_items_travel_with_fields_and_places() -> None:
     from hawk_compile.serving.vllm.compat.model import lone_feature
 

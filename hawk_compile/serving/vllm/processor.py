@@ -7,6 +7,7 @@ prompt ids, images  ->  each item's question and ratio             found here, b
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.processing.processor import iter_token_matches
 
-from hawk_compile.errors import InputError, UnsupportedModelError
+from hawk_compile.errors import HawkError, InputError, UnsupportedModelError
 from hawk_compile.serving.questions import Reader, Span
 from hawk_compile.serving.settings import (
     KEY,
@@ -95,16 +96,31 @@ class PrunedProcessor(ProcessorHooks):
             kwargs[KEY] = (config, self.stand_ins(inputs, kwargs, config))
         elif config.ratio:
             kwargs[KEY] = (config, self.asked(inputs, kwargs, config))
-        made = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
-        if ratio is MEASURE:
-            return made
-        if config.ratio:
-            ids, runs = made["prompt_token_ids"], runs_of(made["mm_placeholders"])
-            check_apart(runs)
-            self.places |= {ids[first] for first, _ in runs}
-            check_text(ids, runs, self.places, lambda wrong: self.info.get_tokenizer().decode(wrong))
-        self.count_whole(made["mm_placeholders"], config)
+        asked = replace(inputs, hf_processor_mm_kwargs=kwargs)
+        try:
+            made = super().apply(asked, timing_ctx)  # type: ignore[misc]
+            if config.ratio:
+                self.check(made)
+        except HawkError:
+            self.forget(asked)
+            raise
+        if ratio is not MEASURE:
+            self.count_whole(made["mm_placeholders"], config)
         return made
+
+    def check(self, made: Mapping[str, Any]) -> None:
+        """Refuse a prompt as it would be read, with the places of its items."""
+        ids, runs = made["prompt_token_ids"], runs_of(made["mm_placeholders"])
+        check_apart(runs)
+        self.places |= {ids[first] for first, _ in runs}
+        check_text(ids, runs, self.places, lambda wrong: self.info.get_tokenizer().decode(wrong))
+
+    def forget(self, inputs: Any) -> None:
+        """Take the items of a refused request out of the cache: the engine, which never gets to see them, is not sent
+        again what its own cache is believed to hold."""
+        if inputs.cache is not None:
+            for item in itertools.chain.from_iterable(self._get_mm_hashes(inputs).values()):
+                inputs.cache.invalidate(item)
 
     def count_whole(self, placeholders: Mapping[str, Sequence[Any]], config: Any) -> None:
         for modality, ranges in placeholders.items():
