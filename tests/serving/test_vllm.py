@@ -161,3 +161,20 @@ def test_what_must_fail_fails(control: str, tmp_path: Path) -> None:
 def test_settings_are_refused_when_the_engine_starts(hawk: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((HawkError, ValueError), match=message):
         engine(llava(tmp_path), hawk)
+
+
+@pytest.mark.parametrize(("weights", "message"), [
+    ([1, 2], r"head_weights must be 4 finite numbers .* got shape \(2,\)"),
+    ([float("nan"), 1, 1, 1], "head_weights must be 4 finite numbers"),
+    ([[1, 1, 1, 1]] * 2, "numbers, got tuple"),
+    ("no.json", "there is no file no.json"),
+])  # fmt: skip
+def test_head_weights_are_refused_with_the_configuration(weights: Any, message: str, tmp_path: Path) -> None:
+    """Where a client can read why: the engine, which reads them again, may be a process of its own."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    settings = {"hawk": {"ratio": 0.8, "head_weights": weights}}
+    with pytest.raises((HawkError, ValueError), match=message):
+        EngineArgs(model=str(llava(tmp_path)), hf_overrides=settings).create_model_config()

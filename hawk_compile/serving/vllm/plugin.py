@@ -12,6 +12,8 @@ from hawk_compile.serving.vllm.compat.engine import (
     when_verified,
 )
 from hawk_compile.serving.vllm.positions import AXES, PLAIN
+from hawk_compile.settings.config import HawkConfig
+from hawk_compile.settings.head_weights import weights_for
 
 LOG = logging.getLogger("vllm.hawk")
 MODULE = "hawk_compile.serving.vllm.classes"
@@ -102,10 +104,23 @@ def serve_pruned(model: Any) -> None:
             f"mm_processor_kwargs of a server has {RATIO}, which is read of requests alone: give the server's own "
             f"as ratio in {KEY} of hf_overrides"
         )
+    check_head_weights(settings, model)
     give_axes(model)
     model.multimodal_config.video_pruning_rate = max(float(settings.ratio), 1e-6)
     name_architecture(model, f"Pruned{name}")
     LOG.info("hawk: %s is served pruned, with %s", name, getattr(model.hf_config, KEY))
+
+
+def check_head_weights(settings: HawkConfig, model: Any) -> None:
+    """Refuse head weights that do not fit where the client can read it: ranks, which read them again, are processes of
+    their own, whose reasons stand in the log alone.
+
+    Raises:
+        HeadWeightsError: of a wrong length, out of their range, in no file.
+    """
+    heads = getattr(model.hf_text_config, "num_attention_heads", None)
+    if isinstance(heads, int):
+        weights_for(settings.used_head_weights, heads, model.model)
 
 
 def give_axes(model: Any) -> None:
