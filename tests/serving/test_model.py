@@ -172,6 +172,15 @@ def test_a_norm_behind_the_rotation_counts() -> None:
     assert axes[0].tolist() == best(model, question, features, 4) != without
 
 
+def test_what_cannot_be_scored_is_refused_before_the_first_image() -> None:
+    """An engine that does not measure memory with images runs the decoder alone before it serves."""
+    model = served()
+    model.decoder_.layers[0].attention.q_proj = nn.Linear(WIDTH, 2 * HEADS * SIZE)
+    model.projections = Projections(model.decoder_.layers[0], 1, HEADS, KV_HEADS)
+    with pytest.raises(UnsupportedModelError, match="whose heads are not of one size"):
+        model.forward(None, torch.zeros(3, 2, dtype=torch.int64))
+
+
 def test_text_between_visual_tokens_stays() -> None:
     model, question = served(), [3, 7]
     features = torch.randn(6, WIDTH, device=DEVICE)

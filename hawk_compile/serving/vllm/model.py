@@ -51,6 +51,7 @@ class PrunedModel:
 
     def forward(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
         """A decoder without axes gets one of those that vLLM carries, which are all the same."""
+        self.probe()  # an engine runs the decoder before it serves, and may leave the encoder out (skip_mm_profiling)
         return super().forward(input_ids, positions[0] if self.plain else positions, *args, **kwargs)  # type: ignore[misc]
 
     def probe(self) -> None:
