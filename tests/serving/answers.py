@@ -21,7 +21,7 @@ def let_triton_be_interpreted() -> None:
 
 
 def main(folder: Path, count: int, tokens: int, out: Path, options: dict[str, Any]) -> None:
-    from tests.serving.engine import counted, engine, prompts, served
+    from tests.serving.engine import engine, metric, prompts, served
 
     llm = engine(folder, {"ratio": 0.5}, disable_log_stats=False, **options)
     answers = served(llm, folder, prompts(count), tokens=tokens)
@@ -29,8 +29,8 @@ def main(folder: Path, count: int, tokens: int, out: Path, options: dict[str, An
     said = {
         "answers": [asdict(each) for each in answers],
         "runner": None if driver is None else type(driver.worker.model_runner).__module__,
-        "preemptions": counted(llm, "vllm:num_preemptions"),
-        "accepted": counted(llm, "vllm:spec_decode_num_accepted_tokens"),
+        "preemptions": metric(llm, "vllm:num_preemptions"),
+        "accepted": metric(llm, "vllm:spec_decode_num_accepted_tokens"),
     }
     out.write_text(json.dumps(said))
 

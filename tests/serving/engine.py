@@ -157,6 +157,6 @@ def farthest(one: list[Answer], other: list[Answer]) -> float:
     return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
 
 
-def counted(llm: Any, name: str) -> float:
+def metric(llm: Any, name: str) -> float:
     """A counter of vLLM's."""
     return sum(each.value for each in llm.get_metrics() if each.name == name)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hawk_compile.tools.demo.run import MODEL
 from tests.serving.cases import Asked
-from tests.serving.engine import ALONE, Answer, counted, engine, farthest, optimised, prompts, served
+from tests.serving.engine import ALONE, Answer, engine, farthest, metric, optimised, prompts, served
 
 CLOSE = 1e-4
 """Log-probabilities in fp32, of two implementations of the same model."""
@@ -134,7 +134,7 @@ def compared(
     rows = []
     with noted() as choices:
         for number in range(rounds):
-            before = counted(llm, "vllm:prefix_cache_hits")
+            before = metric(llm, "vllm:prefix_cache_hits")
             answers = served(llm, MODEL, asked, ratio)
             pairs = list(zip(answers, expected, strict=True))
             rows.append(Row(
@@ -144,7 +144,7 @@ def compared(
                 kept=choices.same(expected) if here else None,
                 largest=max((farthest([one], [other]) for one, other in pairs if one.ids == other.ids), default=0.0),
                 prompt=sum(answer.prompt for answer in answers),
-                cached=int(counted(llm, "vllm:prefix_cache_hits") - before),
+                cached=int(metric(llm, "vllm:prefix_cache_hits") - before),
             ))  # fmt: skip
     return rows
 

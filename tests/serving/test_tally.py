@@ -51,3 +51,16 @@ def test_what_came_last_is_told_at_the_end(caplog: pytest.LogCaptureFixture) -> 
         counts.tell()
         counts.tell()
     assert len(caplog.messages) == 1
+
+
+def test_processors_of_a_process_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in one process has several: each would write a line of its own, and keep itself until the end."""
+    at_the_end: list[object] = []
+    monkeypatch.setattr(tally, "counters", lambda: (Total(), Total()))
+    monkeypatch.setattr(tally.atexit, "register", at_the_end.append)
+    tally.of_process.cache_clear()
+    try:
+        shared = tally.of_process()
+        assert tally.of_process() is shared and at_the_end == [shared.tell]
+    finally:
+        tally.of_process.cache_clear()

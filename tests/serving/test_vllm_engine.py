@@ -22,9 +22,9 @@ from tests.serving.engine import (
     Answer,
     Prompt,
     answer,
-    counted,
     engine,
     farthest,
+    metric,
     optimised,
     prompts,
     requests,
@@ -64,9 +64,9 @@ def narrow(folder: Path) -> Any:
 
 
 def test_preempted_requests_go_on_as_if_they_were_not(narrow: Any, folder: Path) -> None:
-    asked, before = prompts(8), counted(narrow, "vllm:num_preemptions")
+    asked, before = prompts(8), metric(narrow, "vllm:num_preemptions")
     answers = served(narrow, folder, asked, tokens=LONG)
-    assert counted(narrow, "vllm:num_preemptions") > before
+    assert metric(narrow, "vllm:num_preemptions") > before
     assert farthest(answers, optimised(folder, asked, LONG, ratio=0.5)) < CLOSE
 
 

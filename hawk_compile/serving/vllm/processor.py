@@ -28,6 +28,7 @@ from hawk_compile.serving.settings import (
     serving_config,
     with_ratio,
 )
+from hawk_compile.serving.vllm import tally
 from hawk_compile.serving.vllm.compat.model import at_the_start
 from hawk_compile.serving.vllm.compat.processor import (
     Ask,
@@ -41,7 +42,6 @@ from hawk_compile.serving.vllm.items import Place, check_extent, check_inner, pl
 from hawk_compile.serving.vllm.model import rule_of_positions
 from hawk_compile.serving.vllm.positions import check_reach, room
 from hawk_compile.serving.vllm.refusals import check_apart, check_modalities, check_text, runs_of
-from hawk_compile.serving.vllm.tally import Tally, counters
 
 Asked = Mapping[str, list[tuple[int, ...]]]
 """Modality -> the ids that vote on each of its items."""
@@ -82,7 +82,7 @@ class PrunedProcessor(ProcessorHooks):
         self.places = named_places(config)
         self.rule = rule_of_positions(served, config)
         self.room = room(config, self.info.ctx.model_config.max_model_len)
-        self.tally = Tally(*counters())
+        self.tally = tally.of_process()
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
     # again in front of the checkpoint's: a processor serves many requests, some at once.

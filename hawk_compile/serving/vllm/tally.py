@@ -13,8 +13,15 @@ logger = logging.getLogger("vllm.hawk")
 
 
 @functools.cache
+def of_process() -> "Tally":
+    """The tally that all processors of this process share."""
+    tally = Tally(*counters())
+    atexit.register(tally.tell)
+    return tally
+
+
 def counters() -> tuple[Any, Any]:
-    """(visual tokens that came, those kept) of this process, among those that the server shows under /metrics."""
+    """(visual tokens that came, those kept), among those that the server shows under /metrics; made once."""
     from prometheus_client import Counter
 
     return (
@@ -24,7 +31,7 @@ def counters() -> tuple[Any, Any]:
 
 
 class Tally:
-    """Counts over all requests of one process; safe to be shared by threads.
+    """Counts over requests; safe to be shared by threads.
 
     Every item is told of within a minute, whether another one comes or not.
 
@@ -37,7 +44,6 @@ class Tally:
         self.items = self.came = self.kept = 0
         self.all_came, self.all_kept = all_came, all_kept
         self.timer: threading.Timer | None = None
-        atexit.register(self.tell)
 
     def count(self, came: int, kept: int) -> None:
         """One item with `came` visual tokens, of which `kept` stay."""
