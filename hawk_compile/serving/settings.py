@@ -85,10 +85,13 @@ def check_request(kwargs: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: such a request.
     """
-    for name in kwargs:
-        if name == "ratio" or (name.startswith(KEY) and name != RATIO):
+    paths = [(name, name) for name in kwargs if name != RATIO]
+    scopes = [(scope, inner) for scope, inner in kwargs.items() if isinstance(inner, Mapping)]
+    paths += [(f"{scope}.{name}", str(name)) for scope, inner in scopes for name in inner]
+    for path, name in paths:
+        if name.lower().startswith(KEY) or path.lower() == "ratio":
             raise ConfigError(
-                f"mm_processor_kwargs has {name}, which a request cannot set: it may have a ratio of its own, as "
+                f"mm_processor_kwargs has {path}, which a request cannot set: it may have a ratio of its own, as "
                 f'{{"{RATIO}": 0.5}}; what else there is to set stands in hf_overrides when the server starts'
             )
 

@@ -59,9 +59,12 @@ def test_a_request_with_a_ratio_of_its_own() -> None:
 
 def test_a_request_has_a_ratio_and_nothing_else_of_ours() -> None:
     check_request({"hawk_ratio": 0.5, "size": 1})
-    for name in ("ratio", "hawk", "hawk_ration", "hawk_selector"):
+    for name in ("ratio", "hawk", "hawk_ration", "hawk_selector", "Hawk_ratio", "HAWK_RATIO", "hawk-ratio", "Ratio"):
         with pytest.raises(ConfigError, match=rf"mm_processor_kwargs has {name}, which a request cannot set"):
             check_request({name: 0.5})
+    check_request({"images_kwargs": {"size": 1, "ratio": 1}})
+    with pytest.raises(ConfigError, match=r"mm_processor_kwargs has images_kwargs\.hawk_ratio, which"):
+        check_request({"images_kwargs": {"hawk_ratio": 0.5}})
 
 
 @pytest.mark.parametrize(("selector", "expected"), [
