@@ -128,6 +128,44 @@ def test_the_cache_of_processed_items_forgets_one() -> None:
     assert "cache" in {each.name for each in dataclasses.fields(ProcessorInputs)}
 
 
+def test_a_processor_is_asked_by_these_names() -> None:
+    from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, PromptUpdateDetails
+    from vllm.multimodal.processing.processor import ResolvedPromptUpdate, iter_token_matches
+
+    assert parameters(BaseMultiModalProcessor.apply) == ["inputs", "timing_ctx"]
+    assert "self.get_dummy_inputs(" in inspect.getsource(BaseMultiModalProcessor.get_dummy_mm_inputs)
+    read = {"prompt", "mm_data_items", "hf_processor_mm_kwargs"}
+    assert read <= {each.name for each in dataclasses.fields(ProcessorInputs)}
+    assert [(match.start_idx, match.end_idx) for match in iter_token_matches([1, 6, 6, 2], [6, 6])] == [(1, 3)]
+    assert [each.name for each in dataclasses.fields(PromptUpdateDetails)] == ["full", "is_embed"]
+    assert parameters(ResolvedPromptUpdate.with_content) == ["content"]
+
+
+def test_a_model_is_asked_by_these_names() -> None:
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal, SupportsMultiModalPruning
+
+    assert parameters(SupportsMRoPE.get_mrope_input_positions) == ["input_tokens", "mm_features"]
+    asked = ["input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens"]
+    assert parameters(SupportsMultiModalPruning.recompute_mrope_positions) == asked
+    assert parameters(SupportsMultiModal.embed_multimodal) == ["kwargs"]
+    assert not parameters(SupportsMultiModal.get_language_model) and hasattr(AttentionLayerBase, "get_kv_cache_spec")
+    assert issubclass(ParallelLMHead, VocabParallelEmbedding)
+    assert not parameters(RotaryEmbeddingBase._compute_cos_sin_cache)
+    made = inspect.getsource(RotaryEmbeddingBase.__init__)
+    assert "cos_sin_cache" in made and "self.max_position_embeddings" in made
+
+
+def test_an_encoder_that_is_captured_has_modalities() -> None:
+    from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph
+    from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
+
+    assert not parameters(SupportsEncoderCudaGraph.get_encoder_cudagraph_config)
+    assert "modalities" in {each.name for each in dataclasses.fields(EncoderCudaGraphConfig)}
+
+
 def test_items_travel_with_fields_and_places() -> None:
     from hawk_compile.serving.vllm.compat.model import lone_feature
 
