@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 LLAVA = "LlavaForConditionalGeneration"
+SOUND = 7
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -125,10 +126,23 @@ def updates(*contents: list[int]) -> list[Any]:
     ]
 
 
-def test_an_item_that_may_be_written_in_two_ways() -> None:
+def writer() -> Any:
     made = processor({})
-    made.why_no_text_inside = ""
+    made.why_no_text_inside, made.sounds = "", {SOUND}
     made.rule = SimpleNamespace(plain=True, item_positions=lambda feature, place: (None, len(place.inner)))
+    return made
+
+
+def test_audio_inside_a_video() -> None:
+    """Its places would get the word embedding of what stands for it."""
+    made = writer()
+    made.shortened(updates([*[IMAGE] * 5, 9, *[IMAGE] * 5]), (11,), made.config, "image", {})
+    with pytest.raises(InputError, match=r"audio stands between the visual tokens .* without use_audio_in_video"):
+        made.shortened(updates([*[IMAGE] * 5, SOUND, *[IMAGE] * 5]), (11,), made.config, "image", {})
+
+
+def test_an_item_that_may_be_written_in_two_ways() -> None:
+    made = writer()
     short = made.shortened(updates([4, *[IMAGE] * 10, 5]), (11,), made.config, "image", {})
     assert short[0].content.full == [4, IMAGE, IMAGE, 5] and (short[0].content.came, short[0].content.kept) == (10, 2)
     with pytest.raises(UnsupportedModelError, match="may write an item in more than one way"):

@@ -11,7 +11,7 @@ text's word embeddings in their places:
     after:  <start> v v v v v <end>                  3 visual tokens kept, and 2 ends of lines
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,22 @@ def check_inner(place: Place, why: str) -> None:
             f"this checkpoint writes text between the visual tokens of one item, and {why}: ask for pictures in one "
             'piece (without crops) and for videos as they are, by modalities=["image"] in hawk, or for '
             'mm_processor_kwargs={"hawk_ratio": 0}'
+        )
+
+
+def check_alone(place: Place, sounds: Collection[int]) -> None:
+    """Refuse an item that holds places of another one, which would be read as text.
+
+    Args:
+        sounds: the ids that stand for audio.
+
+    Raises:
+        InputError: such an item.
+    """
+    if not set(sounds).isdisjoint(place.text):
+        raise InputError(
+            "audio stands between the visual tokens of a video of this prompt, and would be lost: send them apart, "
+            'without use_audio_in_video, or ask for mm_processor_kwargs={"hawk_ratio": 0}'
         )
 
 

@@ -31,6 +31,7 @@ from hawk_compile.serving.settings import (
 from hawk_compile.serving.vllm import tally
 from hawk_compile.serving.vllm.compat.model import at_the_start
 from hawk_compile.serving.vllm.compat.processor import (
+    SOUNDS,
     Ask,
     ProcessorHooks,
     chat_and_ids,
@@ -38,7 +39,7 @@ from hawk_compile.serving.vllm.compat.processor import (
     why_no_text_inside,
     without_video_pruning,
 )
-from hawk_compile.serving.vllm.items import Place, check_extent, check_inner, place_of
+from hawk_compile.serving.vllm.items import Place, check_alone, check_extent, check_inner, place_of
 from hawk_compile.serving.vllm.model import rule_of_positions
 from hawk_compile.serving.vllm.positions import check_reach, room
 from hawk_compile.serving.vllm.refusals import check_apart, check_modalities, check_text, runs_of
@@ -79,7 +80,7 @@ class PrunedProcessor(ProcessorHooks):
         self.info.ctx = without_video_pruning(self.info.ctx)
         ids, chat = chat_and_ids(self.info, self.config)
         self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
-        self.places = named_places(config)
+        self.places, self.sounds = named_places(config), named_places(config, SOUNDS)
         self.rule = rule_of_positions(served, config)
         self.room = room(config, self.info.ctx.model_config.max_model_len)
         self.tally = tally.of_process()
@@ -257,6 +258,7 @@ class PrunedProcessor(ProcessorHooks):
                 made.append(update)
                 continue
             check_inner(place, self.why_no_text_inside)
+            check_alone(place, self.sounds)
             keep = config.floor(place.count)
             extent = self.extent(place, modality, kwargs_of_item)
             gap = extent - (len(place.inner) - place.count + keep)

@@ -1,7 +1,7 @@
 """Of a checkpoint's processor in vLLM: the methods that prepare an item, and what is known of its chats."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -74,10 +74,13 @@ def give_processor(served: Any, base: Any, wrap: Callable[[Any], Any]) -> None:
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 """What configurations call the ids that stand for visual tokens."""
 
+SOUNDS = ("audio_token_id", "audio_token_index")
+"""And for audio."""
 
-def named_places(config: Any) -> set[int]:
+
+def named_places(config: Any, names: Sequence[str] = PLACEHOLDERS) -> set[int]:
     """Those ids of a checkpoint that its configuration names."""
-    return {number for name in PLACEHOLDERS if isinstance(number := getattr(config, name, None), int)}
+    return {number for name in names if isinstance(number := getattr(config, name, None), int)}
 
 
 def why_no_text_inside(model: Any) -> str:
