@@ -1,9 +1,10 @@
 """What `hawk-compile bench` does, and what it prints."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -12,42 +13,62 @@ from hawk_compile.errors import InputError
 from hawk_compile.tools.absent import remedy
 from hawk_compile.tools.benchmarking.bench import bench
 from hawk_compile.tools.benchmarking.table import Table as Cells
-from hawk_compile.tools.benchmarking.table import head, tables
+from hawk_compile.tools.benchmarking.table import as_markdown, head, tables, write
 from hawk_compile.tools.terminal import counts, fractions_of, names
 from hawk_compile.tools.writing import check_writable
+
+Found = TypeVar("Found")
 
 UNBOUNDED = 10_000
 """Columns, of which a table takes what it needs."""
 
 
-def bench_checkpoint(
-    console: Console, checkpoint: Path | None, config: str | None, out: Path | None, *, ratios: str, tokens: str,
-    stages: str | None, markdown: bool, **settings: Any,
-) -> None:  # fmt: skip
-    """Benchmark a checkpoint folder or a profile, print the tables, and write them if a folder is given.
+@dataclass(frozen=True)
+class Command(Generic[Found]):
+    """A benchmark as a command.
 
-    Raises:
-        as `bench`; ConfigError too for lists that hold something else than numbers.
-        InputError: both a checkpoint and a profile, or a folder that cannot be written to.
+    Attributes:
+        bench: measures a checkpoint folder or a profile.
+        head, tables: what is shown of what it measured.
+        write: all of that to a folder, which `check` has seen before anything is measured.
     """
-    source = source_of(checkpoint, config)
-    fractions = fractions_of(ratios)
-    if out is not None:
-        check_writable(out)
-    if stages is not None:
-        settings["stages"] = names(stages)
-    with console.status("") as status:
-        found = bench(
-            source, ratios=fractions, tokens=counts(tokens),
-            command=" ".join(["hawk-compile", *sys.argv[1:]]), progress=lambda now: status.update(now.text),
-            **settings,
-        )  # fmt: skip
-    if markdown:
-        console.print(found.markdown(), soft_wrap=True)
-    else:
-        show(console, head(found), tables(found))
-    if out is not None:
-        console.print(f"written: {', '.join(map(str, found.write(out)))}")
+
+    bench: Callable[..., Found]
+    head: Callable[[Found], list[str]]
+    tables: Callable[[Found], list[Cells]]
+    write: Callable[[Found, Path], Sequence[Path]]
+    check: Callable[[Path], None]
+
+    def run(
+        self, console: Console, checkpoint: Path | None, config: str | None, out: Path | None, *, ratios: str,
+        markdown: bool, tokens: str | None = None, stages: str | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Benchmark a checkpoint folder or a profile, print the tables, and write them if a folder is given.
+
+        Raises:
+            as `bench`; ConfigError too for lists that hold something else than numbers.
+            InputError: both a checkpoint and a profile, or a folder that cannot be written to.
+        """
+        source = source_of(checkpoint, config)
+        settings["ratios"] = fractions_of(ratios)
+        if out is not None:
+            self.check(out)
+        if stages is not None:
+            settings["stages"] = names(stages)
+        if tokens is not None:
+            settings["tokens"] = counts(tokens)
+        with console.status("") as status:
+            found = self.bench(
+                source, command=" ".join(["hawk-compile", *sys.argv[1:]]),
+                progress=lambda now: status.update(now.text), **settings,
+            )  # fmt: skip
+        above, below = self.head(found), self.tables(found)
+        if markdown:
+            console.print(as_markdown(above, below), soft_wrap=True)
+        else:
+            show(console, above, below)
+        if out is not None:
+            console.print(f"written: {', '.join(map(str, self.write(found, out)))}")
 
 
 def source_of(checkpoint: Path | None, config: str | None) -> Path | str:
@@ -83,3 +104,6 @@ def print_table(console: Console, table: Table) -> None:
         console.width = UNBOUNDED
     console.print(table)
     console.width = width
+
+
+COMMAND = Command(bench, head, tables, write, check_writable)

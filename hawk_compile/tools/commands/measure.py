@@ -23,8 +23,6 @@ from hawk_compile.tools.commands.common import (
 CHECKS = ("nothing removed", "selection", "prefill", "decode", "several turns", "padded batches", "video", "restore")
 """Names of the survey's checks; it is heavy to import."""
 
-BENCH_DEFAULTS = {"tokens": "576,1024,2048", "stages": None}
-
 
 def demo(
     questions: Annotated[int, typer.Option(help="Held-out questions to ask, at least 8.")] = 320,
@@ -155,19 +153,19 @@ def bench_by(
     out: Path | None, **common: Any,
 ) -> None:  # fmt: skip
     """`bench` with an engine, of whose options `only` holds those that another one does not have."""
-    from hawk_compile.tools.served.engines import check_engine, told
+    from hawk_compile.tools.served.engines import check_options, told
 
-    check_engine(engine, only)
+    check_options(engine, only)
     given = told(**common, **only[engine])
     if engine == "vllm":
-        from hawk_compile.tools.served.commands import bench_engine
+        from hawk_compile.tools.served.commands import COMMAND as SERVED
 
         given |= {"options": values_of(given.pop("vllm"), "vllm"), "hawk": values_of(settings)}
-        bench_engine(console(), checkpoint, config, out, **given)
+        SERVED.run(console(), checkpoint, config, out, **given)
         return
-    from hawk_compile.tools.benchmarking.commands import bench_checkpoint
+    from hawk_compile.tools.benchmarking.commands import COMMAND
 
-    bench_checkpoint(console(), checkpoint, config, out, **{**BENCH_DEFAULTS, **given, **settings_of(settings)})
+    COMMAND.run(console(), checkpoint, config, out, **given, **settings_of(settings))
 
 
 def survey(

@@ -8,7 +8,7 @@ from hawk_compile.settings.config import check_choice
 ENGINES = ("torch", "vllm")
 
 
-def check_engine(engine: str, only: dict[str, dict[str, Any]]) -> None:
+def check_options(engine: str, only: dict[str, dict[str, Any]]) -> None:
     """Refuse options that another engine has.
 
     Args:
