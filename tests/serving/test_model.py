@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from hawk_compile.serving.vllm.compat import model as compat
 from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.positions import PLAIN
 from hawk_compile.serving.vllm.scoring import Projections
+from hawk_compile.settings.head_weights import HeadWeights
 
 WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8
 IMAGE = 5
@@ -101,7 +103,7 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat, "weights_of_rank", lambda *_: torch.tensor(WEIGHTS))
+    monkeypatch.setattr(compat, "weights_of_rank", lambda *_: HeadWeights(torch.tensor(WEIGHTS), "beside it"))
     for name in ("all_reduce", "from_first_rank"):
         monkeypatch.setattr(compat, name, lambda same: same)
     monkeypatch.setattr(compat, "lone_feature", lambda *_: None)
@@ -210,9 +212,11 @@ def test_a_table_that_depends_on_its_length_is_refused() -> None:
     assert model.decoder_.layers[0].attention.rotary_emb.max_position_embeddings == 8
 
 
-def test_head_weights_outlive_sleep() -> None:
+def test_head_weights_are_told_of_and_outlive_sleep(caplog: pytest.LogCaptureFixture) -> None:
     """vLLM keeps a sleeping model's buffers, and loads its parameters anew."""
-    model = served()
+    with caplog.at_level(logging.INFO, "vllm.hawk"):
+        model = served()
+    assert caplog.messages == ["hawk: head weights: beside it"]
     assert dict(model.named_buffers())["hawk_head_weights"].tolist() == pytest.approx(WEIGHTS)
     assert not model.state_dict().keys() & {"hawk_head_weights"}
 

@@ -120,6 +120,16 @@ def test_selectors(selector: str, tmp_path: Path) -> None:
     assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8, selector=selector)) < CLOSE
 
 
+def test_settings_of_the_score(tmp_path: Path) -> None:
+    folder, asked, fewest = llava(tmp_path), prompts(3), {"min_per_image": 20}
+    settings = {**fewest, "head_weights": [4, 3, 2, 1], "normalization": "minmax", "query": "last"}
+    answers = served(engine(folder, {"ratio": 0.8, **settings}), folder, asked)
+    assert farthest(answers, optimised(folder, asked, ratio=0.8, **settings)) < CLOSE
+    others = optimised(folder, asked, ratio=0.8, **fewest)
+    assert [each.prompt for each in answers] == [each.prompt for each in others]
+    assert farthest(answers, others) > 1e-3, "each setting but min_per_image at its default"
+
+
 def test_chunks_and_prefixes_from_the_cache(tmp_path: Path) -> None:
     folder, asked = llava(tmp_path), prompts(4)
     llm = engine(

@@ -1,6 +1,7 @@
 """The model of a served checkpoint: vLLM's own, with what is kept of every item as it leaves the encoder."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from hawk_compile.serving.vllm.compat import model as compat
 from hawk_compile.serving.vllm.compat.engine import bound_encoder_calls, check_engine
 from hawk_compile.serving.vllm.items import FIELDS, PREFIX, Place, place_of, visual_tokens
 from hawk_compile.serving.vllm.scoring import Projections, kept
+
+LOG = logging.getLogger("vllm.hawk")
 
 
 class PrunedModel:
@@ -47,7 +50,8 @@ class PrunedModel:
         self.projections = Projections(decoder.first_layer, axes, decoder.heads, decoder.kv_heads)
         self.embed_words = compat.base_embedding(self)
         weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
-        self.register_buffer("hawk_head_weights", weights.to(decoder.device), persistent=False)  # type: ignore[attr-defined]
+        self.register_buffer("hawk_head_weights", weights.values.to(decoder.device), persistent=False)  # type: ignore[attr-defined]
+        LOG.info("hawk: head weights: %s", weights.origin)
 
     def forward(self, input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
         """A decoder without axes gets one of those that vLLM carries, which are all the same."""

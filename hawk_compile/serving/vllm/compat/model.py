@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.settings.config import HawkConfig
-from hawk_compile.settings.head_weights import weights_for
+from hawk_compile.settings.head_weights import HeadWeights, weights_for
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Modu
     return twin
 
 
-def weights_of_rank(settings: HawkConfig, checkpoint: str, decoder: Decoder) -> Tensor:
-    """[H] of this rank's heads, which are H in a row of all."""
+def weights_of_rank(settings: HawkConfig, checkpoint: str, decoder: Decoder) -> HeadWeights:
+    """Those of this rank's heads, [H], which are H in a row of all."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    values = weights_for(settings.used_head_weights, decoder.all_heads, checkpoint).values
+    weights = weights_for(settings.used_head_weights, decoder.all_heads, checkpoint)
     rank = get_tensor_model_parallel_rank()
-    return values[rank * decoder.heads : (rank + 1) * decoder.heads]
+    return replace(weights, values=weights.values[rank * decoder.heads : (rank + 1) * decoder.heads])
 
 
 def all_reduce(scores: Tensor) -> Tensor:
