@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,14 @@ def test_a_vllm_without_what_it_needs_goes_on(
     unpruned.hf_config.hawk = {"ratio": 0.8}
     with pytest.raises(UnsupportedModelError, match=str(error)):
         plugin.serve_if_asked(unpruned)
+
+
+def test_other_models_are_loaded_without_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it imports may not be there, and is not asked for."""
+    monkeypatch.setitem(sys.modules, "hawk_compile.serving.vllm.model", None)
+    probed: list[bool] = []
+    assert not plugin.is_pruned(SimpleNamespace())
+    assert plugin.is_pruned(SimpleNamespace(hawk_head_weights=None, probe=lambda: probed.append(True))) and probed
 
 
 def an_engine(

@@ -50,10 +50,11 @@ def offer_classes() -> None:
 
 
 def is_pruned(model: Any) -> bool:
-    """Whether a loaded model is one of ours, which is tried then: a CPU measures no memory with images."""
-    from hawk_compile.serving.vllm.model import PrunedModel
+    """Whether a loaded model is one of ours, which is tried then: a CPU measures no memory with images.
 
-    ours = isinstance(model, PrunedModel)
+    By what it has: others are loaded without a line of this package beyond this one.
+    """
+    ours = hasattr(model, "hawk_head_weights")
     if ours:
         model.probe()
     return ours
