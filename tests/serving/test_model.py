@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.kernels.score.reference import score_projected
+from hawk_compile.passes.insert_ranking import READABLE
 from hawk_compile.serving.vllm import model as served_models
 from hawk_compile.serving.vllm import positions
 from hawk_compile.serving.vllm.compat import model as compat
 from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.positions import PLAIN
-from hawk_compile.serving.vllm.scoring import Projections
+from hawk_compile.serving.vllm.scoring import Projections, ranked
 from hawk_compile.settings.head_weights import HeadWeights
 
 WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8
@@ -196,6 +198,19 @@ def test_text_between_visual_tokens_stays() -> None:
     expected = {2: words[0], 5: words[1], where[first]: features[first], where[second]: features[second]}
     assert axes[0].tolist() == sorted(expected) and extent.tolist() == [8] * 4
     assert plain.equal(torch.stack([expected[place] for place in sorted(expected)]))
+
+
+def test_a_ranking_may_read_all_that_it_may_in_a_graph() -> None:
+    def everything(
+        scores: Tensor, embeddings: Tensor, visual_mask: Tensor, question_mask: Tensor, budget: Tensor
+    ) -> Tensor:
+        assert visual_mask.equal(~question_mask) and embeddings.shape == (1, *hidden.shape)
+        return scores + budget
+
+    assert set(inspect.signature(everything).parameters) == set(READABLE)
+    hidden, scores, visual = torch.randn(5, WIDTH), torch.rand(1, 5), torch.arange(5).unsqueeze(0) > 1
+    config: Any = SimpleNamespace(method=SimpleNamespace(ranking=everything, options={}))
+    assert ranked(config, scores, hidden, visual, torch.tensor([2])).equal(scores + 2)
 
 
 def test_positions_reach_as_far_as_a_whole_prompt_and_its_answer() -> None:
