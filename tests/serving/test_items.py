@@ -88,6 +88,12 @@ class Range:
     def get_num_embeds(self) -> int:
         return self.length if self.is_embed is None else int(self.is_embed.sum())
 
+    def extract_embeds_range(self) -> list[tuple[int, int]]:
+        """Of one run or none."""
+        mask = torch.ones(self.length) if self.is_embed is None else self.is_embed
+        where = mask.nonzero().flatten() + self.offset
+        return [(int(where[0]), int(where[-1]))] if len(where) else []
+
 
 @dataclass(frozen=True)
 class Feature:

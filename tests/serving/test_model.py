@@ -22,6 +22,7 @@ from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.positions import PLAIN
 from hawk_compile.serving.vllm.scoring import Projections, ranked
 from hawk_compile.settings.head_weights import HeadWeights
+from tests.serving.test_items import Feature, Range
 
 WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8
 IMAGE = 5
@@ -198,6 +199,13 @@ def test_text_between_visual_tokens_stays() -> None:
     expected = {2: words[0], 5: words[1], where[first]: features[first], where[second]: features[second]}
     assert axes[0].tolist() == sorted(expected) and extent.tolist() == [8] * 4
     assert plain.equal(torch.stack([expected[place] for place in sorted(expected)]))
+
+
+def test_an_item_without_any_embeddings() -> None:
+    """It ends no engine."""
+    empty, model = Feature(Range(1, 2, torch.zeros(2, dtype=torch.bool)), {}), served()
+    known, delta = model.get_mrope_input_positions([50, 4, 5, 51], [empty])
+    assert known[0].tolist() == [0, 1, 2, 3] and delta == 0 and not model.places
 
 
 def test_a_ranking_may_read_all_that_it_may_in_a_graph() -> None:

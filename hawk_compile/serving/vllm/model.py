@@ -128,8 +128,7 @@ class PrunedModel:
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
         features = sorted(mm_features, key=lambda each: each.mm_position.offset)
         for feature in features:
-            start, _ = feature.mm_position.extract_embeds_range()[0]
-            self.places.add(input_tokens[start])
+            self.places |= {input_tokens[start] for start, _ in feature.mm_position.extract_embeds_range()[:1]}
         tokens, moved, columns = positions.expanded(input_tokens, features)
         found, _ = self.whole_positions(tokens, moved)
         known, end = found[:, torch.tensor(columns)].contiguous(), int(found.max()) + 1
