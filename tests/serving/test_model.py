@@ -22,7 +22,8 @@ from hawk_compile.serving.vllm.model import pruned_class
 from hawk_compile.serving.vllm.positions import PLAIN
 from hawk_compile.serving.vllm.scoring import Projections, ranked
 from hawk_compile.settings.head_weights import HeadWeights
-from tests.serving.test_items import Feature, Range
+from tests.serving.test_items import IMAGE as VISUAL
+from tests.serving.test_items import START, STOP, Feature, Range, pruned_item
 
 WIDTH, HEADS, KV_HEADS, SIZE = 24, 4, 2, 8
 IMAGE = 5
@@ -115,17 +116,18 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def served(**settings: Any) -> Any:
+def served(base: type = Model, plain: bool = True, **settings: Any) -> Any:
+    section = list(PLAIN) if plain else None
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=1), ec_transfer_config=None, lora_config=None,
         model_config=SimpleNamespace(
-            model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}, mrope_section=list(PLAIN)),
+            model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}, mrope_section=section),
             multimodal_config=SimpleNamespace(mm_encoder_only=False), enable_prompt_embeds=False, max_model_len=8,
         ),
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return pruned_class(Model)(vllm_config=config)
+        return pruned_class(base)(vllm_config=config)
 
 
 def facts(question: list[int], keep: int, visual: list[bool], inner: list[int]) -> dict[str, list[Tensor]]:
@@ -204,8 +206,26 @@ def test_text_between_visual_tokens_stays() -> None:
 def test_an_item_without_any_embeddings() -> None:
     """It ends no engine."""
     empty, model = Feature(Range(1, 2, torch.zeros(2, dtype=torch.bool)), {}), served()
-    known, delta = model.get_mrope_input_positions([50, 4, 5, 51], [empty])
+    known, delta = model.get_mrope_input_positions([50, START, STOP, 51], [empty])
     assert known[0].tolist() == [0, 1, 2, 3] and delta == 0 and not model.places
+
+
+class Sized(Model):
+    """Positions of an image by a size that travels under a name of its own."""
+
+    def get_mrope_input_positions(self, tokens: list[int], features: list[Any]) -> tuple[Tensor, int]:
+        return torch.arange(len(tokens)).expand(3, -1) * (2 if "size" in features[0].data else 1), 0
+
+
+def test_positions_by_what_does_not_travel_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept would have the positions of another rule, and nothing would say so."""
+    monkeypatch.setattr(compat, "lone_feature", lambda *_: SimpleNamespace(data={}))
+    model, (ids, feature) = served(Sized, plain=False), pruned_item([START, *[VISUAL] * 6, STOP], 2, 2)
+    known, delta = model.get_mrope_input_positions([50, 51, *ids, 52], [feature])
+    assert known[0].tolist() == [0, 1, 2, 3, 4, 9, 10] and delta == 4 and model.places == {VISUAL}
+    feature.data["size"] = SimpleNamespace(data=torch.tensor(1))
+    with pytest.raises(UnsupportedModelError, match="PrunedSized gives an image or video other positions in a prompt"):
+        model.get_mrope_input_positions([50, 51, *ids, 52], [feature])
 
 
 def test_a_ranking_may_read_all_that_it_may_in_a_graph() -> None:

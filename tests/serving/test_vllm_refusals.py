@@ -40,7 +40,7 @@ def model(architecture: str = LLAVA, axes: int = 0, **multimodal: Any) -> Any:
     if axes:
         config.text_config.rope_parameters = {"mrope_section": [4] * axes}
     return SimpleNamespace(
-        hf_config=config, hf_text_config=config.text_config, architecture=architecture,
+        model="", hf_config=config, hf_text_config=config.text_config, architecture=architecture,
         multimodal_config=MultiModalConfig(**multimodal),
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ def updates(*contents: list[int]) -> list[Any]:
 def writer() -> Any:
     made = processor({})
     made.why_no_text_inside, made.sounds = "", {SOUND}
-    made.rule = SimpleNamespace(plain=True, item_positions=lambda feature, place: (None, len(place.inner)))
+    made.rule = SimpleNamespace(item_positions=lambda feature, place: (None, len(place.inner)))
     return made
 
 

@@ -131,9 +131,35 @@ class PrunedModel:
             self.places |= {input_tokens[start] for start, _ in feature.mm_position.extract_embeds_range()[:1]}
         tokens, moved, columns = positions.expanded(input_tokens, features)
         found, _ = self.whole_positions(tokens, moved)
+        self.check_positions(found, moved)
         known, end = found[:, torch.tensor(columns)].contiguous(), int(found.max()) + 1
         known.hawk_end = end  # type: ignore[attr-defined]
         return known, end - len(input_tokens)
+
+    def check_positions(self, whole: Tensor, features: Sequence[Any]) -> None:
+        """See that an item has the positions in its prompt that it has by itself, as they will travel with it.
+
+        Args:
+            whole: [3, S] positions of a whole prompt.
+            features: its items.
+
+        Raises:
+            UnsupportedModelError: the model's rule reads what is not known of an item alone.
+        """
+        for feature in () if self.plain else features:
+            if feature.data is None or PREFIX + "keep" not in feature.data:
+                continue
+            facts = {name: [value.data] for name, value in feature.data.items()}
+            place = place_of(facts[PREFIX + "ids"][0].tolist(), facts[PREFIX + "visual"][0])
+            assert place is not None
+            alone, _ = self.item_positions(compat.lone_feature(facts, 0, place.all_visual), place)
+            begin = feature.mm_position.offset + len(place.before)
+            first = int(whole[0, begin - 1]) + 1 if begin else 0
+            if not torch.equal(whole[:, begin : begin + len(place.inner)] - first, alone):
+                raise UnsupportedModelError(
+                    f"{type(self).__name__} gives an image or video other positions in a prompt than by itself, and "
+                    "those travel with what is kept of it: it cannot be served pruned; leave hawk out of hf_overrides"
+                )
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
