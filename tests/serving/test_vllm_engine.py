@@ -3,11 +3,13 @@ embeddings from the client, speculative decoding, adapters, two ranks. Needs vLL
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hawk_compile.serving.vllm import checkpoint as read_once
 from hawk_compile.serving.vllm.compat import engine as bounds
 from tests.serving.engine import (
     Answer,
@@ -127,6 +130,23 @@ def test_an_image_at_the_end_of_a_prompt(narrow: Any, folder: Path) -> None:
     """What is said stands behind the whole image, in every step."""
     asked = [Last(each.images, each.texts) for each in prompts(3)]
     assert farthest(served(narrow, folder, asked), optimised(folder, asked, ratio=0.5)) < CLOSE
+
+
+def test_chats_leave_nothing_behind(narrow: Any) -> None:
+    """vLLM makes a processor for each: what it needs to know of the checkpoint is known."""
+    asked = prompts(1)[0]
+    parts = [{"type": "image_pil", "image_pil": asked.images[0]}, {"type": "text", "text": asked.texts[0]}]
+
+    def objects_after(chats: int) -> Counter[type]:
+        narrow.chat([[{"role": "user", "content": parts}]] * chats, sampling(1), use_tqdm=False)
+        gc.collect()
+        return Counter(map(type, gc.get_objects()))
+
+    objects_after(2)
+    before, known = objects_after(2), dict(read_once.known)
+    more = objects_after(20) - before
+    assert not {kind: count for kind, count in more.items() if count >= 20}
+    assert len(known) == 1 and read_once.known == known
 
 
 def test_embeddings_of_images_from_the_client_are_pruned_too(narrow: Any, folder: Path) -> None:

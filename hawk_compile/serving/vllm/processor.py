@@ -6,6 +6,7 @@ prompt ids, images  ->  each item's question and ratio             found here, b
                     ->  fewer placeholders, and what the model needs to know (items.py)
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,32 +18,14 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.processing.processor import iter_token_matches
 
 from hawk_compile.errors import HawkError, InputError, UnsupportedModelError
-from hawk_compile.serving.questions import Reader, Span
-from hawk_compile.serving.settings import (
-    KEY,
-    RATIO,
-    by_own_turn,
-    check_request,
-    digest,
-    reads_question,
-    serving_config,
-    with_ratio,
-)
-from hawk_compile.serving.vllm import tally
+from hawk_compile.serving.questions import Span
+from hawk_compile.serving.settings import KEY, RATIO, check_request, digest, reads_question, with_ratio
+from hawk_compile.serving.vllm.checkpoint import checkpoint_of
 from hawk_compile.serving.vllm.compat.model import at_the_start
-from hawk_compile.serving.vllm.compat.processor import (
-    SOUNDS,
-    Ask,
-    ProcessorHooks,
-    chat_and_ids,
-    named_places,
-    why_no_text_inside,
-    without_video_pruning,
-)
+from hawk_compile.serving.vllm.compat.processor import Ask, ProcessorHooks, without_video_pruning
 from hawk_compile.serving.vllm.items import Place, check_alone, check_extent, check_inner, place_of
-from hawk_compile.serving.vllm.model import rule_of_positions
-from hawk_compile.serving.vllm.positions import check_reach, room
-from hawk_compile.serving.vllm.refusals import check_apart, check_modalities, check_text, runs_of
+from hawk_compile.serving.vllm.positions import check_reach
+from hawk_compile.serving.vllm.refusals import check_apart, check_text, runs_of
 
 Asked = Mapping[str, list[tuple[int, ...]]]
 """Modality -> the ids that vote on each of its items."""
@@ -67,23 +50,13 @@ class PrunedProcessor(ProcessorHooks):
     info: Any
 
     def prepare(self, served: type) -> None:
-        """Read the settings, and what tells where users' texts stand.
+        """Find what is known of the checkpoint.
 
         Args:
-            served: the class of the model, which knows the positions of an item.
+            served: the class of the model.
         """
-        config = self.info.get_hf_config()
-        given = config.hawk
-        self.config = serving_config(given)
-        check_modalities(self.config, self.info.supported_mm_limits)
-        self.why_no_text_inside = why_no_text_inside(self.info.ctx.model_config)
+        self.checkpoint = checkpoint_of(self.info, served)
         self.info.ctx = without_video_pruning(self.info.ctx)
-        ids, chat = chat_and_ids(self.info, self.config)
-        self.reader = Reader(ids, chat, by_own_turn(given), self.config.used_query)
-        self.places, self.sounds = named_places(config), named_places(config, SOUNDS)
-        self.rule = rule_of_positions(served, config)
-        self.room = room(config, self.info.ctx.model_config.max_model_len)
-        self.tally = tally.of_process()
 
     # What a request asks for goes with its keyword arguments, through the methods of vLLM's processor, and is taken out
     # again in front of the checkpoint's: a processor serves many requests, some at once.
@@ -91,8 +64,9 @@ class PrunedProcessor(ProcessorHooks):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         check_request(kwargs)
-        ratio = kwargs.pop(RATIO, self.config.ratio)
-        config = with_ratio(self.config, 0 if ratio is MEASURE else ratio)
+        settings = self.checkpoint.config
+        ratio = kwargs.pop(RATIO, settings.ratio)
+        config = with_ratio(settings, 0 if ratio is MEASURE else ratio)
         if ratio is MEASURE:
             kwargs[KEY] = (config, self.stand_ins(inputs, kwargs, config))
         elif config.ratio:
@@ -113,8 +87,8 @@ class PrunedProcessor(ProcessorHooks):
         """Refuse a prompt as it would be read, with the places of its items."""
         ids, runs = made["prompt_token_ids"], runs_of(made["mm_placeholders"])
         check_apart(runs)
-        self.places |= {ids[first] for first, _ in runs}
-        check_text(ids, runs, self.places, lambda wrong: self.info.get_tokenizer().decode(wrong))
+        self.checkpoint.places.update(ids[first] for first, _ in runs)
+        check_text(ids, runs, self.checkpoint.places, lambda wrong: self.info.get_tokenizer().decode(wrong))
 
     def forget(self, inputs: Any) -> None:
         """Take the items of a refused request out of the cache: the engine, which never gets to see them, is not sent
@@ -126,7 +100,7 @@ class PrunedProcessor(ProcessorHooks):
     def count_whole(self, placeholders: Mapping[str, Sequence[Any]], config: Any) -> None:
         for modality, ranges in placeholders.items():
             for each in ranges if not config.ratio or modality not in config.modalities else ():
-                self.tally.count(each.get_num_embeds(), each.get_num_embeds())
+                self.checkpoint.tally.count(each.get_num_embeds(), each.get_num_embeds())
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -159,7 +133,7 @@ class PrunedProcessor(ProcessorHooks):
         if not reads_question(config):
             return {name: [()] * count for name, count in counts.items()}
         order = sorted((span, name) for name, found in spans.items() for span in found)
-        questions = self.reader.questions(inputs.prompt, [span for span, _ in order])
+        questions = self.checkpoint.reader.questions(inputs.prompt, [span for span, _ in order])
         asked: dict[str, list[tuple[int, ...]]] = {name: [] for name in counts}
         for (_, name), question in zip(order, questions, strict=True):
             if not question:
@@ -227,9 +201,9 @@ class PrunedProcessor(ProcessorHooks):
     def applied(self, prompt_updates: Mapping[str, Any]) -> None:
         contents = [updates[0].content for items in prompt_updates.values() for updates in items if updates]
         pruned = [each for each in contents if isinstance(each, Shortened) and each.came]  # cached ones too
-        check_reach(sum(each.gap for each in pruned), self.room)
+        check_reach(sum(each.gap for each in pruned), self.checkpoint.room)
         for each in pruned:
-            self.tally.count(each.came, each.kept)
+            self.checkpoint.tally.count(each.came, each.kept)
 
     def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         kwargs, asked = without(kwargs_of_request)
@@ -257,8 +231,8 @@ class PrunedProcessor(ProcessorHooks):
             if place is None:
                 made.append(update)
                 continue
-            check_inner(place, self.why_no_text_inside)
-            check_alone(place, self.sounds)
+            check_inner(place, self.checkpoint.why_no_text_inside)
+            check_alone(place, self.checkpoint.sounds)
             keep = config.floor(place.count)
             extent = self.extent(place, modality, kwargs_of_item)
             gap = extent - (len(place.inner) - place.count + keep)
@@ -282,7 +256,7 @@ class PrunedProcessor(ProcessorHooks):
         Raises:
             InputError: more than travel exactly.
         """
-        _, extent = self.rule.item_positions(at_the_start(kwargs_of_item, modality, place.all_visual), place)
+        _, extent = self.checkpoint.rule.item_positions(at_the_start(kwargs_of_item, modality, place.all_visual), place)
         check_extent(extent)
         return extent
 
@@ -304,8 +278,14 @@ def same(one: Any, other: Any) -> bool:
 
 def pruned(served: type, processor: Any) -> Any:
     """A processor of vLLM's as one that prunes for a class of ours (`model.pruned_class`)."""
-    kind = type(processor)
-    made: Any = object.__new__(type(f"Pruned{kind.__name__}", (PrunedProcessor, kind), {}))
+    kind: Any = type(processor)
+    made: Any = object.__new__(pruned_kind(kind))
     made.__dict__.update(processor.__dict__)
     made.prepare(served)
     return made
+
+
+@functools.cache
+def pruned_kind(kind: type) -> type:
+    """A class of processors as one whose processors prune: one for all of them."""
+    return type(f"Pruned{kind.__name__}", (PrunedProcessor, kind), {"__module__": __name__})
