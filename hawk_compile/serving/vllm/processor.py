@@ -94,7 +94,7 @@ class PrunedProcessor(ProcessorHooks):
         """Take the items of a refused request out of the cache: the engine, which never gets to see them, is not sent
         again what its own cache is believed to hold."""
         if inputs.cache is not None:
-            for item in itertools.chain.from_iterable(self._get_mm_hashes(inputs).values()):
+            for item in itertools.chain.from_iterable(self.hashes_of(inputs).values()):
                 inputs.cache.invalidate(item)
 
     def count_whole(self, placeholders: Mapping[str, Sequence[Any]], config: Any) -> None:

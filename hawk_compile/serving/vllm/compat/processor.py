@@ -39,6 +39,10 @@ class ProcessorHooks:
         self.applied(mm_res.prompt_updates)
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
 
+    def hashes_of(self, inputs: Any) -> Any:
+        """The identity of each item, by modality, as every cache has it."""
+        return self._get_mm_hashes(inputs)
+
     def updates_of(self, mm_items: Any, kwargs: Any, out_mm_kwargs: Any) -> Any:
         """What a checkpoint's placeholders become; each is worked out when it is read."""
         return self._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[attr-defined]
