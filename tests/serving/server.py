@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from typing import Any
 
 SMALL = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
 START_SECONDS, END_SECONDS = 240, 60
+NO_MORE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def named_vllm(folder: Path) -> None:
 
 
 @contextmanager
-def serving(checkpoint: Path, log: Path, *arguments: str, ratio: float = 0.8) -> Iterator[Server]:
+def serving(
+    checkpoint: Path, log: Path, *arguments: str, ratio: float = 0.8, environment: Mapping[str, str] = NO_MORE
+) -> Iterator[Server]:
     """A server that answers, until the block ends."""
     port = free_port()
     command = [
@@ -81,14 +84,14 @@ def serving(checkpoint: Path, log: Path, *arguments: str, ratio: float = 0.8) ->
         "--host", "127.0.0.1", "--port", str(port), *SMALL, *arguments,
     ]  # fmt: skip
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
-    settings |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}  # else as many shapes as come
     named_vllm(log.parent)
     paths = [str(Path(__file__).parents[2]), str(log.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings["PYTHONPATH"] = os.pathsep.join(paths)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, env={**os.environ, **settings, **environment}, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         wait_for(server)
