@@ -77,8 +77,8 @@ def processor(targets: dict[str, list[int]], **hawk: Any) -> Any:
     from hawk_compile.serving.vllm.processor import PrunedProcessor
 
     made: Any = object.__new__(PrunedProcessor)
-    made.config = serving_config({"ratio": 0.8, **hawk})
-    made.reader = Reader(IDS, None, True, made.config.used_query)
+    config = serving_config({"ratio": 0.8, **hawk})
+    made.checkpoint = SimpleNamespace(config=config, reader=Reader(IDS, None, True, config.used_query))
     made.targets = lambda inputs, kwargs: targets
     return made
 
@@ -88,7 +88,7 @@ def inputs(prompt: list[int], **counts: int) -> Any:
 
 
 def asked(prompt: list[int], made: Any, **counts: int) -> Any:
-    return made.asked(inputs(prompt, **counts), {}, made.config)
+    return made.asked(inputs(prompt, **counts), {}, made.checkpoint.config)
 
 
 def test_the_question_of_every_item() -> None:
@@ -113,7 +113,7 @@ def test_a_processor_that_does_not_say_where_items_stand(targets: dict[str, list
     """As that of Mistral's own format, whose prompts come with all of their places: when memory is measured."""
     made = processor(targets)
     with pytest.raises(UnsupportedModelError, match="does not say which ids stand for items of modality image"):
-        made.stand_ins(inputs([], image=1), {}, made.config)
+        made.stand_ins(inputs([], image=1), {}, made.checkpoint.config)
 
 
 def updates(*contents: list[int]) -> list[Any]:
@@ -128,22 +128,22 @@ def updates(*contents: list[int]) -> list[Any]:
 
 def writer() -> Any:
     made = processor({})
-    made.why_no_text_inside, made.sounds = "", {SOUND}
-    made.rule = SimpleNamespace(item_positions=lambda feature, place: (None, len(place.inner)))
+    made.checkpoint.why_no_text_inside, made.checkpoint.sounds = "", {SOUND}
+    made.checkpoint.rule = SimpleNamespace(item_positions=lambda feature, place: (None, len(place.inner)))
     return made
 
 
 def test_audio_inside_a_video() -> None:
     """Its places would get the word embedding of what stands for it."""
     made = writer()
-    made.shortened(updates([*[IMAGE] * 5, 9, *[IMAGE] * 5]), (11,), made.config, "image", {})
+    made.shortened(updates([*[IMAGE] * 5, 9, *[IMAGE] * 5]), (11,), made.checkpoint.config, "image", {})
     with pytest.raises(InputError, match=r"audio stands between the visual tokens .* without use_audio_in_video"):
-        made.shortened(updates([*[IMAGE] * 5, SOUND, *[IMAGE] * 5]), (11,), made.config, "image", {})
+        made.shortened(updates([*[IMAGE] * 5, SOUND, *[IMAGE] * 5]), (11,), made.checkpoint.config, "image", {})
 
 
 def test_an_item_that_may_be_written_in_two_ways() -> None:
     made = writer()
-    short = made.shortened(updates([4, *[IMAGE] * 10, 5]), (11,), made.config, "image", {})
+    short = made.shortened(updates([4, *[IMAGE] * 10, 5]), (11,), made.checkpoint.config, "image", {})
     assert short[0].content.full == [4, IMAGE, IMAGE, 5] and (short[0].content.came, short[0].content.kept) == (10, 2)
     with pytest.raises(UnsupportedModelError, match="may write an item in more than one way"):
-        made.shortened(updates([IMAGE] * 10, [IMAGE] * 9), (11,), made.config, "image", {})
+        made.shortened(updates([IMAGE] * 10, [IMAGE] * 9), (11,), made.checkpoint.config, "image", {})
