@@ -16,18 +16,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import hawk_compile
 from tests import eager_reference
 from tests.serving.cases import Conversation
-from tests.serving.checkpoints import as_idefics3
+from tests.serving.checkpoints import twin
 from tests.serving.engine import ALONE, BOTH_WAYS, Answer, optimised, visual_of
 
 TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision")
 
 
+def known(folder: Path) -> Path:
+    """The checkpoint as transformers reads it."""
+    return twin(folder) if twin(folder).exists() else folder
+
+
 def expected(folder: Path, asked: list[Conversation], answers: list[Answer], ratio: float) -> list[Answer]:
     """What a server answers, given what it did answer."""
-    known = as_idefics3(folder) if folder.name == "smolvlm" else folder
     if ratio and folder.name in TILED:
-        return gathered(known, asked, answers, ratio=ratio)
-    return optimised(known, asked, ratio=ratio, **ALONE)
+        return gathered(known(folder), asked, answers, ratio=ratio)
+    return optimised(known(folder), asked, ratio=ratio, **ALONE)
 
 
 def kept_alone(folder: Path, asked: list[Conversation], **settings: Any) -> list[list[Tensor]]:

@@ -195,16 +195,22 @@ def idefics3(folder: Path, family: str = "Idefics3") -> Path:
     return save(getattr(hf, f"{family}ForConditionalGeneration")(config), processor, folder)
 
 
-def as_idefics3(folder: Path) -> Path:
-    """A SmolVLM under the class that its own was made from: the same weights and the same function, in a folder beside
-    it. `optimize` needs transformers 5.21 for SmolVLM's own class, and vLLM 0.32 comes with an older one."""
-    twin = Path(f"{folder}-as-idefics3")
-    shutil.copytree(folder, twin, dirs_exist_ok=True)
-    config = json.loads((twin / "config.json").read_text())
+def twin(folder: Path) -> Path:
+    """The folder beside a checkpoint's in which the same weights stand for transformers, where it needs another one."""
+    return Path(f"{folder}-for-transformers")
+
+
+def smolvlm(folder: Path) -> Path:
+    """Its twin has the class that its own was made from, the same function: `optimize` needs transformers 5.21 for
+    SmolVLM's own class, and vLLM 0.32 comes with an older one."""
+    idefics3(folder, "SmolVLM")
+    shutil.copytree(folder, twin(folder), dirs_exist_ok=True)
+    file = twin(folder) / "config.json"
+    config = json.loads(file.read_text())
     config |= {"model_type": "idefics3", "architectures": ["Idefics3ForConditionalGeneration"]}
     config["vision_config"]["model_type"] = "idefics3_vision"
-    (twin / "config.json").write_text(json.dumps(config))
-    return twin
+    file.write_text(json.dumps(config))
+    return folder
 
 
 def mistral3(folder: Path) -> Path:
@@ -230,6 +236,6 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "internvl": internvl,
     "gemma3": gemma3,
     "idefics3": idefics3,
-    "smolvlm": lambda folder: idefics3(folder, "SmolVLM"),
+    "smolvlm": smolvlm,
     "mistral3": mistral3,
 }

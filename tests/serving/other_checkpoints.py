@@ -1,12 +1,15 @@
 """More of them: other kinds of the families that the engine is held to, and families that none of those is."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
-from tests.serving.checkpoints import TEXT, VISION, gemma3, qwen, qwen_words, save, tokenizer
+from tests.serving.checkpoints import TEXT, VISION, gemma3, qwen, qwen_words, save, tokenizer, twin
 
 SIGLIP = {**VISION, "image_size": 112}
 
@@ -127,6 +130,74 @@ def qwen3_5(folder: Path) -> Path:
     return save(hf.Qwen3_5ForConditionalGeneration(config), processor, folder)
 
 
+def paligemma(folder: Path) -> Path:
+    """Images in front of the prompt, where none of its ids stands for them."""
+    words = tokenizer("<image>", image_token="<image>")
+    words.add_tokens(["\n"])
+    words.bos_token, words.add_bos_token = "<|im_start|>", True
+    config = hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(**SIGLIP, projection_dim=128),
+        text_config=hf.GemmaConfig(**{**TEXT, "tie_word_embeddings": True}), projection_dim=128, hidden_size=128,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    pixels = hf.SiglipImageProcessor(size={"height": 112, "width": 112})
+    pixels.image_seq_length = 64
+    processor = hf.PaliGemmaProcessor(pixels, words, chat_template=words.chat_template)
+    return save(hf.PaliGemmaForConditionalGeneration(config), processor, folder, "vision_tower.")
+
+
+AUDIO = {"num_mel_bins": 128, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 96, "d_model": 64}
+
+
+def qwen2_audio(folder: Path) -> Path:
+    """Sounds alone."""
+    words = tokenizer("<|AUDIO|>", audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>",
+                      audio_eos_token="<|audio_eos|>")  # fmt: skip
+    config = hf.Qwen2AudioConfig(
+        audio_config=AUDIO, text_config=hf.Qwen2Config(**TEXT).to_dict(),
+        audio_token_index=words.convert_tokens_to_ids("<|AUDIO|>"),
+    )  # fmt: skip
+    processor = hf.Qwen2AudioProcessor(hf.WhisperFeatureExtractor(feature_size=128), words, audio_token="<|AUDIO|>")
+    return save(hf.Qwen2AudioForConditionalGeneration(config), processor, folder)
+
+
+def qwen2_5_omni(folder: Path) -> Path:
+    """A model that talks, of which vLLM serves the part that reads: that one by itself stands beside it."""
+    names = {
+        "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_pad|>",
+        "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
+        "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>",
+    }  # fmt: skip
+    words = tokenizer("<|vision_start|><|image_pad|><|vision_end|>", **names)
+    number = {name: words.convert_tokens_to_ids(token) for name, token in names.items()}
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    vision = {"hidden_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2, "intermediate_size": 96,
+              "out_hidden_size": 128, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}  # fmt: skip
+    reads = hf.Qwen2_5OmniThinkerConfig(
+        text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, audio_config={**AUDIO, "output_dim": 128},
+        image_token_index=number["image_token"], video_token_index=number["video_token"],
+        audio_token_index=number["audio_token"], vision_start_token_id=number["vision_bos_token"],
+        vision_end_token_id=number["vision_eos_token"], audio_start_token_id=number["audio_bos_token"],
+        audio_end_token_id=number["audio_eos_token"],
+    )  # fmt: skip
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14,
+                             "merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
+    processor = hf.Qwen2_5OmniProcessor(
+        hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes),
+        hf.WhisperFeatureExtractor(feature_size=128), words, chat_template=words.chat_template,
+    )  # fmt: skip
+    alone = save(hf.Qwen2_5OmniThinkerForConditionalGeneration(reads), processor, twin(folder))
+    shutil.copytree(alone, folder, dirs_exist_ok=True)
+    weights = {f"thinker.{name}": value for name, value in load_file(alone / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+        "thinker_config": json.loads((alone / "config.json").read_text()), "enable_audio_output": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
     "qwen2_5_vl": lambda folder: qwen("2_5", folder),
     "gemma3.window": lambda folder: gemma3(folder, window=12),
@@ -134,4 +205,5 @@ OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
     "llava_onevision": llava_onevision,
     "cohere2_vision": cohere2_vision,
     "glm4v": glm4v,
+    "qwen2_5_omni": qwen2_5_omni,
 }

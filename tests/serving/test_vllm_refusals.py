@@ -41,8 +41,15 @@ def model(architecture: str = LLAVA, axes: int = 0, **multimodal: Any) -> Any:
         config.text_config.rope_parameters = {"mrope_section": [4] * axes}
     return SimpleNamespace(
         model="", hf_config=config, hf_text_config=config.text_config, architecture=architecture,
-        multimodal_config=MultiModalConfig(**multimodal),
+        multimodal_config=MultiModalConfig(**multimodal), is_encoder_decoder=False, runner_type="generate",
+        is_diffusion=False,
     )  # fmt: skip
+
+
+def changed(**attributes: Any) -> Any:
+    made = model()
+    made.__dict__.update(attributes)
+    return made
 
 
 def without_images() -> Any:
@@ -60,6 +67,11 @@ def with_multiplier() -> Any:
 @pytest.mark.parametrize(("made", "error", "message"), [
     (without_images, UnsupportedModelError, "LlamaForCausalLM takes no images in vLLM"),
     (lambda: model("TransformersMultiModalForCausalLM"), UnsupportedModelError, "runs transformers' code"),
+    (lambda: model("Emu3ForConditionalGeneration"), UnsupportedModelError, "runs transformers' code"),
+    (lambda: model("HCXVisionV2ForCausalLM"), UnsupportedModelError, "is not among the multimodal models of vLLM's"),
+    (lambda: changed(is_encoder_decoder=True), UnsupportedModelError, "reads images by cross-attention"),
+    (lambda: changed(runner_type="pooling"), UnsupportedModelError, "runner='pooling' answers with what is pooled of"),
+    (lambda: changed(is_diffusion=True), UnsupportedModelError, "draws its answers in blocks"),
     (with_multiplier, UnsupportedModelError, r"embedding_multiplier=12\.0 is applied"),
     (lambda: model(video_pruning_rate=0.5), UnsupportedModelError, r"video_pruning_rate=0\.5 removes video tokens"),
     (lambda: model(mm_processor_kwargs={"hawk_ratio": 0.5}), ConfigError, "has hawk_ratio, which is read of requests"),

@@ -10,7 +10,7 @@ from hawk_compile.serving.settings import by_own_turn, serving_config
 from hawk_compile.serving.vllm import tally
 from hawk_compile.serving.vllm.compat.processor import SOUNDS, chat_and_ids, named_places, why_no_text_inside
 from hawk_compile.serving.vllm.model import rule_of_positions
-from hawk_compile.serving.vllm.positions import room
+from hawk_compile.serving.vllm.positions import is_plain, room
 from hawk_compile.serving.vllm.refusals import check_modalities
 from hawk_compile.settings.config import HawkConfig
 
@@ -62,17 +62,18 @@ def checkpoint_of(info: Any, served: type) -> Checkpoint:
 
 
 def read(info: Any, served: type) -> Checkpoint:
-    config, model = info.get_hf_config(), info.ctx.model_config
-    settings = serving_config(config.hawk)
+    model = info.ctx.model_config
+    whole, config = model.hf_config, info.get_hf_config()  # of models that talk, the part that reads
+    settings, plain = serving_config(whole.hawk), is_plain(whole)
     check_modalities(settings, info.supported_mm_limits)
     ids, chat = chat_and_ids(info, settings)
     return Checkpoint(
         config=settings,
         why_no_text_inside=why_no_text_inside(model),
-        reader=Reader(ids, chat, by_own_turn(config.hawk), settings.used_query),
+        reader=Reader(ids, chat, by_own_turn(whole.hawk), settings.used_query),
         places=named_places(config),
         sounds=named_places(config, SOUNDS),
-        rule=rule_of_positions(served, config),
-        room=room(config, model.max_model_len),
+        rule=rule_of_positions(served, config, plain),
+        room=room(plain, model.max_model_len),
         tally=tally.of_process(),
     )

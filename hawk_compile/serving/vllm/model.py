@@ -42,7 +42,7 @@ class PrunedModel:
         self.is_probed = False
         self.plain = positions.is_plain(vllm_config.model_config.hf_config)
         most = vllm_config.model_config.max_model_len
-        compat.let_positions_reach(self, most, positions.room(vllm_config.model_config.hf_config, most))
+        compat.let_positions_reach(self, most, positions.room(self.plain, most))
         bound_encoder_calls(vllm_config, visual_tokens)
         self.decoder = decoder = compat.decoder_of(self)
         axes = 1 if self.plain else positions.AXES
@@ -179,12 +179,12 @@ class PrunedModel:
         return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
 
-def rule_of_positions(served: type, config: Any) -> Any:
+def rule_of_positions(served: type, config: Any, plain: bool) -> Any:
     """A model of such a class with nothing in it: the positions of an item (`item_positions`) can be asked for where
     there are no weights, as in front of the engine."""
     model: Any = object.__new__(served)
     nn.Module.__init__(model)
-    model.config, model.plain = config, positions.is_plain(config)
+    model.config, model.plain = config, plain
     return model
 
 

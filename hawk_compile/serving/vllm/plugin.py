@@ -9,6 +9,7 @@ from hawk_compile.serving.vllm.compat.engine import (
     let_cpu_take_positions,
     multimodal_architectures,
     name_architecture,
+    runs_in_transformers,
     when_verified,
 )
 from hawk_compile.serving.vllm.positions import AXES, PLAIN
@@ -85,10 +86,24 @@ def serve_pruned(model: Any) -> None:
 
     if model.multimodal_config is None:
         raise UnsupportedModelError(f"{name} takes no images in vLLM, so that there is nothing to prune: {remedy}")
-    if f"Pruned{name}" not in ModelRegistry.models:
+    if model.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} reads images by cross-attention, so that no visual token stands in a prompt, where it could be "
+            f"removed: {remedy}"
+        )
+    if model.runner_type == "pooling":
+        raise UnsupportedModelError(
+            f"runner='pooling' answers with what is pooled of all tokens of a prompt, visual ones too, and what it is "
+            f"worth with some of them removed was not compared with anything: {remedy}"
+        )
+    if runs_in_transformers(name):
         raise UnsupportedModelError(
             f"vLLM has no model of its own for this checkpoint and runs transformers' code ({name}), whose layers get "
             f"their positions ready made, so that they cannot be scored without: {remedy}"
+        )
+    if f"Pruned{name}" not in ModelRegistry.models:
+        raise UnsupportedModelError(
+            f"{name} is not among the multimodal models of vLLM's registry, which classes are offered for: {remedy}"
         )
     if (times := getattr(model.hf_text_config, "embedding_multiplier", None) or 1) != 1:
         raise UnsupportedModelError(

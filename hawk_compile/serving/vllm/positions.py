@@ -33,10 +33,10 @@ def is_plain(config: Any) -> bool:
     return getattr(config, "mrope_section", None) == list(PLAIN)
 
 
-def room(config: Any, most: int) -> int:
+def room(plain: bool, most: int) -> int:
     """How many positions more than `most` tokens, the longest prompt with its answer, the rotary embeddings hold: as
     many of a decoder without axes; of others, whose pictures take fewer positions than tokens, what vLLM makes."""
-    return most if is_plain(config) else 3 * most
+    return most if plain else 3 * most
 
 
 def check_reach(gaps: int, most: int) -> None:

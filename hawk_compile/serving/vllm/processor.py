@@ -113,9 +113,9 @@ class PrunedProcessor(ProcessorHooks):
             UnsupportedModelError: nobody could tell where an item stands in a prompt.
         """
         counts = {name: len(items) for name, items in inputs.mm_data_items.items() if name in config.modalities}
-        targets = self.targets(inputs, kwargs)
+        targets = self.targets(inputs, kwargs, counts)
         for name in counts:
-            if not targets.get(name):
+            if not all(targets.get(name, [[]])):
                 raise UnsupportedModelError(
                     f"this checkpoint's processor in vLLM does not say which ids stand for items of modality {name} in "
                     f"a prompt: it cannot be pruned; leave {KEY} out of hf_overrides"
@@ -132,28 +132,28 @@ class PrunedProcessor(ProcessorHooks):
         spans = self.spans(inputs, kwargs, counts)
         if not reads_question(config):
             return {name: [()] * count for name, count in counts.items()}
-        order = sorted((span, name) for name, found in spans.items() for span in found)
-        questions = self.checkpoint.reader.questions(inputs.prompt, [span for span, _ in order])
-        asked: dict[str, list[tuple[int, ...]]] = {name: [] for name in counts}
-        for (_, name), question in zip(order, questions, strict=True):
+        order = sorted((span, name, index) for name, found in spans.items() for index, span in enumerate(found))
+        questions = self.checkpoint.reader.questions(inputs.prompt, [span for span, _, _ in order])
+        asked: dict[str, list[tuple[int, ...]]] = {name: [()] * count for name, count in counts.items()}
+        for (_, name, index), question in zip(order, questions, strict=True):
             if not question:
                 raise InputError(
                     f"the prompt has no text that could score its {name}: add a question, or ask for "
                     f'mm_processor_kwargs={{"{RATIO}": 0}}'
                 )
-            asked[name].append(question)
+            asked[name][index] = question
         return asked
 
     def spans(self, inputs: Any, kwargs: dict[str, Any], counts: Mapping[str, int]) -> dict[str, list[Span]]:
-        """Where the items of each modality stand in the prompt as the client sent it."""
-        targets = self.targets(inputs, kwargs)
+        """Where the items of each modality stand in the prompt as the client sent it, in the order of the items."""
+        targets = self.targets(inputs, kwargs, counts)
         spans: dict[str, list[Span]] = {}
         for name, count in counts.items():
-            found = (
-                []
-                if name not in targets
-                else [(match.start_idx, match.end_idx) for match in iter_token_matches(inputs.prompt, targets[name])]
-            )
+            found = [
+                (match.start_idx, match.end_idx)
+                for target in dict.fromkeys(map(tuple, targets.get(name, [])))
+                for match in (iter_token_matches(inputs.prompt, list(target)) if target else ())
+            ]
             if len(found) != count:
                 raise InputError(
                     f"the prompt has {len(found)} placeholders for {count} items of modality {name}: give one for each "
@@ -162,13 +162,18 @@ class PrunedProcessor(ProcessorHooks):
             spans[name] = found
         return spans
 
-    def targets(self, inputs: Any, kwargs: dict[str, Any]) -> dict[str, list[int]]:
-        """Modality -> the ids that stand for an item in a prompt."""
+    def targets(self, inputs: Any, kwargs: dict[str, Any], counts: Mapping[str, int]) -> dict[str, list[list[int]]]:
+        """Modality -> the ids that stand for each item in a prompt, which may be numbered; none where it is not by ids
+        that vLLM finds its place."""
         from vllm.multimodal.inputs import MultiModalKwargsItems
 
         updates = self.updates_of(inputs.mm_data_items, kwargs, MultiModalKwargsItems({}))
-        targets = {each.modality: each.target(0) if callable(each.target) else each.target for each in updates}
-        return {name: target for name, target in targets.items() if isinstance(target, list)}
+        targets = {}
+        for each in updates:
+            count = counts.get(each.modality, 0)
+            ids = [each.target(index) if callable(each.target) else each.target for index in range(count)]
+            targets[each.modality] = [one if isinstance(one, list) else [] for one in ids]
+        return targets
 
     def hashes(self, ask: Ask, inputs: Any) -> Any:
         kwargs, asked = without(inputs.hf_processor_mm_kwargs)
@@ -204,6 +209,13 @@ class PrunedProcessor(ProcessorHooks):
         check_reach(sum(each.gap for each in pruned), self.checkpoint.room)
         for each in pruned:
             self.checkpoint.tally.count(each.came, each.kept)
+
+    def recomputed(self, cached: Any, update: Any) -> Any:
+        """A cached update at another place among the items of a prompt, some of which are numbered in their texts."""
+        if not isinstance(cached.content, Shortened):
+            return update
+        content = update.content
+        return update.with_content(replace(cached.content, full=content.full, is_embed=content.is_embed))
 
     def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         kwargs, asked = without(kwargs_of_request)

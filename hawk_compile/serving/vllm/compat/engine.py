@@ -30,6 +30,13 @@ def multimodal_architectures() -> list[str]:
     return list(_MULTIMODAL_MODELS)
 
 
+def runs_in_transformers(architecture: str) -> bool:
+    """Whether vLLM serves an architecture by transformers' code."""
+    from vllm.model_executor.models.registry import _TRANSFORMERS_BACKEND_MODELS, _TRANSFORMERS_SUPPORTED_MODELS
+
+    return architecture in _TRANSFORMERS_BACKEND_MODELS or architecture in _TRANSFORMERS_SUPPORTED_MODELS
+
+
 def name_architecture(model: Any, name: str) -> None:
     """Let a configuration be served by another class of the registry."""
     model.hf_config.architectures = [name]

@@ -35,6 +35,10 @@ class ProcessorHooks:
         ask = super()._get_mm_prompt_updates  # type: ignore[misc]
         return self.prompt_updates(ask, mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
+    def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
+        made = super()._recompute_cached_prompt_update(cached_update, new_item_idx)  # type: ignore[misc]
+        return self.recomputed(cached_update, made)
+
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         self.applied(mm_res.prompt_updates)
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
@@ -62,6 +66,10 @@ class ProcessorHooks:
     def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         """What becomes of each item's placeholder, by modality."""
         return ask(mm_items, kwargs_of_request, out_mm_kwargs)
+
+    def recomputed(self, cached: Any, update: Any) -> Any:
+        """What becomes of an item that the cache holds, at another place among the items of its prompt."""
+        return update
 
     def applied(self, prompt_updates: Mapping[str, Any]) -> None:
         """Sees what becomes of the items of a prompt, cached ones too."""
