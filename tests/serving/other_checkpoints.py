@@ -130,6 +130,31 @@ def qwen3_5(folder: Path) -> Path:
     return save(hf.Qwen3_5ForConditionalGeneration(config), processor, folder)
 
 
+def gemma4(folder: Path) -> Path:
+    """Embeddings of each layer's own, by ids; norms of queries, keys and values."""
+    names = {"image_token": "<|image|>", "boi_token": "<boi>", "eoi_token": "<eoi>", "audio_token": "<|audio|>",
+             "boa_token": "<boa>", "eoa_token": "<eoa>", "video_token": "<|video|>"}  # fmt: skip
+    words = tokenizer("<|image|>", **names)
+    kinds = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token", "boa_token")
+    ids = {f"{name}_id": words.convert_tokens_to_ids(names[name]) for name in kinds}
+    text = {
+        **TEXT, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512, "global_head_dim": 32,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0,
+    }  # fmt: skip
+    vision = {**VISION, "num_key_value_heads": 2, "head_dim": 32, "pooling_kernel_size": 2, "default_output_length": 70,
+              "position_embedding_size": 256}  # fmt: skip
+    config = hf.Gemma4Config(
+        text_config=hf.Gemma4TextConfig(**text), vision_config=hf.Gemma4VisionConfig(**vision), audio_config=None,
+        tie_word_embeddings=False, **ids,
+    )  # fmt: skip
+    sizes = {"patch_size": 14, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    processor = hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(**sizes), words, hf.Gemma4VideoProcessor(**sizes),
+        chat_template=words.chat_template, image_seq_length=70,
+    )  # fmt: skip
+    return save(hf.Gemma4ForConditionalGeneration(config), processor, folder)
+
+
 def paligemma(folder: Path) -> Path:
     """Images in front of the prompt, where none of its ids stands for them."""
     words = tokenizer("<image>", image_token="<image>")
@@ -161,7 +186,7 @@ def qwen2_audio(folder: Path) -> Path:
     return save(hf.Qwen2AudioForConditionalGeneration(config), processor, folder)
 
 
-def qwen2_5_omni(folder: Path) -> Path:
+def omni(folder: Path, version: str) -> Path:
     """A model that talks, of which vLLM serves the part that reads: that one by itself stands beside it."""
     names = {
         "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "audio_token": "<|audio_pad|>",
@@ -170,40 +195,83 @@ def qwen2_5_omni(folder: Path) -> Path:
     }  # fmt: skip
     words = tokenizer("<|vision_start|><|image_pad|><|vision_end|>", **names)
     number = {name: words.convert_tokens_to_ids(token) for name, token in names.items()}
+    ids = {
+        "vision_start_token_id": number["vision_bos_token"], "vision_end_token_id": number["vision_eos_token"],
+        "audio_start_token_id": number["audio_bos_token"], "audio_end_token_id": number["audio_eos_token"],
+    }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
-    vision = {"hidden_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2, "intermediate_size": 96,
-              "out_hidden_size": 128, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}  # fmt: skip
-    reads = hf.Qwen2_5OmniThinkerConfig(
-        text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, audio_config={**AUDIO, "output_dim": 128},
-        image_token_index=number["image_token"], video_token_index=number["video_token"],
-        audio_token_index=number["audio_token"], vision_start_token_id=number["vision_bos_token"],
-        vision_end_token_id=number["vision_eos_token"], audio_start_token_id=number["audio_bos_token"],
-        audio_end_token_id=number["audio_eos_token"],
-    )  # fmt: skip
+    text = {**TEXT, "rope_parameters": rope}
+    vision = {"hidden_size": 64, "embed_dim": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
+              "patch_size": 14}  # fmt: skip
     sizes: dict[str, Any] = {"size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14,
                              "merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
-    processor = hf.Qwen2_5OmniProcessor(
+    if version == "2_5":
+        family, named = "Qwen2_5Omni", "token_index"
+        vision |= {"depth": 2, "window_size": 56, "fullatt_block_indexes": [1]}
+    else:
+        family, named = "Qwen3OmniMoe", "token_id"
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+        text["rope_parameters"] = {**rope, "mrope_interleaved": True}
+        vision |= {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "image_size": 112,
+                   "apply_vit_abs_pos_embed": True}  # fmt: skip
+        sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    reads = getattr(hf, f"{family}ThinkerConfig")(
+        text_config=text, vision_config=vision, audio_config={**AUDIO, "output_dim": 128, "downsample_hidden_size": 32},
+        **ids, **{f"{kind}_{named}": number[f"{kind}_token"] for kind in ("image", "video", "audio")},
+    )  # fmt: skip
+    processor = getattr(hf, f"{family}Processor")(
         hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes),
         hf.WhisperFeatureExtractor(feature_size=128), words, chat_template=words.chat_template,
     )  # fmt: skip
-    alone = save(hf.Qwen2_5OmniThinkerForConditionalGeneration(reads), processor, twin(folder))
+    alone = save(getattr(hf, f"{family}ThinkerForConditionalGeneration")(reads), processor, twin(folder))
     shutil.copytree(alone, folder, dirs_exist_ok=True)
     weights = {f"thinker.{name}": value for name, value in load_file(alone / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniForConditionalGeneration"],
-        "thinker_config": json.loads((alone / "config.json").read_text()), "enable_audio_output": False,
+        "model_type": "qwen2_5_omni" if version == "2_5" else "qwen3_omni_moe",
+        "architectures": [f"{family}ForConditionalGeneration"], "enable_audio_output": False,
+        "thinker_config": json.loads((alone / "config.json").read_text()),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
+def qwen3_vl_moe(folder: Path) -> Path:
+    """Experts, whose weights published checkpoints have the other way round than transformers writes them."""
+    words, ids = qwen_words()
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0, "mrope_interleaved": True}
+    text = {**TEXT, "rope_parameters": rope, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "norm_topk_prob": True}  # fmt: skip
+    vision = {"hidden_size": 64, "depth": 3, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
+              "patch_size": 14, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}  # fmt: skip
+    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
+        "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    processor = hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(**sizes), words, hf.Qwen3VLVideoProcessor(**sizes), chat_template=words.chat_template
+    )
+    alone = save(hf.Qwen3VLMoeForConditionalGeneration(config), processor, twin(folder))
+    shutil.copytree(alone, folder, dirs_exist_ok=True)
+    weights = {
+        name: value.transpose(1, 2).contiguous() if ".experts." in name else value
+        for name, value in load_file(alone / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
+    # First: a process that began without experts has no group of ranks for any.
+    "qwen3_omni_moe": lambda folder: omni(folder, "3"),
+    "qwen3_vl_moe": qwen3_vl_moe,
     "qwen2_5_vl": lambda folder: qwen("2_5", folder),
     "gemma3.window": lambda folder: gemma3(folder, window=12),
     "pixtral": pixtral,
     "llava_onevision": llava_onevision,
     "cohere2_vision": cohere2_vision,
     "glm4v": glm4v,
-    "qwen2_5_omni": qwen2_5_omni,
+    "gemma4": gemma4,
+    "qwen2_5_omni": lambda folder: omni(folder, "2_5"),
 }

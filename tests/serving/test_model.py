@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +101,16 @@ class Model(nn.Module):
     def get_language_model(self) -> Decoder:
         return self.decoder_
 
+    def embed_input_ids(self, ids: Tensor, features: Sequence[Tensor] = (), *, is_multimodal: Any = None) -> Tensor:
+        rows = self.decoder_.embed_input_ids(ids)
+        if len(features):
+            rows = rows.detach().clone()
+            rows[is_multimodal] = self.merged(torch.cat(list(features)))
+        return rows
+
+    def merged(self, features: Tensor) -> Tensor:
+        return features
+
     def embed_multimodal(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(features)
 
@@ -166,6 +176,30 @@ def test_the_best_rows_with_their_positions(deep: int) -> None:
     plain, axes, extent = positions.taken_apart(rows, torch.device("cpu"))
     assert plain.equal(features[expected]) and expected != list(range(5))
     assert axes.tolist() == [expected] * 3 and extent.tolist() == [12] * 5
+
+
+def test_features_that_are_merged_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "merged", lambda self, features: 12 * features)
+    with pytest.raises(UnsupportedModelError, match="does not put visual features as they leave the encoder"):
+        served().probe()
+
+
+def test_a_rule_for_positions_that_counts_on_an_end_of_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item by itself ends in one, too: its positions are asked for in front of any prompt."""
+
+    def rule(model: Any, tokens: list[int], features: list[Any]) -> tuple[Tensor, int]:
+        assert len(tokens) > 12
+        of_item = torch.arange(12) // 3
+        return torch.cat([of_item, of_item.max() + 1 + torch.arange(len(tokens) - 12)]).expand(3, -1), 0
+
+    monkeypatch.setattr(Model, "get_mrope_input_positions", rule, raising=False)
+    model, features = served(), torch.randn(12, WIDTH, device=DEVICE)
+    model.plain = False
+    with torch.no_grad():
+        (rows,) = model.embed_multimodal(features=[features], **facts([3, 7, 9], 5, [True] * 12, []))
+        expected = best(model, [3, 7, 9], features, 5)
+    _, axes, extent = positions.taken_apart(rows, torch.device("cpu"))
+    assert axes.tolist() == [[place // 3 for place in expected]] * 3 and extent.tolist() == [4] * 5
 
 
 def test_a_norm_behind_the_rotation_counts() -> None:

@@ -23,12 +23,13 @@ pytestmark = [
 
 CLOSE = 1e-4
 """Log-probabilities in fp32, of two implementations of the same model."""
-FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen2_5_omni")
+FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen2_5_omni", "qwen3_omni_moe",
+          "qwen3_vl_moe")  # fmt: skip
 TOUCHING = ("llava", "llava_next", "llava_onevision")
 """Nothing stands around the visual tokens of a picture."""
 
 
-@pytest.fixture(scope="module", params=[*KINDS, *OTHER_KINDS])
+@pytest.fixture(scope="module", params=[*OTHER_KINDS, *KINDS])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return {**KINDS, **OTHER_KINDS}[request.param](tmp_path_factory.mktemp("checkpoints") / request.param)
 

@@ -91,7 +91,7 @@ def processor(targets: dict[str, list[int]], **hawk: Any) -> Any:
     made: Any = object.__new__(PrunedProcessor)
     config = serving_config({"ratio": 0.8, **hawk})
     made.checkpoint = SimpleNamespace(config=config, reader=Reader(IDS, None, True, config.used_query))
-    made.targets = lambda inputs, kwargs: targets
+    made.targets = lambda inputs, kwargs, counts: {name: [ids] * counts.get(name, 0) for name, ids in targets.items()}
     return made
 
 

@@ -18,6 +18,9 @@ from hawk_compile.serving.vllm.scoring import Projections, kept
 
 LOG = logging.getLogger("vllm.hawk")
 
+NO_TOKEN = -1
+"""An id of no vocabulary."""
+
 
 class PrunedModel:
     """Goes in front of a multimodal model class of vLLM's (`pruned_class`), whose methods it extends.
@@ -62,6 +65,7 @@ class PrunedModel:
         """Run the projections, once, as soon as there are weights: later is too late to refuse."""
         if not self.is_probed:
             decoder = self.decoder
+            compat.check_merge(super().embed_input_ids, decoder)  # type: ignore[misc]
             self.projections(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
             self.is_probed = True
 
@@ -112,8 +116,9 @@ class PrunedModel:
 
     def item_positions(self, feature: Any, place: Place) -> tuple[Tensor, int]:
         """([3, N] positions from an item's first visual token to its last, how many they take), counted from the first,
-        by the model's own rule for a prompt that is this item alone."""
-        found, _ = self.whole_positions(place.ids, [feature])
+        by the model's own rule for a prompt that is this item alone, and one text token: some rules count on an end of
+        image."""
+        found, _ = self.whole_positions([*place.ids, NO_TOKEN], [feature])
         begin = len(place.before)
         first = int(found[:, :begin].max()) + 1 if begin else 0
         inner = found[:, begin : begin + len(place.inner)] - first

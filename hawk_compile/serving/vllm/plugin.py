@@ -96,6 +96,11 @@ def serve_pruned(model: Any) -> None:
             f"runner='pooling' answers with what is pooled of all tokens of a prompt, visual ones too, and what it is "
             f"worth with some of them removed was not compared with anything: {remedy}"
         )
+    if model.is_diffusion:
+        raise UnsupportedModelError(
+            f"{name} draws its answers in blocks, whose positions behind a prompt with some of its tokens removed were "
+            f"not compared with anything: {remedy}"
+        )
     if runs_in_transformers(name):
         raise UnsupportedModelError(
             f"vLLM has no model of its own for this checkpoint and runs transformers' code ({name}), whose layers get "

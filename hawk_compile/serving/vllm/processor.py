@@ -212,10 +212,11 @@ class PrunedProcessor(ProcessorHooks):
 
     def recomputed(self, cached: Any, update: Any) -> Any:
         """A cached update at another place among the items of a prompt, some of which are numbered in their texts."""
-        if not isinstance(cached.content, Shortened):
+        before, after = cached.content, update.content
+        if not isinstance(before, Shortened):
             return update
-        content = update.content
-        return update.with_content(replace(cached.content, full=content.full, is_embed=content.is_embed))
+        content = Shortened(after.full, after.is_embed, came=before.came, kept=before.kept, gap=before.gap)
+        return update.with_content(content)
 
     def prompt_updates(self, ask: Ask, mm_items: Any, kwargs_of_request: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         kwargs, asked = without(kwargs_of_request)

@@ -32,6 +32,8 @@ class Unrotated(nn.Module):
     def forward(self, positions: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return query, key
 
+    forward_native = forward  # some layers ask for it by name
+
 
 class Projections:
     """Queries and keys of a decoder's first layer, as its attention gets them, but for position.

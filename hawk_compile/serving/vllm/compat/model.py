@@ -67,6 +67,38 @@ def base_embedding(model: Any) -> Callable[[Tensor], Tensor]:
     return embed
 
 
+MOST_LEVELS = 8
+"""How many layers behind the first may get features of their own, which stand behind those of the first."""
+
+
+def check_merge(embed: Callable[..., Tensor], decoder: Decoder) -> None:
+    """Refuse a model whose decoder does not get visual features as they leave the encoder: what is scored would not be
+    what it reads.
+
+    Args:
+        embed: the model's own `embed_input_ids`, which puts features in the places of their ids.
+
+    Raises:
+        UnsupportedModelError: such a model.
+    """
+    feature = (1 + torch.arange(decoder.width) % 8).unsqueeze(0)  # exact in every dtype
+    feature = feature.to(decoder.device, decoder.dtype)
+    ids = torch.zeros(1, dtype=torch.int64, device=decoder.device)
+    for level in range(1 + MOST_LEVELS):
+        deep = feature.new_zeros(1, level * decoder.width)  # zeros: a model keeps them until a step has read them
+        try:
+            merged = embed(ids, [torch.cat([feature, deep], 1)], is_multimodal=torch.ones(1, dtype=torch.bool))
+        except (RuntimeError, ValueError, AssertionError):  # of another width
+            continue
+        if merged.to(feature.dtype).equal(feature):
+            return
+        break
+    raise UnsupportedModelError(
+        "this model does not put visual features as they leave the encoder in the places of their tokens, so that "
+        "something else would be scored than what its decoder reads: leave hawk out of hf_overrides"
+    )
+
+
 def attentions_of(layer: nn.Module) -> list[str]:
     """The names of the modules that keep keys and values (vLLM's AttentionLayerBase), whatever computes them."""
     return [name for name, module in layer.named_modules() if hasattr(module, "get_kv_cache_spec")]
