@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +151,23 @@ def served(
     """By the engine, all at once."""
     outs = llm.generate(requests(folder, asked, ratio), sampling(tokens), use_tqdm=False, **options)
     return [answer(out) for out in outs]
+
+
+def served_by_vllm_alone(folder: Path, count: int) -> list[Answer]:
+    """The first `count` of `prompts` by an engine in a process of its own, in which no plugin is loaded."""
+    alone = f"""
+import dataclasses, json, sys
+from pathlib import Path
+from tests.serving.engine import engine, prompts, served
+folder = Path({str(folder)!r})
+answers = served(engine(folder, None), folder, prompts({count}))
+assert "hawk_compile.serving.vllm.plugin" not in sys.modules
+print(json.dumps([dataclasses.asdict(each) for each in answers]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", alone], env={**os.environ, "VLLM_PLUGINS": ""}, capture_output=True, text=True, check=True
+    )
+    return [Answer(**each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 def farthest(one: list[Answer], other: list[Answer]) -> float:

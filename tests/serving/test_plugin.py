@@ -50,9 +50,11 @@ def test_other_models_are_loaded_without_this_package(monkeypatch: pytest.Monkey
 
 
 def an_engine(
-    stages: int = 1, encoder_only: bool = False, transfer: Any = None, prompt_embeds: bool = False, lora: Any = None
+    stages: int = 1, encoder_only: bool = False, transfer: Any = None, prompt_embeds: bool = False, lora: Any = None,
+    drafts: str | None = None,
 ) -> Any:
     return SimpleNamespace(
+        speculative_config=None if drafts is None else SimpleNamespace(method=drafts),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages), ec_transfer_config=transfer, lora_config=lora,
         model_config=SimpleNamespace(
             multimodal_config=SimpleNamespace(mm_encoder_only=encoder_only), enable_prompt_embeds=prompt_embeds
@@ -65,10 +67,12 @@ def an_engine(
     ({"encoder_only": True}, "the vision encoder alone"),
     ({"transfer": object()}, "the vision encoder alone"),
     ({"prompt_embeds": True}, "enable_prompt_embeds=True .* have no ids"),
+    ({"drafts": "eagle3"}, "by 'eagle3' drafts with a model of its own, .* take ngram or"),
     ({"lora": SimpleNamespace(enable_tower_connector_lora=True)}, "enable_tower_connector_lora=True .* leave it out"),
 ])  # fmt: skip
 def test_engines_that_are_refused(given: dict[str, Any], message: str) -> None:
     check_engine(an_engine())
+    check_engine(an_engine(drafts="ngram"))
     check_engine(an_engine(lora=SimpleNamespace(enable_tower_connector_lora=False)))
     with pytest.raises(UnsupportedCallError, match=message):
         check_engine(an_engine(**given))

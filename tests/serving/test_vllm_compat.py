@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -156,6 +157,16 @@ def test_a_model_is_asked_by_these_names() -> None:
     assert not parameters(RotaryEmbeddingBase._compute_cos_sin_cache)
     made = inspect.getsource(RotaryEmbeddingBase.__init__)
     assert "cos_sin_cache" in made and "self.max_position_embeddings" in made
+
+
+def test_methods_that_draft_without_positions_have_these_names() -> None:
+    from vllm.config import VllmConfig
+    from vllm.config.speculative import SpeculativeMethod
+
+    from hawk_compile.serving.vllm.compat.engine import DRAFTS_WITHOUT_POSITIONS
+
+    assert {f"'{name}'" for name in DRAFTS_WITHOUT_POSITIONS} <= set(re.findall(r"'\w+'", str(SpeculativeMethod)))
+    assert "speculative_config" in {each.name for each in dataclasses.fields(VllmConfig)}
 
 
 def test_an_encoder_that_is_captured_has_modalities() -> None:

@@ -77,6 +77,10 @@ def encoder_seconds(llm: Any) -> float:
     return max(sum(request["encoder_forward_secs"] for request in worker.values()) for worker in of_workers)
 
 
+DRAFTS_WITHOUT_POSITIONS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
+"""vLLM's methods of speculative decoding that look a draft up, or read it off hidden states."""
+
+
 def check_engine(config: Any) -> None:
     """Refuse what an engine is asked to do and cannot while it prunes.
 
@@ -98,6 +102,13 @@ def check_engine(config: Any) -> None:
         raise UnsupportedCallError(
             "enable_prompt_embeds=True lets requests give text as embeddings, which have no ids to find a question in: "
             "leave it out, or hawk out of hf_overrides"
+        )
+    drafts = config.speculative_config
+    if drafts is not None and drafts.method not in DRAFTS_WITHOUT_POSITIONS:
+        raise UnsupportedCallError(
+            f"speculative decoding by {drafts.method!r} drafts with a model of its own, whose table of positions ends "
+            f"where prompts may, and kept tokens have positions beyond: take {' or '.join(DRAFTS_WITHOUT_POSITIONS)}, "
+            "or leave hawk out of hf_overrides"
         )
     if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
         raise UnsupportedCallError(
