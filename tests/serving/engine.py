@@ -164,9 +164,8 @@ answers = served(engine(folder, None), folder, prompts({count}))
 assert "hawk_compile.serving.vllm.plugin" not in sys.modules
 print(json.dumps([dataclasses.asdict(each) for each in answers]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", alone], env={**os.environ, "VLLM_PLUGINS": ""}, capture_output=True, text=True, check=True
-    )
+    unplugged = {**os.environ, "VLLM_PLUGINS": ""}
+    done = subprocess.run([sys.executable, "-c", alone], env=unplugged, capture_output=True, text=True, check=True)
     return [Answer(**each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 

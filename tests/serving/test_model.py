@@ -130,6 +130,7 @@ def served(base: type = Model, plain: bool = True, **settings: Any) -> Any:
     section = list(PLAIN) if plain else None
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=1), ec_transfer_config=None, lora_config=None,
+        speculative_config=None,
         model_config=SimpleNamespace(
             model="", hf_config=SimpleNamespace(hawk={"ratio": 0.5, **settings}, mrope_section=section),
             multimodal_config=SimpleNamespace(mm_encoder_only=False), enable_prompt_embeds=False, max_model_len=8,
