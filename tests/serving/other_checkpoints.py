@@ -86,8 +86,8 @@ def cohere2_vision(folder: Path) -> Path:
     return save(hf.Cohere2VisionForConditionalGeneration(config), processor, folder, "vision_tower.")
 
 
-def glm4v(folder: Path) -> Path:
-    """Three axes of position, channels rotated in pairs, half of each head."""
+def glm4v(folder: Path, experts: bool = False) -> Path:
+    """Three axes of position, half of each head; channels rotated in pairs, but with experts."""
     names = {name: f"<|{name}|>" for name in ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video")}
     words = tokenizer("<|begin_of_image|><|image|><|end_of_image|>", image_token="<|image|>", video_token="<|video|>",
                       **names)  # fmt: skip
@@ -100,12 +100,17 @@ def glm4v(folder: Path) -> Path:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
               "image_size": 112, "patch_size": 14}  # fmt: skip
-    config = hf.Glm4vConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **ids)
+    text, family, whole = {**TEXT, "rope_parameters": rope}, "Glm4v", dict(ids)
+    if experts:
+        family, whole["tie_word_embeddings"] = "Glm4vMoe", False
+        text |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                 "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "use_qk_norm": False}  # fmt: skip
+    config = getattr(hf, f"{family}Config")(text_config=text, vision_config=vision, **whole)
     sizes: dict[str, Any] = {"size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 120}}
     processor = hf.Glm4vProcessor(
         hf.Glm4vImageProcessor(**sizes), words, hf.Glm4vVideoProcessor(**sizes), chat_template=words.chat_template
     )
-    return save(hf.Glm4vForConditionalGeneration(config), processor, folder)
+    return save(getattr(hf, f"{family}ForConditionalGeneration")(config), processor, folder)
 
 
 def qwen3_5(folder: Path) -> Path:
@@ -266,6 +271,7 @@ OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
     # First: a process that began without experts has no group of ranks for any.
     "qwen3_omni_moe": lambda folder: omni(folder, "3"),
     "qwen3_vl_moe": qwen3_vl_moe,
+    "glm4v_moe": lambda folder: glm4v(folder, experts=True),
     "qwen2_5_vl": lambda folder: qwen("2_5", folder),
     "gemma3.window": lambda folder: gemma3(folder, window=12),
     "pixtral": pixtral,

@@ -36,7 +36,7 @@ COMPARED, OPEN, REFUSED = "served, compared", "not compared", "refused at start"
 ROWS = (
     Row(COMPARED, "by `make test-vllm-kinds`", (
         "Qwen2VL Qwen2_5_VL Qwen3VL Qwen3VLMoe Llava LlavaNext LlavaOnevision Mistral3 InternVL Idefics3 SmolVLM "
-        "Gemma3 Gemma4 Glm4v Cohere2Vision Qwen2_5OmniModel Qwen2_5Omni Qwen3OmniMoe")),
+        "Gemma3 Gemma4 Glm4v Glm4vMoe Cohere2Vision Qwen2_5OmniModel Qwen2_5Omni Qwen3OmniMoe")),
     Row(OPEN, "transformers has no such model to compare with: its code is on the Hub, and nothing here runs that", (
         "Bagel Bee Cosmos3 DeepseekOCR DeepseekOCR2 UnlimitedOCR DotsOCR Eagle2_5_VL H2OVLChatModel InternVLChatModel "
         "InternS1 InternS1Pro Isaac KananaV Keye KeyeVL1_5 Llama_Nemotron_Nano_VL LlavaOnevision2 MiMoV2Omni MiniCPMO "
@@ -48,7 +48,7 @@ ROWS = (
     Row(OPEN, "it needs a GPU to start", "DeepseekV4 DeepseekV41 Dots3Note MiniMaxM3Sparse"),
     Row(OPEN, "it answers, and nothing was at hand to compare with", "Exaone4_5_"),
     Row(OPEN, "not tried", (
-        "Glm4vMoe CohereCompass Cosmos3Edge Gemma4Unified LlavaNextVideo MuseGlimmer")),
+        "CohereCompass Cosmos3Edge Gemma4Unified LlavaNextVideo MuseGlimmer")),
     Row(REFUSED, "the first layer has linear attention, a convolution or a state space, as checkpoints are published", (
         "Qwen3_5 Qwen3_5Moe Qwen4Exp InternS2Mobius InternS2Preview MiniCPMV4_6 MiniCPMV4_7 BailingMoeV3VL Glm5Next "
         "KimiK3 Lfm2Vl NemotronH_Nano_VL_V2 NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 "
