@@ -59,11 +59,12 @@ def save(model: Any, processor: Any, folder: Path, tower: str = "") -> Path:
     return folder
 
 
-def llava(folder: Path) -> Path:
+def llava(folder: Path, text: Any = None) -> Path:
+    """Over the decoder of a configuration; None: Llama's."""
     words = tokenizer("<image>", image_token="<image>")
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**VISION, image_size=112),
-        text_config=hf.LlamaConfig(**TEXT),
+        text_config=text or hf.LlamaConfig(**TEXT),
         image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
     )  # fmt: skip
     processor = hf.LlavaProcessor(

@@ -9,7 +9,7 @@ from typing import Any
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from tests.serving.checkpoints import TEXT, VISION, gemma3, qwen, qwen_words, save, tokenizer, twin
+from tests.serving.checkpoints import TEXT, VISION, gemma3, llava, qwen, qwen_words, save, tokenizer, twin
 
 SIGLIP = {**VISION, "image_size": 112}
 
@@ -47,25 +47,10 @@ def llava_onevision(folder: Path) -> Path:
 
 
 def granite(folder: Path) -> Path:
-    """Tiles under a decoder that multiplies its embeddings and its residuals."""
-    words = tokenizer("<image>", image_token="<image>")
+    """A decoder that multiplies its embeddings and its residuals, with norms to which that matters."""
     multipliers = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 1.0,
                    "attention_multiplier": 0.1}  # fmt: skip
-    config = hf.LlavaNextConfig(
-        vision_config=hf.SiglipVisionConfig(**VISION, image_size=84),
-        text_config=hf.GraniteConfig(**TEXT, **multipliers),
-        image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
-        vision_feature_select_strategy="full", image_grid_pinpoints=[[84, 168], [168, 84], [168, 168]],
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    pixels = hf.LlavaNextImageProcessor(
-        size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84},
-        image_grid_pinpoints=config.image_grid_pinpoints,
-    )  # fmt: skip
-    processor = hf.LlavaNextProcessor(
-        pixels, words, patch_size=14, vision_feature_select_strategy="full", chat_template=words.chat_template
-    )
-    return save(hf.LlavaNextForConditionalGeneration(config), processor, folder, "vision_tower.")
+    return llava(folder, hf.GraniteConfig(**{**TEXT, "rms_norm_eps": 10.0}, **multipliers))
 
 
 def cohere2_vision(folder: Path) -> Path:
@@ -279,5 +264,6 @@ OTHER_KINDS: dict[str, Callable[[Path], Path]] = {
     "cohere2_vision": cohere2_vision,
     "glm4v": glm4v,
     "gemma4": gemma4,
+    "granite": granite,
     "qwen2_5_omni": lambda folder: omni(folder, "2_5"),
 }

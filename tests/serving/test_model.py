@@ -83,20 +83,81 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """As vLLM's, which are compiled when they are called first, unless they are told not to be."""
+
+    do_not_compile = False
+
     def __init__(self) -> None:
         super().__init__()
         self.embed_input_ids = nn.Embedding(40, WIDTH)
         self.layers = nn.ModuleList([Layer()])
 
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any, inputs_embeds: Tensor
+    ) -> None:
+        assert self.do_not_compile and input_ids is None and intermediate_tensors is None
+        for layer in self.layers:
+            layer(positions, self.front(positions, inputs_embeds), None)
+
+    def front(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class Multiplied(Decoder):
+    """Where it stands, as some do."""
+
+    def front(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        hidden *= 0.001
+        return hidden
+
+
+class Learned(Decoder):
+    """Position embeddings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(8, WIDTH)
+
+    def front(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        return hidden + self.places(positions)
+
+
+class Nested(Decoder):
+    """Its layers are run by a module in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Multiplied()
+        self.inner.layers = self.layers
+
+    def forward(self, *args: Any, **given: Any) -> None:
+        self.inner(*args, **given)
+
+
+class Shared(Decoder):
+    """Of two ranks, each has half of the tokens."""
+
+    def front(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        return hidden[: len(hidden) // 2]
+
+
+class Asking(Decoder):
+    """Reads what an engine says of a step."""
+
+    def front(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        raise AssertionError("no context")
+
 
 class Model(nn.Module):
     """As vLLM's multimodal models: an encoder whose output is as wide as the decoder or, with deep features, wider."""
+
+    kind: type[Decoder] = Decoder
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         text = SimpleNamespace(hidden_size=WIDTH, num_attention_heads=HEADS)
         self.config = SimpleNamespace(get_text_config=lambda: text)
-        self.decoder_ = Decoder()
+        self.decoder_ = self.kind()
 
     def get_language_model(self) -> Decoder:
         return self.decoder_
@@ -115,13 +176,23 @@ class Model(nn.Module):
         return tuple(features)
 
 
+class Changing(Model):
+    """Text, and not what stands in the places of visual tokens."""
+
+    def embed_input_ids(self, ids: Tensor, features: Sequence[Tensor] = (), *, is_multimodal: Any = None) -> Tensor:
+        rows = super().embed_input_ids(ids, features, is_multimodal=is_multimodal)
+        return rows if len(features) else 12 * rows
+
+
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compat, "weights_of_rank", lambda *_: HeadWeights(torch.tensor(WEIGHTS), "beside it"))
     for name in ("all_reduce", "from_first_rank"):
         monkeypatch.setattr(compat, name, lambda same: same)
     monkeypatch.setattr(compat, "lone_feature", lambda *_: None)
-    monkeypatch.setattr(compat, "base_embedding", lambda model: model.get_language_model().embed_input_ids)
+    monkeypatch.setattr(
+        compat, "base_embeddings", lambda model: (model.get_language_model().embed_input_ids, model.embed_input_ids)
+    )
     monkeypatch.setattr(served_models, "bound_encoder_calls", lambda *_: None)
     yield
 
@@ -151,11 +222,11 @@ def facts(question: list[int], keep: int, visual: list[bool], inner: list[int]) 
     }  # fmt: skip
 
 
-def best(model: Any, question: list[int], features: Tensor, keep: int) -> list[int]:
-    """By the definition of the scores."""
+def best(model: Any, question: list[int], features: Tensor, keep: int, times: float = 1) -> list[int]:
+    """By the definition of the scores; of embeddings that are multiplied in front of the first layer."""
     words = model.decoder_.embed_input_ids.weight[question]
     layer, hidden = model.decoder_.layers[0], torch.cat([words, features[:, :WIDTH]])
-    normed = layer.norm(hidden)
+    normed = layer.norm(hidden * times)
 
     def by_head(projected: Tensor, heads: int) -> Tensor:
         return layer.attention.behind(projected.view(1, -1, heads, SIZE)).transpose(1, 2)
@@ -208,7 +279,7 @@ def test_a_norm_behind_the_rotation_counts() -> None:
     without = best(model, question, features, 4)
     model.decoder_.layers[0].attention.behind = nn.LayerNorm(SIZE, elementwise_affine=False)
     with torch.no_grad():
-        model.projections = Projections(model.decoder_.layers[0], 1, HEADS, KV_HEADS)
+        model.projections = Projections(model.decoder_, model.decoder_.layers[0], 1, HEADS, KV_HEADS)
         (rows,) = model.embed_multimodal(features=[features], **facts(question, 4, [True] * 12, []))
     _, axes, _ = positions.taken_apart(rows, torch.device("cpu"))
     assert axes[0].tolist() == best(model, question, features, 4) != without
@@ -218,9 +289,52 @@ def test_what_cannot_be_scored_is_refused_before_the_first_image() -> None:
     """An engine that does not measure memory with images runs the decoder alone before it serves."""
     model = served()
     model.decoder_.layers[0].attention.q_proj = nn.Linear(WIDTH, 2 * HEADS * SIZE)
-    model.projections = Projections(model.decoder_.layers[0], 1, HEADS, KV_HEADS)
-    with pytest.raises(UnsupportedModelError, match="whose heads are not of one size"):
+    model.projections = Projections(model.decoder_, model.decoder_.layers[0], 1, HEADS, KV_HEADS)
+    with pytest.raises(UnsupportedModelError, match="scored by heads of one size"):
         model.forward(None, torch.zeros(3, 2, dtype=torch.int64))
+
+
+def with_decoder(kind: type[Decoder]) -> Any:
+    return served(type("Model", (Model,), {"kind": kind}))
+
+
+@pytest.mark.parametrize("kind", [Multiplied, Nested])
+def test_what_a_decoder_does_in_front_of_its_first_layer_counts(kind: type[Decoder]) -> None:
+    """The eps of a norm weighs more in embeddings that are multiplied by little: some of them otherwise than others."""
+    model, question, features = with_decoder(kind), [3, 7, 9], torch.randn(40, WIDTH, device=DEVICE)
+    features *= torch.logspace(-1, 1, 40, device=DEVICE).unsqueeze(1)
+    before = features.clone()
+    with torch.no_grad():
+        (rows,) = model.embed_multimodal(features=[features], **facts(question, 15, [True] * 40, []))
+        expected, without = (best(model, question, before, 15, times) for times in (0.001, 1))
+    plain, axes, _ = positions.taken_apart(rows, torch.device("cpu"))
+    assert axes[0].tolist() == expected != without
+    assert plain.equal(before[expected]) and features.equal(before)
+    assert not model.decoder_.do_not_compile, "the decoder itself is the engine's to compile"
+
+
+def test_selectors_read_embeddings_as_the_encoder_makes_them() -> None:
+    hidden = torch.randn(5, WIDTH, device=DEVICE)
+    before = hidden.clone()
+    with_decoder(Multiplied).projections(hidden)
+    assert hidden.equal(before)
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    (Learned, "Learned adds positions to embeddings in front of its first attention"),
+    (Shared, r"reads queries \(1, 32\) and keys \(1, 16\) of 2 tokens"),
+    (Asking, r"does not get as far as its first attention with embeddings alone \(AssertionError: no context\)"),
+])  # fmt: skip
+def test_decoders_that_embeddings_alone_do_not_score_are_refused_as_soon_as_there_are_weights(
+    kind: type[Decoder], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        with_decoder(kind).probe()
+
+
+def test_text_that_is_changed_on_its_way_to_the_decoder_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="PrunedChanging changes embeddings of text on their way"):
+        served(Changing).probe()
 
 
 def test_text_between_visual_tokens_stays() -> None:

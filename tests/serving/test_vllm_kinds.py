@@ -14,7 +14,7 @@ from tests.serving.by_hand import expected, known
 from tests.serving.cases import conversations, films
 from tests.serving.checkpoints import KINDS
 from tests.serving.engine import engine, farthest, optimised, served
-from tests.serving.other_checkpoints import OTHER_KINDS, granite, qwen3_5
+from tests.serving.other_checkpoints import OTHER_KINDS, qwen3_5
 
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow,
@@ -25,7 +25,7 @@ CLOSE = 1e-4
 """Log-probabilities in fp32, of two implementations of the same model."""
 FILMED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "qwen2_5_omni", "qwen3_omni_moe",
           "qwen3_vl_moe")  # fmt: skip
-TOUCHING = ("llava", "llava_next", "llava_onevision")
+TOUCHING = ("llava", "llava_next", "llava_onevision", "granite")
 """Nothing stands around the visual tokens of a picture."""
 
 
@@ -60,9 +60,17 @@ def test_videos_as_optimize(llm: Any, checkpoint: Path) -> None:
         assert farthest(answers, optimised(known(checkpoint), films(), ratio=ratio)) < CLOSE
 
 
+def test_embeddings_that_are_scored_without_what_multiplies_them_are_others(tmp_path: Path) -> None:
+    folder, asked = OTHER_KINDS["granite"](tmp_path / "granite"), conversations()["sizes"]
+    llm = engine(folder, {"ratio": 0.8}, max_model_len=2048)
+    model = llm.llm_engine.model_executor.driver_worker.get_model()
+    multiplied = model.projections
+    model.projections = lambda embeddings: multiplied(embeddings / 12)
+    assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.8)) > 10 * CLOSE
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (qwen3_5, "has no softmax attention, by which visual tokens are scored"),
-    (granite, "embedding_multiplier=12.0 is applied to visual tokens inside the decoder"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused_when_the_engine_starts(make: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises((UnsupportedModelError, ValueError), match=message):

@@ -58,12 +58,6 @@ def without_images() -> Any:
     return plain
 
 
-def with_multiplier() -> Any:
-    granite = model()
-    granite.hf_text_config.embedding_multiplier = 12.0
-    return granite
-
-
 @pytest.mark.parametrize(("made", "error", "message"), [
     (without_images, UnsupportedModelError, "LlamaForCausalLM takes no images in vLLM"),
     (lambda: model("TransformersMultiModalForCausalLM"), UnsupportedModelError, "runs transformers' code"),
@@ -72,7 +66,6 @@ def with_multiplier() -> Any:
     (lambda: changed(is_encoder_decoder=True), UnsupportedModelError, "reads images by cross-attention"),
     (lambda: changed(runner_type="pooling"), UnsupportedModelError, "runner='pooling' answers with what is pooled of"),
     (lambda: changed(is_diffusion=True), UnsupportedModelError, "draws its answers in blocks"),
-    (with_multiplier, UnsupportedModelError, r"embedding_multiplier=12\.0 is applied"),
     (lambda: model(video_pruning_rate=0.5), UnsupportedModelError, r"video_pruning_rate=0\.5 removes video tokens"),
     (lambda: model(mm_processor_kwargs={"hawk_ratio": 0.5}), ConfigError, "has hawk_ratio, which is read of requests"),
     (lambda: model(axes=4), UnsupportedModelError, "have 4 axes, and 3 travel"),

@@ -50,8 +50,8 @@ class PrunedModel:
         self.decoder = decoder = compat.decoder_of(self)
         axes = 1 if self.plain else positions.AXES
         # Taken before adapters are put around the modules of the model: the base weights score.
-        self.projections = Projections(decoder.first_layer, axes, decoder.heads, decoder.kv_heads)
-        self.embed_words = compat.base_embedding(self)
+        self.projections = Projections(decoder.module, decoder.first_layer, axes, decoder.heads, decoder.kv_heads)
+        self.embed_words, self.embed_text = compat.base_embeddings(self)
         weights = compat.weights_of_rank(self.hawk, vllm_config.model_config.model, decoder)
         self.register_buffer("hawk_head_weights", weights.values.to(decoder.device), persistent=False)  # type: ignore[attr-defined]
         LOG.info("hawk: head weights: %s", weights.origin)
@@ -62,12 +62,23 @@ class PrunedModel:
         return super().forward(input_ids, positions[0] if self.plain else positions, *args, **kwargs)  # type: ignore[misc]
 
     def probe(self) -> None:
-        """Run the projections, once, as soon as there are weights: later is too late to refuse."""
-        if not self.is_probed:
-            decoder = self.decoder
-            compat.check_merge(super().embed_input_ids, decoder)  # type: ignore[misc]
-            self.projections(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
-            self.is_probed = True
+        """Try what scores, once, as soon as there are weights: later is too late to refuse.
+
+        Raises:
+            UnsupportedModelError: a decoder that is not scored rightly by what it is given here.
+        """
+        if self.is_probed:
+            return
+        decoder = self.decoder
+        compat.check_merge(super().embed_input_ids, decoder)  # type: ignore[misc]
+        self.projections.check(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
+        ids = torch.arange(2, device=decoder.device)
+        if not self.embed_text(ids).equal(self.embed_words(ids)):
+            raise UnsupportedModelError(
+                f"{type(self).__name__} changes embeddings of text on their way to its decoder, so that something else "
+                "would be scored than what it reads: leave hawk out of hf_overrides"
+            )
+        self.is_probed = True
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         self.probe()

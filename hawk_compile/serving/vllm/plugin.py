@@ -110,11 +110,6 @@ def serve_pruned(model: Any) -> None:
         raise UnsupportedModelError(
             f"{name} is not among the multimodal models of vLLM's registry, which classes are offered for: {remedy}"
         )
-    if (times := getattr(model.hf_text_config, "embedding_multiplier", None) or 1) != 1:
-        raise UnsupportedModelError(
-            f"embedding_multiplier={times} is applied to visual tokens inside the decoder, behind the place where they "
-            f"are scored, and the eps of its first norm weighs otherwise there: other tokens would be kept; {remedy}"
-        )
     if model.multimodal_config.is_multimodal_pruning_enabled():
         raise UnsupportedModelError(
             f"video_pruning_rate={model.multimodal_config.video_pruning_rate} removes video tokens by itself, and "

@@ -1,6 +1,5 @@
 """The visual tokens of one item that are kept: scored, ranked and chosen by the operators of this package."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -8,10 +7,10 @@ from torch import Tensor, nn
 
 import hawk_compile.kernels.score.op
 import hawk_compile.kernels.select.op  # noqa: F401  both register operators
-from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.errors import HawkError, UnsupportedModelError
 from hawk_compile.kernels.score.by_token import MOST_TOKENS
 from hawk_compile.passes.insert_ranking import what_it_reads
-from hawk_compile.serving.vllm.compat.model import attentions_of, with_module
+from hawk_compile.serving.vllm.compat.model import attentions_of, with_others
 from hawk_compile.settings.config import HawkConfig
 
 
@@ -38,17 +37,21 @@ class Unrotated(nn.Module):
 class Projections:
     """Queries and keys of a decoder's first layer, as its attention gets them, but for position.
 
-    The layer is run as far as its attention, in a twin that shares every module with it but that one and the rotary
-    embedding: what stands before and between (norms, adapters of the checkpoint, quantised projections) is the layer's
-    own.
+    The decoder is run as far as that attention, in a twin that shares every module with it but that one and the rotary
+    embedding: what stands in front of it (embeddings that are multiplied, norms, adapters of the checkpoint, quantised
+    projections) is the decoder's own.
+
+    Args:
+        decoder: takes embeddings, and runs the layers.
+        layer: its first one.
 
     Raises:
         UnsupportedModelError: the layer has not one rotary embedding and one attention, over whole heads.
     """
 
-    def __init__(self, layer: nn.Module, axes: int, heads: int, kv_heads: int):
+    def __init__(self, decoder: nn.Module, layer: nn.Module, axes: int, heads: int, kv_heads: int):
         self.axes, self.heads, self.kv_heads = axes, heads, kv_heads
-        rotary = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+        rotary = [module for name, module in layer.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
         attention = attentions_of(layer)
         if len(rotary) != 1 or len(attention) != 1:
             raise UnsupportedModelError(
@@ -56,31 +59,56 @@ class Projections:
                 f"{len(attention)} attentions, and it is scored by what its one attention reads, but for its one "
                 "rotary embedding: leave hawk out of hf_overrides"
             )
-        twin = with_module(layer, rotary[0].split("."), Unrotated())
-        self.layer = with_module(twin, attention[0].split("."), Stop())
-        self.takes = inspect.signature(layer.forward).parameters
+        # Layers may share one rotary embedding, and no other layer is run.
+        first = with_others(layer, {rotary[0]: Unrotated(), attention[0]: Stop()})
+        self.decoder = with_others(decoder, {layer: first})
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(query [1, H, N, d], key [1, Hkv, N, d]) of hidden states [N, D]; of this rank's heads."""
+    def __call__(self, hidden: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
+        """(query [1, H, N, d], key [1, Hkv, N, d]) of embeddings [N, D]; of this rank's heads."""
         shape = (self.axes, len(hidden)) if self.axes > 1 else (len(hidden),)
-        positions = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
-        given = {"positions": positions, "hidden_states": hidden, "residual": None}
+        positions = torch.full(shape, position, device=hidden.device)
         try:
-            self.layer(**{name: value for name, value in given.items() if name in self.takes})
+            # A copy, since decoders multiply it where it stands.
+            self.decoder(input_ids=None, positions=positions, intermediate_tensors=None, inputs_embeds=hidden.clone())
         except Reached as reached:
             query, key = reached.args
         else:
-            raise UnsupportedModelError(f"{type(self.layer).__name__} ran without its attention")
+            raise UnsupportedModelError(f"{type(self.decoder).__name__} ran without its first attention")
         size, of_key = query.numel() / len(hidden) / self.heads, key.numel() / len(hidden) / self.kv_heads
-        if size != of_key:
+        if size != of_key or len(query) != len(hidden):
             raise UnsupportedModelError(
-                f"the first decoder layer's attention reads queries {tuple(query.shape)} and keys {tuple(key.shape)}, "
-                "whose heads are not of one size, as those of latent attention: it cannot be served pruned; leave hawk "
-                "out of hf_overrides"
+                f"the first decoder layer's attention reads queries {tuple(query.shape)} and keys {tuple(key.shape)} "
+                f"of {len(hidden)} tokens, and it is scored by heads of one size for all of them, which latent "
+                "attention and ranks that share tokens out have not: leave hawk out of hf_overrides"
             )
         query = query.reshape(len(hidden), self.heads, -1)
         key = key.reshape(len(hidden), self.kv_heads, -1)
         return query.transpose(0, 1).unsqueeze(0), key.transpose(0, 1).unsqueeze(0)
+
+    def check(self, hidden: Tensor) -> None:
+        """Refuse a decoder that is not scored rightly by embeddings alone, whatever prompt they stand in.
+
+        Args:
+            hidden: [N, D] zeros, to which anything that is added shows.
+
+        Raises:
+            UnsupportedModelError: it reads more than embeddings in front of its first attention, or where they stand.
+        """
+        name = type(self.decoder).__name__
+        try:
+            here, there = self(hidden), self(hidden, position=1)
+        except HawkError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name} does not get as far as its first attention with embeddings alone ({type(error).__name__}: "
+                f"{error}), where visual tokens are scored: leave hawk out of hf_overrides"
+            ) from error
+        if not all(torch.allclose(one, other, equal_nan=True) for one, other in zip(here, there, strict=True)):
+            raise UnsupportedModelError(
+                f"{name} adds positions to embeddings in front of its first attention, and an image is scored before "
+                "it has a place in a prompt: leave hawk out of hf_overrides"
+            )
 
 
 def kept(

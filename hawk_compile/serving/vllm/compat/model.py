@@ -1,7 +1,7 @@
 """Of a served model: its decoder, the ranks that share it, and the positions that it takes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from hawk_compile.settings.head_weights import HeadWeights, weights_for
 class Decoder:
     """The text decoder of a served model, as this rank has it."""
 
+    module: nn.Module
+    """Takes embeddings, and runs the layers."""
     first_layer: nn.Module
     width: int
     heads: int
@@ -45,7 +47,7 @@ def decoder_of(model: Any) -> Decoder:
             "are scored: leave hawk out of hf_overrides"
         )
     return Decoder(
-        layers[0], config.hidden_size, attention.num_heads, attention.num_kv_heads, config.num_attention_heads,
+        inner, layers[0], config.hidden_size, attention.num_heads, attention.num_kv_heads, config.num_attention_heads,
         weight.device, model_dtype(model),
     )  # fmt: skip
 
@@ -54,17 +56,20 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(each.dtype for each in model.parameters() if each.is_floating_point())
 
 
-def base_embedding(model: Any) -> Callable[[Tensor], Tensor]:
-    """How the decoder embeds ids by its base weights, whatever adapter is put in the place of its embedding later."""
+Embed = Callable[[Tensor], Tensor]
+"""[T] ids -> [T, D]."""
+
+
+def base_embeddings(model: Any) -> tuple[Embed, Embed]:
+    """How ids are embedded by the base weights, whatever adapter is put in the place of the embedding later: by the
+    decoder, and by the whole model."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    text = model.get_language_model()
-    for name, module in text.named_modules():
+    for module in model.get_language_model().modules():
         if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-            text = with_module(text, name.split("."), module)
+            model = with_others(model, {module: module})
             break
-    embed: Callable[[Tensor], Tensor] = text.embed_input_ids
-    return embed
+    return model.get_language_model().embed_input_ids, model.embed_input_ids
 
 
 MOST_LEVELS = 8
@@ -99,18 +104,23 @@ def check_merge(embed: Callable[..., Tensor], decoder: Decoder) -> None:
     )
 
 
-def attentions_of(layer: nn.Module) -> list[str]:
-    """The names of the modules that keep keys and values (vLLM's AttentionLayerBase), whatever computes them."""
-    return [name for name, module in layer.named_modules() if hasattr(module, "get_kv_cache_spec")]
+def attentions_of(layer: nn.Module) -> list[nn.Module]:
+    """The modules that keep keys and values (vLLM's AttentionLayerBase), whatever computes them."""
+    return [module for module in layer.modules() if hasattr(module, "get_kv_cache_spec")]
 
 
-def with_module(module: nn.Module, path: list[str], other: nn.Module) -> nn.Module:
-    """A twin of a module that shares all of it but the module at `path`."""
+def with_others(module: Any, others: Mapping[nn.Module, nn.Module]) -> Any:
+    """A twin of a module that shares all of it but some modules in it, in whose places others stand. It is not
+    compiled: vLLM would do so when it is called first."""
+    if module in others:
+        return others[module]
+    if others.keys().isdisjoint(module.modules()):
+        return module
     twin = copy.copy(module)
-    children: dict[str, Any] = dict(module._modules)
-    head, *rest = path
-    children[head] = with_module(children[head], rest, other) if rest else other
+    children = {name: child and with_others(child, others) for name, child in module._modules.items()}
     twin.__dict__["_modules"] = children
+    if hasattr(twin, "do_not_compile"):
+        twin.do_not_compile = True
     return twin
 
 
