@@ -12,7 +12,7 @@ from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.serving.vllm.compat.model import Decoder, check_merge
 
 WIDTH = 12
-DECODER = Decoder(nn.Module(), WIDTH, 4, 2, 4, torch.device("cpu"), torch.float32)
+DECODER = Decoder(nn.Module(), nn.Module(), WIDTH, 4, 2, 4, torch.device("cpu"), torch.float32)
 
 Merge = Callable[[Tensor, Tensor], Tensor]
 """(words [1, D], features [1, W]) -> what stands in their place [1, D]."""

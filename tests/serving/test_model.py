@@ -52,6 +52,8 @@ class Rotary(nn.Module):
 class Kernel(nn.Module):
     """As vLLM's Attention."""
 
+    num_heads, num_kv_heads = HEADS, KV_HEADS
+
     def get_kv_cache_spec(self) -> None: ...
 
     def forward(self, *given: Any) -> None:
@@ -59,7 +61,7 @@ class Kernel(nn.Module):
 
 
 class Attention(nn.Module):
-    num_heads, num_kv_heads = HEADS, KV_HEADS
+    num_heads, num_kv_heads = 2 * HEADS, 2 * KV_HEADS  # of two ranks, as some of vLLM's say
 
     def __init__(self) -> None:
         super().__init__()

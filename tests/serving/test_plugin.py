@@ -50,7 +50,11 @@ def test_other_models_are_loaded_without_this_package(monkeypatch: pytest.Monkey
 
 
 def an_engine(
-    stages: int = 1, encoder_only: bool = False, transfer: Any = None, prompt_embeds: bool = False, lora: Any = None,
+    stages: int = 1,
+    encoder_only: bool = False,
+    transfer: Any = None,
+    prompt_embeds: bool = False,
+    lora: Any = None,
     drafts: str | None = None,
 ) -> Any:
     return SimpleNamespace(

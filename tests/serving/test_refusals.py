@@ -15,7 +15,7 @@ from hawk_compile.serving.settings import serving_config
 from hawk_compile.serving.vllm.compat.model import decoder_of
 from hawk_compile.serving.vllm.refusals import check_apart, check_modalities, check_text, runs_of
 from hawk_compile.serving.vllm.scoring import Projections
-from tests.serving.test_model import HEADS, KV_HEADS, WIDTH, Kernel, Layer, Rotary
+from tests.serving.test_model import HEADS, KV_HEADS, WIDTH, Decoder, Kernel, Layer, Rotary
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ def test_a_model_of_which_nothing_would_be_pruned() -> None:
         check_modalities(config, {"image": None, "audio": 1})
 
 
+def projections(layer: nn.Module) -> Projections:
+    """Of a decoder of one layer."""
+    decoder = Decoder()
+    decoder.layers = nn.ModuleList([layer])
+    return Projections(decoder, layer, 1, HEADS, KV_HEADS)
+
+
 def without(part: str) -> Layer:
     layer = Layer()
     setattr(layer.attention, part, nn.Identity())
@@ -75,7 +82,7 @@ def with_two(part: str) -> Layer:
 ])  # fmt: skip
 def test_a_layer_without_one_attention_behind_one_rotary_embedding(layer: Layer, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"Layer, {message}.*leave hawk out"):
-        Projections(layer, 1, HEADS, KV_HEADS)
+        projections(layer)
 
 
 class Latent(nn.Module):
@@ -85,23 +92,24 @@ class Latent(nn.Module):
         super().__init__()
         self.rotary_emb, self.attn = Rotary(), Kernel()
 
-    def forward(self, hidden_states: torch.Tensor) -> None:
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: None) -> None:
         self.attn(hidden_states, hidden_states[:, :-KV_HEADS], hidden_states)
 
 
 class Idle(Latent):
     """A layer that asks nothing of its attention."""
 
-    def forward(self, hidden_states: torch.Tensor) -> None:
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: None) -> None:
         return None
 
 
 @pytest.mark.parametrize(("layer", "message"), [
-    (Latent(), "whose heads are not of one size, as those of latent attention"), (Idle(), "ran without its attention"),
+    (Latent(), "by heads of one size for all of them, which latent attention"),
+    (Idle(), "Decoder ran without its first attention"),
 ])  # fmt: skip
 def test_attention_that_cannot_be_scored(layer: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        Projections(layer, 1, HEADS, KV_HEADS)(torch.zeros(2, WIDTH))
+        projections(layer)(torch.zeros(2, WIDTH))
 
 
 def model_with(layers: Any) -> Any:

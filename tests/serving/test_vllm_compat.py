@@ -143,12 +143,15 @@ def test_a_processor_is_asked_by_these_names() -> None:
 
 
 def test_a_model_is_asked_by_these_names() -> None:
+    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal, SupportsMultiModalPruning
 
     assert parameters(SupportsMRoPE.get_mrope_input_positions) == ["input_tokens", "mm_features"]
+    kept = inspect.getsource(Attention.__init__)
+    assert all(f"self.{name} = {name}" in kept for name in ("num_heads", "num_kv_heads"))
     asked = ["input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens"]
     assert parameters(SupportsMultiModalPruning.recompute_mrope_positions) == asked
     assert parameters(SupportsMultiModal.embed_multimodal) == ["kwargs"]

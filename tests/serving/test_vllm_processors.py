@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
 ]
 
+
 @pytest.fixture(autouse=True, scope="module")
 def plugin_is_found() -> None:
     from vllm.plugins import load_general_plugins

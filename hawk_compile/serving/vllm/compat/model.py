@@ -39,7 +39,8 @@ def decoder_of(model: Any) -> Decoder:
             "hf_overrides"
         )
     config = model.config.get_text_config()
-    attention: Any = next((each for each in layers[0].modules() if hasattr(each, "num_kv_heads")), None)
+    # What keeps keys knows this rank's heads; of modules around it some name those of all ranks.
+    attention: Any = next((each for each in attentions_of(layers[0]) if hasattr(each, "num_kv_heads")), None)
     weight = next(layers[0].parameters())
     if attention is None:
         raise UnsupportedModelError(
