@@ -69,14 +69,16 @@ def gathered(folder: Path, asked: list[Conversation], answers: list[Answer], **s
         inputs = processor(images=each.images, text=each.rendered(processor), return_tensors="pt").to(torch.float32)
         pixels = {name: value for name, value in inputs.items() if value.is_floating_point() or "pixel" in name}
         count = inputs["input_ids"].shape[1]
-        ids = torch.cat([inputs["input_ids"], torch.tensor([answer.ids[:-1]])], 1)
-        visual, stays = visual_of(model, ids), torch.ones(ids.shape[1], dtype=torch.bool)
-        visual[count:] = False  # an answer may hold the id
+        ids = inputs["input_ids"]
+        visual, stays = visual_of(model, ids), torch.ones(count, dtype=torch.bool)
         stays[visual] = torch.cat(of_pictures)
-        places = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).unsqueeze(0)}
-        keep = stays.nonzero()[:, 0]
-        output, _ = eager_reference.pruned_forward(model, {**pixels, **places}, keep, visual)
-        rows = output.logits[0, -len(answer.ids) :].log_softmax(-1)
+        places = {"input_ids": ids, "position_ids": torch.arange(count).unsqueeze(0)}
+        output, cache = eager_reference.pruned_forward(model, {**pixels, **places}, stays.nonzero()[:, 0], visual)
+        with torch.no_grad():  # by itself, without pixels: an answer may hold the id of a picture
+            said = torch.tensor([answer.ids[:-1]])
+            behind = torch.arange(count, count + said.shape[1]).unsqueeze(0)
+            spoken = model(input_ids=said, position_ids=behind, past_key_values=cache)
+        rows = torch.cat([output.logits[0, -1:], spoken.logits[0]]).log_softmax(-1)
         logprobs = [row[number].item() for row, number in zip(rows, answer.ids, strict=True)]
-        found.append(Answer(answer.ids, logprobs, int(stays[:count].sum())))
+        found.append(Answer(answer.ids, logprobs, int(stays.sum())))
     return found

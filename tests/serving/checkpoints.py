@@ -50,6 +50,8 @@ def save(model: Any, processor: Any, folder: Path, tower: str = "") -> Path:
                 fan_in = weight.shape[1] if weight.ndim == 3 else weight[0].numel()  # 3: experts
                 scale = 1.0 if "embed_tokens" in name else 1.6 / fan_in**0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            elif len(weight.unique()) > 1:  # drawn anew in every process, as the end of a line of LLaVA-NeXT's tiles
+                weight.copy_(torch.randn(weight.shape, generator=generator) / len(weight) ** 0.5)
     model.float().save_pretrained(folder)
     processor.save_pretrained(folder)
     if tower:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -50,6 +51,9 @@ class Answer:
     """Tokens of the prompt that the decoder read."""
     kept: list[int] = field(default_factory=list)
     """Which visual tokens of the pictures, one after the other, are among them; an engine does not say."""
+    tied: bool = False
+    """Whether the last that is kept and the first that is not have the same score, as ends of lines of tiles do, which
+    are one embedding: rounding says which of them stays, and that two programs do not share."""
 
 
 def prompts(count: int, images: int = 1) -> list[Prompt]:
@@ -90,8 +94,26 @@ def optimised(
             removed = sum(report.visual_tokens) - sum(report.kept_visual_tokens)
             visual = visual_of(model, inputs["input_ids"]).nonzero().flatten()
             kept = torch.isin(visual, report.keep_indices[0]).nonzero().flatten().tolist()
-            answers.append(Answer(ids, found, inputs["input_ids"].shape[1] - int(removed), kept))
+            tied = report.scores is not None and is_tied(report.scores[0, visual], kept, visual)
+            answers.append(Answer(ids, found, inputs["input_ids"].shape[1] - int(removed), kept, tied))
     return answers
+
+
+def is_tied(scores: Tensor, kept: list[int], visual: Tensor) -> bool:
+    """Whether rounding chose among the tokens of a picture.
+
+    Args:
+        scores: [V] of visual tokens.
+        kept: which of them stay.
+        visual: [V], their places in the prompt; those of a picture follow each other.
+    """
+    stays = torch.zeros(len(scores), dtype=torch.bool)
+    stays[kept] = True
+    ends = (visual.diff() != 1).nonzero().flatten() + 1
+    for these, stay in zip(scores.tensor_split(ends.tolist()), stays.tensor_split(ends.tolist()), strict=True):
+        if stay.any() and not stay.all() and abs(these[stay].min() - these[~stay].max()) < 1e-6:
+            return True
+    return False
 
 
 def visual_of(model: Any, ids: Tensor) -> Tensor:
@@ -170,8 +192,14 @@ print(json.dumps([dataclasses.asdict(each) for each in answers]))
 
 
 def farthest(one: list[Answer], other: list[Answer]) -> float:
-    """The largest difference of log-probabilities, where ids and numbers of tokens are the same; else infinite."""
-    if [(each.ids, each.prompt) for each in one] != [(each.ids, each.prompt) for each in other]:
+    """The largest difference of log-probabilities, where ids and numbers of tokens are the same; else infinite. Of
+    answers that are tied only the numbers of tokens count, if not all are."""
+    if [each.prompt for each in one] != [each.prompt for each in other]:
+        return float("inf")
+    clear = [not (x.tied or y.tied) for x, y in zip(one, other, strict=True)]
+    if any(clear):
+        one, other = list(itertools.compress(one, clear)), list(itertools.compress(other, clear))
+    if [each.ids for each in one] != [each.ids for each in other]:
         return float("inf")
     return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
 
