@@ -65,7 +65,7 @@ def serve(
     ] = [],  # noqa: B006
     show: Annotated[bool, typer.Option("--print", help="Print vLLM's command, and do not run it.")] = False,
 ) -> None:
-    """Serve a checkpoint pruned, in vLLM; its own arguments may follow."""
+    """Serve a checkpoint in vLLM, pruned; vLLM's own arguments may follow."""
     from hawk_compile.tools.serve import serve as run_server
 
     run_server(typer.echo, checkpoint, {"ratio": ratio, **values_of(more)}, context.args, run=not show)
