@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ import hawk_compile
 from hawk_compile.capture.features import fresh
 from hawk_compile.errors import ConfigError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.runtime.tracked import opened
+from hawk_compile.tools.benchmarking import commands, prompts, scoring
 from hawk_compile.tools.benchmarking import floors as floors_module
-from hawk_compile.tools.benchmarking import prompts, scoring
 from hawk_compile.tools.benchmarking.bench import SHAPES, bench
 from hawk_compile.tools.benchmarking.floors import Rates
 from hawk_compile.tools.benchmarking.images import picture, pixels
@@ -276,8 +277,8 @@ def test_a_checkpoint_is_read_and_cut(tmp_path):
 
 def test_the_command_line_prints_what_was_measured(found, monkeypatch, tmp_path):
     asked = {}
-    command = "hawk_compile.tools.benchmarking.commands.bench"
-    monkeypatch.setattr(command, lambda *a, **k: asked.update(k, source=a) or found)
+    measured = replace(commands.COMMAND, bench=lambda *a, **k: asked.update(k, source=a) or found)
+    monkeypatch.setattr(commands, "COMMAND", measured)
     arguments = ["--config", "tiny", "--tokens", "17,36", "--stages", "prefill,first", "--layers", "1"]
     result = CliRunner().invoke(app, ["bench", *arguments, "--out", str(tmp_path)], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
