@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     from hawk_compile.serving.vllm.model import pruned_class, rule_of_positions
 
     base = ModelRegistry.models[request.param].load_model_cls()
-    made = rule_of_positions(pruned_class(base), CONFIGS[request.param]())
+    made = rule_of_positions(pruned_class(base), CONFIGS[request.param](), plain=False)
     made.places = set()
     return made
 

@@ -70,7 +70,7 @@ class PrunedModel:
         if self.is_probed:
             return
         decoder = self.decoder
-        compat.check_merge(super().embed_input_ids, decoder)  # type: ignore[misc]
+        compat.check_merge(self.embed_text, decoder)
         self.projections.check(torch.zeros(2, decoder.width, device=decoder.device, dtype=decoder.dtype))
         ids = torch.arange(2, device=decoder.device)
         if not self.embed_text(ids).equal(self.embed_words(ids)):
