@@ -26,7 +26,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = pytest.mark.slow
+"""What another case shows too: `make test-vllm-kinds` has it."""
+
+
+@pytest.fixture(scope="module", params=[kind for kind in KINDS if kind != "smolvlm"])  # idefics3 by another name
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return KINDS[request.param](tmp_path_factory.mktemp("checkpoints") / request.param)
 
@@ -113,7 +117,9 @@ def test_prompts_that_are_longer_than_the_decoder_knows_positions(
     assert farthest(served(llm, folder, asked), optimised(folder, asked, ratio=0.98, **ALONE)) < CLOSE
 
 
-@pytest.mark.parametrize("selector", ["hawk_each", "cdpruner", "divprune", "stride"])
+@pytest.mark.parametrize(
+    "selector", ["hawk_each", "divprune", pytest.param("cdpruner", marks=SLOW), pytest.param("stride", marks=SLOW)]
+)
 def test_selectors(selector: str, tmp_path: Path) -> None:
     folder, asked = llava(tmp_path), prompts(3)
     llm = engine(folder, {"ratio": 0.8, "selector": selector})
@@ -140,7 +146,7 @@ def test_chunks_and_prefixes_from_the_cache(tmp_path: Path) -> None:
         assert farthest(served(llm, folder, asked), answers) < CLOSE
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "llava"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", pytest.param("llava", marks=SLOW)])
 def test_whole_items_are_bit_for_bit_what_they_are_without_the_plugin(kind: str, tmp_path: Path) -> None:
     folder, asked = KINDS[kind](tmp_path / kind), prompts(2)
     whole = served_by_vllm_alone(folder, 2)
