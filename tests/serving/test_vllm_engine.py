@@ -247,7 +247,7 @@ def test_the_second_model_runner(tmp_path: Path) -> None:
     assert farthest(answers, optimised(folder, prompts(4), LONG, ratio=0.5)) < CLOSE
 
 
-@pytest.mark.parametrize("kind", [pytest.param("qwen2_vl", marks=pytest.mark.slow), "llava"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", pytest.param("llava", marks=pytest.mark.slow)])
 def test_compiled(kind: str, tmp_path: Path) -> None:
     folder, asked = checkpoint(kind, tmp_path), prompts(3)
     llm = engine(folder, {"ratio": 0.8}, enforce_eager=False)
