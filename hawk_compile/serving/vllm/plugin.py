@@ -76,6 +76,22 @@ def serve_pruned(model: Any) -> None:
     """
     settings = serving_config(getattr(model.hf_config, KEY))
     name = model.architecture
+    check_model(model)
+    check_head_weights(settings, model)
+    give_axes(model)
+    model.multimodal_config.video_pruning_rate = max(float(settings.ratio), 1e-6)
+    name_architecture(model, f"Pruned{name}")
+    LOG.info("hawk: %s is served pruned, with %s", name, getattr(model.hf_config, KEY))
+
+
+def check_model(model: Any) -> None:
+    """Refuse a checkpoint, or what an engine is asked to do with it, that is not served pruned.
+
+    Raises:
+        UnsupportedModelError: such a checkpoint.
+        ConfigError: a ratio where a server has none.
+    """
+    name = model.architecture
     remedy = f"leave {KEY} out of hf_overrides"
     if lacking:
         raise UnsupportedModelError(
@@ -120,11 +136,6 @@ def serve_pruned(model: Any) -> None:
             f"mm_processor_kwargs of a server has {RATIO}, which is read of requests alone: give the server's own "
             f"as ratio in {KEY} of hf_overrides"
         )
-    check_head_weights(settings, model)
-    give_axes(model)
-    model.multimodal_config.video_pruning_rate = max(float(settings.ratio), 1e-6)
-    name_architecture(model, f"Pruned{name}")
-    LOG.info("hawk: %s is served pruned, with %s", name, getattr(model.hf_config, KEY))
 
 
 def check_head_weights(settings: HawkConfig, model: Any) -> None:
