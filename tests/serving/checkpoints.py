@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hawk_compile.tools.demo.run import MODEL
 
@@ -55,10 +56,14 @@ def save(model: Any, processor: Any, folder: Path, tower: str = "") -> Path:
     model.float().save_pretrained(folder)
     processor.save_pretrained(folder)
     if tower:
-        file = folder / "model.safetensors"
-        nested = {name.replace(tower, f"{tower}vision_model.", 1): value for name, value in load_file(file).items()}
-        save_file(nested, file, metadata={"format": "pt"})
+        rewrite(folder, lambda name, value: (name.replace(tower, f"{tower}vision_model.", 1), value))
     return folder
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], tuple[str, Tensor]]) -> None:
+    """Give the weights of a checkpoint the names and shapes that published ones have."""
+    file = folder / "model.safetensors"
+    save_file(dict(change(*each) for each in load_file(file).items()), file, metadata={"format": "pt"})
 
 
 def llava(folder: Path, text: Any = None) -> Path:
@@ -112,6 +117,26 @@ def qwen_words() -> tuple[Any, dict[str, int]]:
     return words, ids
 
 
+QWEN = {"2": "Qwen2VL", "2_5": "Qwen2_5_VL", "3": "Qwen3VL"}
+
+
+def qwen_sizes(version: str) -> dict[str, Any]:
+    """Of the patches of pictures and frames."""
+    sizes = {
+        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
+        "temporal_patch_size": 2,
+    }  # fmt: skip
+    # vLLM normalises frames by the numbers for pictures
+    return {**sizes, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} if version == "3" else sizes
+
+
+def qwen_processor(version: str, words: Any) -> Any:
+    sizes = qwen_sizes(version)
+    video = (hf.Qwen3VLVideoProcessor if version == "3" else hf.Qwen2VLVideoProcessor)(**sizes)
+    kind = getattr(hf, f"{QWEN[version]}Processor")
+    return kind(hf.Qwen2VLImageProcessor(**sizes), words, video, chat_template=words.chat_template)
+
+
 def qwen(version: str, folder: Path) -> Path:
     """Three axes of position."""
     words, ids = qwen_words()
@@ -126,19 +151,9 @@ def qwen(version: str, folder: Path) -> Path:
     else:
         vision |= {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
         text["rope_parameters"] = {**rope, "mrope_interleaved": True}
-    family = {"2": "Qwen2VL", "2_5": "Qwen2_5_VL", "3": "Qwen3VL"}[version]
-    config = getattr(hf, f"{family}Config")(text_config=text, vision_config=vision, **ids)
-    model = getattr(hf, f"{family}ForConditionalGeneration")(config)
-    sizes: dict[str, Any] = {
-        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
-        "temporal_patch_size": 2,
-    }  # fmt: skip
-    if version == "3":  # vLLM normalises frames by the numbers for pictures
-        sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    video = (hf.Qwen3VLVideoProcessor if version == "3" else hf.Qwen2VLVideoProcessor)(**sizes)
-    kind = getattr(hf, f"{family}Processor")
-    processor = kind(hf.Qwen2VLImageProcessor(**sizes), words, video, chat_template=words.chat_template)
-    return save(model, processor, folder)
+    config = getattr(hf, f"{QWEN[version]}Config")(text_config=text, vision_config=vision, **ids)
+    model = getattr(hf, f"{QWEN[version]}ForConditionalGeneration")(config)
+    return save(model, qwen_processor(version, words), folder)
 
 
 def internvl(folder: Path) -> Path:

@@ -175,20 +175,19 @@ def served(
     return [answer(out) for out in outs]
 
 
-def served_by_vllm_alone(folder: Path, count: int) -> list[Answer]:
-    """The first `count` of `prompts` by an engine in a process of its own, in which no plugin is loaded."""
-    alone = f"""
-import dataclasses, json, sys
-from pathlib import Path
-from tests.serving.engine import engine, prompts, served
-folder = Path({str(folder)!r})
-answers = served(engine(folder, None), folder, prompts({count}))
-assert "hawk_compile.serving.vllm.plugin" not in sys.modules
-print(json.dumps([dataclasses.asdict(each) for each in answers]))
-"""
-    unplugged = {**os.environ, "VLLM_PLUGINS": ""}
-    done = subprocess.run([sys.executable, "-c", alone], env=unplugged, capture_output=True, text=True, check=True)
-    return [Answer(**each) for each in json.loads(done.stdout.splitlines()[-1])]
+def apart(
+    folder: Path, hawk: dict[str, Any] | None, count: int, tokens: int, options: dict[str, Any], **environment: str
+) -> tuple[list[Answer], dict[str, Any]]:
+    """Answers to the first `count` of `prompts` by an engine in a process of its own, and what else it says."""
+    out = folder.parent / "answers.json"
+    given = [folder, json.dumps(hawk), count, tokens, out, json.dumps(options)]
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.serving.answers", *map(str, given)],
+        capture_output=True, text=True, env=os.environ | environment, timeout=240,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-3000:]
+    said = json.loads(out.read_text())
+    return [Answer(**each) for each in said.pop("answers")], said
 
 
 def farthest(one: list[Answer], other: list[Answer]) -> float:

@@ -7,9 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import transformers as hf
-from safetensors.torch import load_file, save_file
 
-from tests.serving.checkpoints import TEXT, VISION, gemma3, llava, qwen, qwen_words, save, tokenizer, twin
+from tests.serving.checkpoints import (
+    TEXT,
+    VISION,
+    gemma3,
+    llava,
+    qwen,
+    qwen_processor,
+    qwen_sizes,
+    qwen_words,
+    rewrite,
+    save,
+    tokenizer,
+    twin,
+)
 
 SIGLIP = {**VISION, "image_size": 112}
 
@@ -110,14 +122,7 @@ def qwen3_5(folder: Path) -> Path:
     vision = {"hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
               "patch_size": 14, "num_position_embeddings": 64}  # fmt: skip
     config = hf.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-    sizes: dict[str, Any] = {
-        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
-        "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    processor = hf.Qwen3VLProcessor(
-        hf.Qwen2VLImageProcessor(**sizes), words, hf.Qwen3VLVideoProcessor(**sizes), chat_template=words.chat_template
-    )
-    return save(hf.Qwen3_5ForConditionalGeneration(config), processor, folder)
+    return save(hf.Qwen3_5ForConditionalGeneration(config), qwen_processor("3", words), folder)
 
 
 def gemma4(folder: Path) -> Path:
@@ -193,8 +198,6 @@ def omni(folder: Path, version: str) -> Path:
     text = {**TEXT, "rope_parameters": rope}
     vision = {"hidden_size": 64, "embed_dim": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
               "patch_size": 14}  # fmt: skip
-    sizes: dict[str, Any] = {"size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14,
-                             "merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
     if version == "2_5":
         family, named = "Qwen2_5Omni", "token_index"
         vision |= {"depth": 2, "window_size": 56, "fullatt_block_indexes": [1]}
@@ -204,19 +207,18 @@ def omni(folder: Path, version: str) -> Path:
         text["rope_parameters"] = {**rope, "mrope_interleaved": True}
         vision |= {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "image_size": 112,
                    "apply_vit_abs_pos_embed": True}  # fmt: skip
-        sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     reads = getattr(hf, f"{family}ThinkerConfig")(
         text_config=text, vision_config=vision, audio_config={**AUDIO, "output_dim": 128, "downsample_hidden_size": 32},
         **ids, **{f"{kind}_{named}": number[f"{kind}_token"] for kind in ("image", "video", "audio")},
     )  # fmt: skip
+    sizes = qwen_sizes(version)
     processor = getattr(hf, f"{family}Processor")(
         hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes),
         hf.WhisperFeatureExtractor(feature_size=128), words, chat_template=words.chat_template,
     )  # fmt: skip
     alone = save(getattr(hf, f"{family}ThinkerForConditionalGeneration")(reads), processor, twin(folder))
     shutil.copytree(alone, folder, dirs_exist_ok=True)
-    weights = {f"thinker.{name}": value for name, value in load_file(alone / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite(folder, lambda name, value: (f"thinker.{name}", value))
     config = {
         "model_type": "qwen2_5_omni" if version == "2_5" else "qwen3_omni_moe",
         "architectures": [f"{family}ForConditionalGeneration"], "enable_audio_output": False,
@@ -235,20 +237,9 @@ def qwen3_vl_moe(folder: Path) -> Path:
     vision = {"hidden_size": 64, "depth": 3, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128,
               "patch_size": 14, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}  # fmt: skip
     config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-    sizes: dict[str, Any] = {
-        "size": {"shortest_edge": 28 * 28 * 16, "longest_edge": 28 * 28 * 60}, "patch_size": 14, "merge_size": 2,
-        "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    processor = hf.Qwen3VLProcessor(
-        hf.Qwen2VLImageProcessor(**sizes), words, hf.Qwen3VLVideoProcessor(**sizes), chat_template=words.chat_template
-    )
-    alone = save(hf.Qwen3VLMoeForConditionalGeneration(config), processor, twin(folder))
+    alone = save(hf.Qwen3VLMoeForConditionalGeneration(config), qwen_processor("3", words), twin(folder))
     shutil.copytree(alone, folder, dirs_exist_ok=True)
-    weights = {
-        name: value.transpose(1, 2).contiguous() if ".experts." in name else value
-        for name, value in load_file(alone / "model.safetensors").items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite(folder, lambda name, value: (name, value.transpose(1, 2).contiguous() if ".experts." in name else value))
     return folder
 
 

@@ -17,7 +17,7 @@ from hawk_compile.tools.demo.scenes import pick_questions
 from tests.serving.by_hand import expected
 from tests.serving.cases import Conversation, conversations, films
 from tests.serving.checkpoints import KINDS
-from tests.serving.engine import ALONE, engine, farthest, optimised, prompts, served, served_by_vllm_alone
+from tests.serving.engine import ALONE, TOKENS, apart, engine, farthest, optimised, prompts, served
 from tests.serving.held_out import CLOSE, CONTROLS, broken, compared
 
 pytestmark = [
@@ -149,7 +149,8 @@ def test_chunks_and_prefixes_from_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["qwen2_vl", pytest.param("llava", marks=SLOW)])
 def test_whole_items_are_bit_for_bit_what_they_are_without_the_plugin(kind: str, tmp_path: Path) -> None:
     folder, asked = KINDS[kind](tmp_path / kind), prompts(2)
-    whole = served_by_vllm_alone(folder, 2)
+    whole, said = apart(folder, None, 2, TOKENS, {}, VLLM_PLUGINS="")
+    assert not said["plugged"]
     plain = engine(folder, None)
     assert served(plain, folder, asked) == whole
     assert not type(plain.llm_engine.model_executor.driver_worker.get_model()).__name__.startswith("Pruned")

@@ -7,8 +7,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from hawk_compile.serving.vllm import checkpoint as read_once
 from hawk_compile.serving.vllm.compat import engine as bounds
 from tests.serving.engine import (
-    Answer,
     Prompt,
     answer,
+    apart,
     engine,
     farthest,
     metric,
@@ -205,20 +203,6 @@ def encoded(llm: Any) -> list[torch.Tensor]:
     return list(llm.llm_engine.model_executor.driver_worker.worker.model_runner.encoder_cache.values())
 
 
-def apart(
-    folder: Path, tokens: int, options: dict[str, Any], **environment: str
-) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to four prompts by an engine in a process of its own, and what else it says."""
-    out = folder.parent / "answers.json"
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.serving.answers", str(folder), "4", str(tokens), str(out), json.dumps(options)],
-        capture_output=True, text=True, env=os.environ | environment, timeout=240,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr[-3000:]
-    said = json.loads(out.read_text())
-    return [Answer(**each) for each in said.pop("answers")], said
-
-
 def test_two_ranks_and_drafts_from_the_prompt(tmp_path: Path) -> None:
     """Heads are shared out: the sum of scores over ranks chooses, once for all of them. Several positions a step.
 
@@ -231,7 +215,7 @@ def test_two_ranks_and_drafts_from_the_prompt(tmp_path: Path) -> None:
         "speculative_config": {**drafts, "prompt_lookup_max": 2, "prompt_lookup_min": 1},
     }  # fmt: skip
     cores = "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])
-    answers, said = apart(folder, LONG, options, VLLM_CPU_OMP_THREADS_BIND=cores)
+    answers, said = apart(folder, {"ratio": 0.5}, 4, LONG, options, VLLM_CPU_OMP_THREADS_BIND=cores)
     assert said["accepted"] > 0
     assert farthest(answers, optimised(folder, prompts(4), LONG, ratio=0.5)) < CLOSE
 
@@ -240,9 +224,9 @@ def test_two_ranks_and_drafts_from_the_prompt(tmp_path: Path) -> None:
 def test_the_second_model_runner(tmp_path: Path) -> None:
     """What GPUs run by default; prefill in chunks that cut images, and preemptions."""
     folder = checkpoint("qwen2_vl", tmp_path)
-    answers, said = apart(
-        folder, LONG, {**NARROW, "num_gpu_blocks_override": 6}, TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1"
-    )
+    options = {**NARROW, "num_gpu_blocks_override": 6}
+    environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    answers, said = apart(folder, {"ratio": 0.5}, 4, LONG, options, **environment)
     assert said["runner"] == "vllm.v1.worker.cpu.model_runner" and said["preemptions"] > 0
     assert farthest(answers, optimised(folder, prompts(4), LONG, ratio=0.5)) < CLOSE
 
