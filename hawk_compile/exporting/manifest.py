@@ -2,17 +2,29 @@
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hawk_compile.errors import ManifestError
+from hawk_compile.exporting.schema import Misfit, made_of
+from hawk_compile.files import open_regular, read_json, shown
 from hawk_compile.plan.chat import Chat, ChatFormat
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.selectors import SELECTORS, selector_named
 
 FILE_NAME = "manifest.json"
 VERSION = 5
+MOST_BYTES = 16 << 20
+"""Of a manifest; a tokenizer with thousands of special ids makes some hundred kilobytes."""
+PLAIN_NAME = re.compile(r"\w[\w .+=@-]{0,254}")
+"""A file's name without a folder, a drive or a control character."""
+DEVICES = ("cpu", "cuda", "xpu", "mps", "npu", "hpu", "meta")
+"""Types of torch's devices that models are exported from."""
 
 
 @dataclass(frozen=True)
@@ -92,30 +104,27 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """The manifest of a folder, its files checked against their hashes.
 
+    The hashes find damage, not malice: who writes a folder writes them too.
+
     Raises:
         ManifestError: no export, one of another version, or a file that is missing or not the one that was written.
     """
     path = folder / FILE_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ManifestError(
             f"{folder} is no export: it holds no {FILE_NAME}; give a folder that hawk_compile.export wrote"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("manifest_version")
-        if version != VERSION:
-            raise ManifestError(
-                f"{path} has manifest_version {version}, and this release reads {VERSION}: export again"
-            )
-        parts = {
-            role: Part(**{**part, "inputs": specs(part["inputs"]), "outputs": specs(part["outputs"])})
-            for role, part in content.pop("parts").items()
-        }
-        manifest = Manifest(**content, parts=parts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    check_place(folder, FILE_NAME)
+    content = read_json(path, ManifestError, f"{FILE_NAME} must be that of an export", MOST_BYTES)
+    version = content.get("manifest_version") if isinstance(content, dict) else None
+    if isinstance(content, dict) and version != VERSION:
         raise ManifestError(
-            f"{path} is no manifest of hawk_compile ({type(error).__name__}: {error}): export again"
-        ) from None
+            f"{path} has manifest_version {shown(repr(version), 40)}, and this release reads {VERSION}: export again"
+        )
+    try:
+        manifest = made_of(Manifest, content)
+    except Misfit as error:
+        raise ManifestError(f"{path} is no manifest of hawk_compile ({error}): export again") from None
     check_whole(path, manifest)
     checked: dict[str, str] = {}
     for name, part in manifest.parts.items():  # which may share files
@@ -146,48 +155,83 @@ def config_of(manifest: Manifest) -> HawkConfig:
 
 
 def check_whole(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest that lacks a component, or names a file without its hash."""
-    engines = [each.get("engines", {}) for each in (part.details for part in manifest.parts.values())]
+    """Refuse a manifest that lacks a component, names a file without its hash, or says what no export says."""
     opened = {part.file: part.sha256 for part in manifest.parts.values()}
+    hashed = {name for hashes in opened.values() for name in hashes}
     lacking = [
         *({"prefill", "decode", *manifest.encoders} - manifest.parts.keys()),
         *({"vision_end", "end_of_turn", "special"} - manifest.ids.keys()),
         *({"config.json", "generation_config.json"} - manifest.files.keys()),
         *(name for name, hashes in opened.items() if name not in hashes),
-        *(each["file"] for named in engines for each in named.values()
-          if not any(each["file"] in hashes for hashes in opened.values())),
-    ]  # fmt: skip
+        *(file for part in manifest.parts.values() for file in named_in(part.details) if file not in hashed),
+    ]
+    wrong = [
+        *(f"dtype {name}" for name in dtypes_of(manifest) if not isinstance(getattr(torch, name, None), torch.dtype)),
+        *([f"device {manifest.device}"] if manifest.device not in DEVICES else []),
+    ]
     try:
         chat_of_manifest(manifest)
     except (KeyError, TypeError, ValueError):
         lacking.append("chat")
-    if lacking or not all(isinstance(weight, float) for weight in manifest.head_weights):
-        raise ManifestError(
-            f"{path} is no manifest of hawk_compile (it lacks {', '.join(lacking) or 'head weights'}): export again"
-        )
+    if lacking or wrong:
+        what = "; ".join(f"it {verb} {shown(', '.join(names), 200)}"
+                         for verb, names in (("lacks", lacking), ("names", wrong)) if names)  # fmt: skip
+        raise ManifestError(f"{path} is no manifest of hawk_compile ({what}): export again")
 
 
-def specs(given: list[dict[str, Any]]) -> list[TensorSpec]:
-    return [TensorSpec(**each) for each in given]
+def dtypes_of(manifest: Manifest) -> list[str]:
+    tensors = (each for part in manifest.parts.values() for each in (*part.inputs, *part.outputs))
+    return sorted({manifest.dtype, *(each.dtype for each in tensors)})
+
+
+def named_in(details: dict[str, Any]) -> list[str]:
+    """The files that a format's own details name: engines of TensorRT, weights of AOTInductor.
+
+    What is no such table names the file "", which no folder has.
+    """
+    engines, weights = details.get("engines", {}), details.get("weights", {})
+    if not isinstance(engines, dict) or not isinstance(weights, dict):
+        return [""]
+    files = [each.get("file", "") if isinstance(each, dict) else "" for each in engines.values()]
+    tables = [isinstance(taken, dict) and all(isinstance(key, str) for key in taken.values())
+              for taken in weights.values()]  # fmt: skip
+    return [file if isinstance(file, str) else "" for file in files] + [*weights, *([] if all(tables) else [""])]
 
 
 def check_files(folder: Path, sha256: dict[str, str], owner: str) -> None:
     for name, expected in sha256.items():
+        check_place(folder, name)
         path = folder / name
-        if path.parent.resolve() != folder.resolve():
-            raise ManifestError(f"the manifest names {name}, which lies outside {folder}: do not load it")
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ManifestError(f"{folder} lacks {name} of {owner}: copy the whole folder, or export again")
         found = file_digest(path)
         if found != expected:
             raise ManifestError(
                 f"{name} of {owner} is not the file that was exported (SHA-256 {found[:12]}..., the "
-                f"manifest says {expected[:12]}...): copy the folder again, or export again"
+                f"manifest says {shown(expected, 12)}): copy the folder again, or export again"
             )
 
 
+def check_place(folder: Path, name: str) -> None:
+    """Refuse a file that would be read from elsewhere: by its name, on any system, or by a symbolic link.
+
+    The cache of the Hub is let through, whose snapshots are folders of links to its blobs.
+    """
+    if not PLAIN_NAME.fullmatch(name):
+        raise ManifestError(
+            f"the manifest names {shown(repr(name), 80)}, which lies outside {folder} or is no file's name: do not "
+            "load it"
+        )
+    if not os.path.islink(folder / name):
+        return
+    whole = Path(os.path.realpath(folder))
+    homes = (whole, whole.parents[1] / "blobs") if whole.parent.name == "snapshots" else (whole,)
+    if Path(os.path.realpath(folder / name)).parent not in homes:
+        raise ManifestError(f"{name} is a symbolic link, whose file lies outside {folder}: do not load it")
+
+
 def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path, ManifestError, "a file of an export must be there"), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -85,7 +85,7 @@ def constants(
 def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     import openvino
 
-    (weights,) = (name for name in part.sha256 if name.endswith(".bin"))
+    (weights,) = (name for name in part.sha256 if name.endswith(".bin"))  # ValueError: `load` says of which part
     core = openvino.Core()
     graph = core.read_model(str(folder / file), str(folder / weights))
     model = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -7,6 +7,7 @@ their own code, and what surrounds a pruned prefill (lengths, masks, caches) is 
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
-from hawk_compile.errors import InputError, ManifestError, UnsupportedCallError
+from hawk_compile.compat.models import attention_of
+from hawk_compile.errors import HawkError, InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.calls import (
     ExportedPrefill,
@@ -34,15 +37,18 @@ from hawk_compile.exporting.calls import (
 )
 from hawk_compile.exporting.components import DECODE, PREFILL
 from hawk_compile.exporting.formats import target_of
-from hawk_compile.exporting.manifest import Manifest, Part, chat_of_manifest, config_of
+from hawk_compile.exporting.manifest import FILE_NAME, Manifest, Part, chat_of_manifest, config_of
 from hawk_compile.exporting.write import HOST_WEIGHTS
+from hawk_compile.files import shown
 from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.handover import scratch_cache, scratch_layers
 from hawk_compile.runtime.overrides import overrides_of
 from hawk_compile.runtime.records import Report
 from hawk_compile.runtime.state import RUNTIME, Runtime
-from hawk_compile.settings.head_weights import HeadWeights
+from hawk_compile.settings.head_weights import HeadWeights, normalised
+
+MOST_LAYERS = 4096
 
 
 class Runner:
@@ -84,8 +90,11 @@ class Runner:
 def load(path: str | os.PathLike[str]) -> Runner:
     """Open an exported folder in the runtime that its manifest names.
 
+    A folder is as trusted as a program: a package of AOTInductor is compiled code, which is loaded and run, and the
+    other formats' runtimes were not made for files of strangers.
+
     Raises:
-        ManifestError: no export, or files that are not those that were written.
+        ManifestError: no export, or files that are not those that were written, or that their runtime cannot open.
         ExportError: a package that the format needs is not installed.
     """
     folder = Path(path)
@@ -94,17 +103,16 @@ def load(path: str | os.PathLike[str]) -> Runner:
     # Compiled packages run where their model was; the other sessions take and give tensors of the host.
     device = torch.device(manifest.device if manifest.format == "aoti" else "cpu")
     model = skeleton(folder, manifest, device)
-    sessions = {
-        name: checked(part, target.open_session(folder, part.file, part), device)
-        for name, part in manifest.parts.items()
-    }
+    sessions = {name: checked(part, opened(target, folder, part), device) for name, part in manifest.parts.items()}
     for name in manifest.encoders:
-        child = model.base_model.get_submodule(name)
+        child = encoder_named(model, name)
         child.forward = encoder_call(child, sessions[name], manifest.parts[name])  # type: ignore[method-assign]
+    config = config_of(manifest)
     weights = HeadWeights(torch.tensor(manifest.head_weights), manifest.head_weights_origin)
+    normalised(weights.values, FILE_NAME, len(weights.values))  # to see that they are weights
     ids = SpecialIds(*(tuple(manifest.ids[name]) for name in ("vision_end", "end_of_turn", "special")))
     decode = decode_call(model, sessions[DECODE], manifest.parts[DECODE])
-    runtime = Runtime(config_of(manifest), weights, ids, {"forward": decode})
+    runtime = Runtime(config, weights, ids, {"forward": decode})
     runtime.chat, runtime.chat_known = chat_of_manifest(manifest), True
     runtime.prefill = ExportedPrefill(model, sessions[PREFILL], manifest.parts[PREFILL])  # type: ignore[assignment]
     for name, (owner, method) in overrides_of(model).items():
@@ -113,26 +121,102 @@ def load(path: str | os.PathLike[str]) -> Runner:
     return Runner(manifest, model, runtime)
 
 
+def opened(target: Any, folder: Path, part: Part) -> Session:
+    """A component in its runtime.
+
+    Raises:
+        ManifestError: the runtime cannot open it, whatever it says.
+    """
+    try:
+        return target.open_session(folder, part.file, part)  # type: ignore[no-any-return]
+    except HawkError:
+        raise
+    except Exception as error:
+        raise ManifestError(
+            f"{part.file} of {folder} cannot be opened ({type(error).__name__}: {shown(str(error), 300)}): copy the "
+            "folder again, or export again"
+        ) from error
+
+
+def encoder_named(model: PreTrainedModel, name: str) -> nn.Module:
+    try:
+        return model.base_model.get_submodule(name)  # type: ignore[return-value]
+    except AttributeError:
+        raise ManifestError(
+            f"{FILE_NAME} names an encoder {shown(name, 80)}, which {type(model).__name__} does not have: export again"
+        ) from None
+
+
 def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrainedModel:
-    """The model without weights, but for the few parameters that its own code reads on the host."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    dtype = getattr(torch, manifest.dtype)
-    with torch.device("meta"):
-        model = made_of(config, dtype=dtype)
+    """The model without weights, but for the few parameters that its own code reads on the host.
+
+    Raises:
+        ManifestError: configurations that make no model, or another one.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_config(folder, config)
+        with torch.device("meta"):
+            model = made_of(config, dtype=getattr(torch, manifest.dtype))
+        settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except HawkError:
+        raise
+    except Exception as error:  # of transformers', which checks little of what a configuration says
+        raise ManifestError(
+            f"config.json or generation_config.json of {folder} make no model ({type(error).__name__}: "
+            f"{shown(str(error), 300)}): export again"
+        ) from error
     if type(model).__name__ != manifest.model:
         raise ManifestError(
-            f"{folder} was exported from {manifest.model}, but its config.json makes {type(model).__name__}"
+            f"{folder} was exported from {shown(manifest.model, 80)}, but its config.json makes {type(model).__name__}"
         )
-    model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.generation_config = settings
     model.generation_config.cache_implementation = None
     model.generation_config.use_cache = True
     model.requires_grad_(False).eval()
     if HOST_WEIGHTS in manifest.files:
-        for name, value in load_file(folder / HOST_WEIGHTS).items():
-            setattr(model.base_model, name, nn.Parameter(value.to(device), requires_grad=False))
+        put_weights(model, folder / HOST_WEIGHTS, device)
     kind: Any = type(model)
     model.__class__ = without_weights(kind, device)
     return model
+
+
+def check_config(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a configuration that has transformers fetch a kernel from the Hub, which is code, or that makes of a
+    folder more layers than a model has, each of which is made of Python's objects."""
+    if "/" in (attention := str(attention_of(config))):
+        raise ManifestError(
+            f"config.json of {folder} names the attention {shown(attention, 80)} of the Hub, which an export does not "
+            "need: do not load it"
+        )
+    for name, value in numbers_of(config.to_dict()):
+        if value > MOST_LAYERS and ("layer" in name or "depth" in name):
+            raise ManifestError(f"config.json of {folder} has {name}={value}, more than {MOST_LAYERS}: export again")
+
+
+def numbers_of(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and of those within it, by name."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from numbers_of(value)
+        elif isinstance(value, int):
+            yield str(name), value
+
+
+def put_weights(model: PreTrainedModel, path: Path, device: torch.device) -> None:
+    """Parameters of the model's body itself, in the place of those that it has."""
+    own = dict(model.base_model.named_parameters(recurse=False))
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # of its header, or of types of numbers that torch does not have
+        raise ManifestError(f"{path} is no safetensors file ({shown(str(error))}): export again") from None
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ManifestError(
+                f"{path} holds {shown(name, 80)} {list(value.shape)}, which is no parameter of "
+                f"{type(model.base_model).__name__}: export again"
+            )
+        setattr(model.base_model, name, nn.Parameter(value.to(device), requires_grad=False))
 
 
 def made_of(config: Any, **settings: Any) -> PreTrainedModel:

@@ -5,8 +5,6 @@ text (`opens`) and behind it (`closes`), whatever the tokenizer merges. What was
 conversation that was rendered: a format that does not find the marked text in all of them is not used.
 """
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from hawk_compile.compat.models import file_of
 from hawk_compile.errors import ConfigError
+from hawk_compile.files import read_json
 from hawk_compile.plan.chat import Chat, ChatFormat, Ids, Row, Span, places
 from hawk_compile.plan.rendering import (
     LONGEST,
@@ -169,8 +168,8 @@ def source_at(path: str) -> Any:
             raise UnknownTemplate("no tokenizer lies there")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **here)
         if not tokenizer.chat_template and files["chat_template.json"]:
-            with open(os.fspath(files["chat_template.json"]), encoding="utf-8") as file:
-                tokenizer.chat_template = json.load(file)["chat_template"]
+            beside = read_json(files["chat_template.json"], ConfigError, "chat_template.json must hold a chat template")
+            tokenizer.chat_template = beside["chat_template"]
     except UnknownTemplate:
         raise
     except Exception as error:  # a tokenizer that cannot be loaded here, for whatever reason, is none

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hawk_compile.compat.models import UPLOAD
+from hawk_compile.files import write_whole
 from hawk_compile.runtime.originals import looks_like, original
 from hawk_compile.runtime.state import RUNTIME, holder
 from hawk_compile.settings.head_weights import FILE_NAME, resolve
@@ -49,4 +50,4 @@ def write_head_weights(folder: str | os.PathLike[str], model: PreTrainedModel) -
     config = runtime.config
     weights = resolve(config.head_weights, model) if config.method.head_weights else runtime.head_weights
     content = {"weights": weights.values.tolist(), "origin": weights.origin}
-    (Path(folder) / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(Path(folder) / FILE_NAME, json.dumps(content, indent=1) + "\n")

@@ -3,13 +3,15 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hawk_compile.errors import ConfigError
+from hawk_compile.errors import ConfigError, HeadWeightsError
+from hawk_compile.files import open_regular
 from hawk_compile.settings.closest import meant
 from hawk_compile.settings.config import QUESTIONS, HawkConfig, check_choice, check_ratio
 from hawk_compile.settings.head_weights import as_tensor
@@ -118,4 +120,7 @@ def digest(config: HawkConfig) -> str:
 def written(weights: str) -> str:
     """A name of head weights, or what stands in their file when a process first asks: caches may outlive a server."""
     file = Path(weights)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else weights
+    if not os.path.isfile(file):
+        return weights
+    with os.fdopen(open_regular(file, HeadWeightsError, "head_weights must be a file of weights"), "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -19,10 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.errors import HeadWeightsError
+from hawk_compile.files import open_regular, read_json, shown
 from hawk_compile.settings.checkpoint import checkpoint_of
 
 FILE_NAME = "head_weights.json"
 """A checkpoint folder may hold its weights under this name; the package holds the published ones under it too."""
+MOST_HEADS = 1 << 16
+"""Of a layer: no file of weights for more is read."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def named_or_numbers(setting: Any) -> tuple[Tensor, str]:
 def is_hub_id(name: str) -> bool:
     """Whether a string is `org/name` or `org/name@revision`: nothing that exists here, nor what looks like a path."""
     looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) and not name.endswith((".json", ".safetensors"))
-    return bool(looks_so) and not Path(name).exists()
+    return bool(looks_so) and not os.path.lexists(name)
 
 
 def fetched(hub_id: str) -> Path:
@@ -115,7 +118,7 @@ def fetched(hub_id: str) -> Path:
 def automatic(name: str) -> tuple[Tensor, str] | None:
     """Weights that lie beside the checkpoint of this name, or that were published for it."""
     beside = Path(name) / FILE_NAME
-    if name and beside.is_file():
+    if name and os.path.lexists(beside):
         return read(beside), f"beside the checkpoint ({beside})"
     entry = published().get(name.rstrip("/").rsplit("/", 1)[-1].lower())
     return (torch.tensor(entry["weights"], device="cpu"), f"published ({entry['source']})") if entry else None
@@ -130,28 +133,39 @@ def published() -> dict[str, Any]:
 def read(path: Path) -> Tensor:
     """Weights from a JSON file (a list, or an object with "weights") or a safetensors file (tensor "weights")."""
     rule = "head_weights must be a JSON or safetensors file of one number per query head"
-    if not path.is_file():
-        raise HeadWeightsError(f"{rule}; there is no file {path}")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise HeadWeightsError(f"{rule}; {path} is not a safetensors file: {error}") from None
-        if "weights" not in tensors:
-            raise HeadWeightsError(f"{rule}; {path} holds no tensor 'weights' but {', '.join(tensors) or 'nothing'}")
-        return as_tensor(tensors["weights"])
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HeadWeightsError(f"{rule}; {path} is not JSON: {error}") from None
+        return read_tensor(path, rule)
+    content = read_json(path, HeadWeightsError, rule)
     if isinstance(content, dict):
         if "weights" not in content:
-            raise HeadWeightsError(f'{rule}; the object in {path} has no "weights"')
+            raise HeadWeightsError(f'{rule}; the object in {shown(path)} has no "weights"')
         content = content["weights"]
+    if not isinstance(content, list) or not all(type(weight) in (int, float) for weight in content):
+        raise HeadWeightsError(f"{rule}; {shown(path)} holds {shown(repr(content), 80)}, which is no list of numbers")
     return as_tensor(content)
+
+
+def read_tensor(path: Path, rule: str) -> Tensor:
+    """The tensor "weights" of a safetensors file, of which nothing else is read."""
+    from safetensors import SafetensorError, safe_open
+
+    os.close(open_regular(path, HeadWeightsError, rule))
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            if "weights" not in names:
+                there = ", ".join(sorted(names)) or "nothing"
+                raise HeadWeightsError(f"{rule}; {shown(path)} holds no tensor 'weights' but {shown(there)}")
+            part = file.get_slice("weights")
+            shape, dtype = part.get_shape(), part.get_dtype()
+            if len(shape) != 1 or shape[0] > MOST_HEADS or not dtype.startswith(("F", "BF", "I", "U")):
+                raise HeadWeightsError(f"{rule}; the tensor 'weights' of {shown(path)} is {dtype} of shape {shape}")
+            return as_tensor(file.get_tensor("weights"))
+    except HeadWeightsError:
+        raise
+    except (SafetensorError, OSError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        # Of the header, of what it says of the file, of types of numbers that torch does not have.
+        raise HeadWeightsError(f"{rule}; {shown(path)} is not a safetensors file: {shown(str(error), 200)}") from None
 
 
 def as_tensor(weights: Any) -> Tensor:
@@ -169,7 +183,10 @@ def as_tensor(weights: Any) -> Tensor:
         raise HeadWeightsError(
             f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {kind}'
         )
-    return torch.tensor(list(weights), dtype=torch.float32, device="cpu")
+    try:
+        return torch.tensor([float(weight) for weight in weights], dtype=torch.float32, device="cpu")
+    except OverflowError:
+        raise HeadWeightsError("head_weights must be finite numbers, got one that no float holds") from None
 
 
 def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:
@@ -178,9 +195,13 @@ def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:
     if len(values) != heads:
         raise HeadWeightsError(f"{rule}; got shape {tuple(values.shape)} ({origin})")
     if not values.isfinite().all():
-        raise HeadWeightsError(f"{rule}; got {values.tolist()} ({origin})")
+        raise HeadWeightsError(f"{rule}; got {shown(str(values.tolist()))} ({origin})")
     if (values < 0).any():
         raise HeadWeightsError(f"{rule}; got the negative weight {values.min().item():g} ({origin})")
-    if values.sum() == 0:
+    if not values.any():
         raise HeadWeightsError(f'{rule}; all are 0 ({origin}); "uniform" weighs all heads equally')
-    return HeadWeights(values / values.sum(), origin)
+    total = values.sum()
+    if not total.isfinite() or total < torch.finfo(torch.float32).tiny:  # of finite numbers whose sum is not to be had
+        values = values.double() / values.double().sum()
+        return HeadWeights(values.float(), origin)
+    return HeadWeights(values / total, origin)

@@ -58,7 +58,9 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}: {remedy(folder)}")
     try:
-        return AutoModelForMultimodalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        return AutoModelForMultimodalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        ).eval()
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(
             f"{folder} is no checkpoint of text and images or audio that can be pruned: {reason_of(error)}"
@@ -70,7 +72,7 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
 def read_processor(folder: Path) -> Any:
     try:
         with quiet():  # transformers warns of how classes of its own are written, of which a user can change nothing
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"{folder} holds no processor that can be read ({reason_of(error)}): put the checkpoint's processor files "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import ConfigError, InputError, UnsupportedModelError
+from hawk_compile.files import read_bytes
 from hawk_compile.serving.settings import KEY, serving_config
 
 OVERRIDES = "--hf-overrides"
@@ -77,7 +78,7 @@ def is_overrides(option: str) -> bool:
 def object_of(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"{OVERRIDES} must be an object of JSON, got {text!r}")
@@ -99,7 +100,8 @@ def check_file(others: Sequence[str]) -> None:
     if "--config" not in others[:-1]:
         return
     file = Path(others[list(others).index("--config") + 1])
-    if file.is_file() and re.search(r"^[\"']?hf[-_]o", file.read_text(), re.MULTILINE):
+    rule = "--config must be a file of vLLM's arguments"
+    if file.is_file() and re.search(rb"^[\"']?hf[-_]o", read_bytes(file, ConfigError, rule), re.MULTILINE):
         raise ConfigError(f"{file} has hf-overrides, and vLLM would read these or {KEY}'s: give them as {OVERRIDES}")
 
 

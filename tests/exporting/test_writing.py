@@ -108,7 +108,9 @@ def test_a_replacement_that_fails_keeps_the_earlier_export(folder: Path, monkeyp
 
 
 def test_a_replacement_takes_the_place_of_the_earlier_export(folder: Path) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
     (folder / "of_the_earlier").touch()
+    (folder / "manifest.json").write_text(json.dumps(content | {"files": content["files"] | {"of_the_earlier": ""}}))
     write_export(folder, overwrite=True)
     assert not (folder / "of_the_earlier").exists() and [each.name for each in folder.parent.iterdir()] == [folder.name]
 
@@ -155,7 +157,7 @@ def test_files_that_are_not_those_that_were_exported(folder: Path) -> None:
     (lambda content: content | {"files": {}}, "lacks .*config.json"),
     (lambda content: content | {"encoders": ["tower"]}, "lacks tower"),
     (lambda content: content | {"ids": {}}, "lacks .*end_of_turn"),
-    (lambda content: content | {"head_weights": "x"}, "lacks head weights"),
+    (lambda content: content | {"head_weights": "x"}, "head_weights must be list.float., got 'x'"),
     (lambda content: content | {"parts": {k: p | {"file": "../evil.onnx"} for k, p in content["parts"].items()}},
      r"lacks \.\./evil\.onnx"),
 ])  # fmt: skip

@@ -85,10 +85,10 @@ def test_config_and_settings() -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "match"), [
-    ("a.json", "not json", "is not JSON"),
+    ("a.json", "not json", "is no JSON"),
     ("a.json", "{}", 'has no "weights"'),
-    ("a.json", '{"weights": "high"}', "a tensor or numbers, got str"),
-    ("a.json", '{"weights": [1, 2, null, 4]}', "a tensor or numbers, got list"),
+    ("a.json", '{"weights": "high"}', "holds 'high', which is no list of numbers"),
+    ("a.json", '{"weights": [1, 2, null, 4]}', "which is no list of numbers"),
     ("a.json", "[1, 2, 3]", r"got shape \(3,\)"),
 ])  # fmt: skip
 def test_head_weight_files(tmp_path: Path, name: str, content: str, match: str) -> None:

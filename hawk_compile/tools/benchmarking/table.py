@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import write_whole
 from hawk_compile.tools.benchmarking.floors import Floor
 from hawk_compile.tools.benchmarking.measured import Measured, Measurement, Size
 from hawk_compile.tools.benchmarking.timing import Spread, spread
@@ -219,8 +220,8 @@ def write(found: Measured, folder: Path) -> list[Path]:
     check_writable(folder)
     written = [folder / "bench.md", folder / "bench.json"]
     try:
-        written[0].write_text(markdown(found), encoding="utf-8")
-        written[1].write_text(json.dumps(as_json(found), allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(written[0], markdown(found))
+        write_whole(written[1], json.dumps(as_json(found), allow_nan=False) + "\n")
         if found.of(found.sizes[0].visual_tokens, "prefill", "compiled") is not None:
             written.append(folder / "bench.png")
             plot(found, written[2])

@@ -200,7 +200,10 @@ def measure(
 
     for part in record.finished(list(parts), measured):
         name, places = parts[part]
-        tables[name][:, places] = record.scores[part]
+        scores = np.array(record.scores[part], dtype=float)
+        if scores.shape != (wanted := (1 + heads, len(places))):
+            raise InputError(f"progress_file has scores {scores.shape} for {part}, which has {wanted}: remove it")
+        tables[name][:, places] = scores
         done += len(places)
         tell(Progress(done, total))
     return tables

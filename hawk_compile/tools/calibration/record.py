@@ -2,12 +2,16 @@
 
 import datetime
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import parse_json, read_bytes, shown, write_whole
 from hawk_compile.tools.calibration.processes import Processes
+
+MOST_BYTES = 256 << 20
 
 
 class Record:
@@ -48,7 +52,7 @@ def started(path: Path | None, about: dict[str, Any]) -> tuple[str, dict[str, An
     date, found = datetime.date.today().isoformat(), dict[str, Any]()
     if path is None:
         return date, found
-    if path.exists():
+    if os.path.lexists(path):
         earlier, *done = whole_lines(path)
         if {**earlier, "date": None} != {**json.loads(json.dumps(about)), "date": None}:
             raise InputError(
@@ -59,9 +63,7 @@ def started(path: Path | None, about: dict[str, Any]) -> tuple[str, dict[str, An
         found = {line["batch"]: line["scores"] for line in done}
     text = [{**about, "date": date}, *({"batch": k, "scores": v} for k, v in found.items())]
     try:
-        fresh = path.with_name(f"{path.name}.new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in text), encoding="utf-8")
-        fresh.replace(path)
+        write_whole(path, (json.dumps(line) + "\n" for line in text))
     except OSError as error:
         raise InputError(f"progress_file {path} cannot be written ({error}): give another place") from None
     return date, found
@@ -73,13 +75,25 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: a file of something else.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        batches_whole = all({"batch", "scores"} <= each.keys() for each in found[1:])
-        whole = batches_whole and {"ablation", "date"} <= found[0].keys()
-    except (ValueError, IndexError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"progress_file {path} holds no progress of a calibration: give another file")
+    rule = "progress_file must hold the progress of a calibration"
+    text = read_bytes(path, InputError, rule, MOST_BYTES)
+    whole = text[: text.rfind(b"\n") + 1].split(b"\n")[:-1]
+    found = [parse_json(line, InputError, f"{rule}; {shown(path)} line {n}") for n, line in enumerate(whole, 1)]
+    first, *batches = found or [None]
+    if not (is_about(first) and all(map(is_batch, batches))):
+        raise InputError(f"{rule}; {shown(path)} holds none: give another file")
     return found
+
+
+def is_about(line: Any) -> bool:
+    return isinstance(line, dict) and "ablation" in line and isinstance(line.get("date"), str)
+
+
+def is_batch(line: Any) -> bool:
+    """Whether a line holds a batch's scores [1 + heads][samples]."""
+    rows = line.get("scores") if isinstance(line, dict) else None
+    return (
+        isinstance(rows, list) and isinstance(line.get("batch"), str)
+        and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+        and all(type(score) in (int, float) for row in rows for score in row)
+    )

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.compat.models import COMMIT
 from hawk_compile.errors import InputError
+from hawk_compile.files import write_whole
 from hawk_compile.tools.evaluation.statistics import interval
 
 
@@ -56,7 +56,7 @@ class Calibration:
             InputError: the file cannot be written.
         """
         try:
-            Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error}): give another file") from None
 

@@ -89,7 +89,7 @@ def values_of(pairs: list[str], option: str = "set") -> dict[str, Any]:
             raise ConfigError(f"{option} must be NAME=VALUE, got {pair!r}")
         try:
             values[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name] = text
     return values
 

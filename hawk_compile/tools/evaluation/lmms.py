@@ -153,7 +153,7 @@ def with_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         return others
     try:
         options = json.loads(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         options = None
     if not isinstance(options, dict):
         raise ConfigError(f'selector_options must be a JSON object such as {{"bits":8}}, got {text!r}')

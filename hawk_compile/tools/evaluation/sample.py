@@ -1,11 +1,18 @@
 """One question about pictures, with its answers."""
 
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import open_regular, shown
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -34,24 +41,56 @@ class Sample:
         return [picture(each, self.origin) for each in self.images]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of the pictures, which are not decoded for it."""
-        found = []
-        for each in self.images:
-            if isinstance(each, Image.Image):
-                found.append(each.size)
-            else:
-                with Image.open(each) as opened:
-                    found.append(opened.size)
-        return found
+        """Width and height of the pictures, which are not decoded for it.
+
+        Raises:
+            InputError: one that cannot be read.
+        """
+        return [
+            each.size if isinstance(each, Image.Image) else read(each, self.origin, size_of) for each in self.images
+        ]
 
 
 def picture(image: Path | Image.Image, origin: str) -> Image.Image:
-    try:
-        if isinstance(image, Image.Image):
+    """A picture in RGB.
+
+    Raises:
+        InputError: no file, one of another kind, or one that cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        try:
             return image.convert("RGB")
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{origin}: there is no image {image}: correct the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # of what is in the file
-        raise InputError(f"{origin}: {image} cannot be read as an image ({error}): replace it") from None
+        except Exception as error:
+            raise unreadable(image, origin, error) from None
+    return read(image, origin, lambda opened: opened.convert("RGB"))
+
+
+Read = TypeVar("Read")
+
+
+def read(path: Path, origin: str, take: Callable[[Image.Image], Read]) -> Read:
+    """What is taken of a picture's file, while it is open."""
+    if not os.path.lexists(path):
+        raise InputError(f"{origin}: there is no image {shown(path)}: correct the path")
+    with os.fdopen(open_regular(path, InputError, f"{origin}: an image must be a file that is one"), "rb") as file:
+        try:
+            with Image.open(file, formats=formats()) as opened:
+                return take(opened)
+        except Exception as error:  # decoders raise whatever the bytes of a file lead them to
+            raise unreadable(path, origin, error) from None
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    return image.size
+
+
+def unreadable(image: Any, origin: str, error: Exception) -> InputError:
+    told = shown(str(error) or type(error).__name__, 200)
+    return InputError(f"{origin}: {shown(image)} cannot be read as an image ({told}): replace it")
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats of pictures that the installed Pillow reads, of those that are pixels: some run other programs."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -10,8 +10,8 @@ A record holds
 What is wrong with a record is said with the line it stands on.
 """
 
-import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,11 +20,14 @@ from typing import Any
 from PIL import Image
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import parse_json, read_lines, shown
 from hawk_compile.tools.evaluation.demo import DEMO, demo_samples
 from hawk_compile.tools.evaluation.sample import Sample
 
 FIELDS = ("image", "images", "question", "answer", "answers", "kind")
 
+MOST_BYTES = 1 << 20
+"""Of a line: it names pictures, and does not hold them."""
 FORMAT = (
     'each line is an object such as {"image": "cat.png", "question": "What is this?", "answer": "a cat"}, its path '
     "relative to the file (docs/selectors.md)"
@@ -77,21 +80,17 @@ def records(data: "str | PathLike[str] | Iterable[Any]") -> Iterator[Callable[[]
             yield lambda record=record, number=number: of_record(record, Path(), f"record {number}")  # type: ignore[misc]
         return
     path = Path(data)
-    if not path.is_file():
-        raise InputError(f'data must be a JSON Lines file or "{DEMO}", got {path}, which is no file: {FORMAT}')
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield lambda line=line, number=number: of_line(line, path, number)  # type: ignore[misc]
+    if not os.path.isfile(path):
+        raise InputError(f'data must be a JSON Lines file or "{DEMO}", got {shown(path)}, which is no file: {FORMAT}')
+    rule = f'data must be a JSON Lines file or "{DEMO}"'
+    for number, line in enumerate(read_lines(path, InputError, rule, MOST_BYTES), start=1):
+        if line.strip():
+            yield lambda line=line, number=number: of_line(line, path, number)  # type: ignore[misc]
 
 
 def of_line(line: bytes, path: Path, number: int) -> Sample:
     origin = f"{path} line {number}"
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{origin} is no JSON in UTF-8 ({error}): write one object per line") from None
-    return of_record(record, path.parent, origin)
+    return of_record(parse_json(line, InputError, origin, "write one object per line"), path.parent, origin)
 
 
 def of_record(record: Any, folder: Path, origin: str) -> Sample:
@@ -112,10 +111,12 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
             raise InputError(f"{origin}: images must be paths or pictures, got {type(each).__name__}")
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{origin}: question must be text, got {question!r}")
+        raise InputError(f"{origin}: question must be text, got {shown(repr(question), 80)}")
     answers = several(record, "answer", "answers")
     if not answers or not all(is_answer(each) for each in answers):
-        raise InputError(f"{origin}: answers must be one text or several, got {answers!r}: give `answer` or `answers`")
+        raise InputError(
+            f"{origin}: answers must be one text or several, got {shown(repr(answers), 80)}: give `answer` or `answers`"
+        )
     return Sample(
         tuple(each if isinstance(each, Image.Image) else folder / each for each in images),
         question,

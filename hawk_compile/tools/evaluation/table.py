@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import write_whole
 from hawk_compile.tools.evaluation.scored import Row, Scored
 from hawk_compile.tools.evaluation.statistics import Interval, difference, holm, interval
 from hawk_compile.tools.writing import check_writable
@@ -110,8 +111,8 @@ def write(found: Scored, folder: Path) -> list[Path]:
     made = lines(found)
     written = [folder / f"evaluation.{suffix}" for suffix in ("md", "json", "png")]
     try:
-        written[0].write_text(markdown(found, made), encoding="utf-8")
-        written[1].write_text(json.dumps(as_json(found, made), allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(written[0], markdown(found, made))
+        write_whole(written[1], json.dumps(as_json(found, made), allow_nan=False) + "\n")
         plot(found, made, written[2])
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error}): give another folder") from None

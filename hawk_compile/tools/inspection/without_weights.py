@@ -76,7 +76,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     if not file.is_file():
         raise InputError(f"there is no file {file}: {remedy(path)}, or a config.json")
     try:
-        return AutoConfig.from_pretrained(file, local_files_only=True)
+        return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{file} is no model config: {reason_of(error)}") from error
 

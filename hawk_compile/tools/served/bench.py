@@ -87,7 +87,7 @@ def bench_served(
         folder = Path(source)
         if not folder.is_dir():
             folder = write_random(str(source), Path(scratch) / START, kind, 2 * max(tokens))
-        model = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         result = Served((model.architectures or [model.model_type])[0], given, "", command)
         Run(result, folder, model, config, progress).measure()
     return result

@@ -53,7 +53,7 @@ class Engine:
 
         self.pruning = hawk is not None
         self.processor = read_processor(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.placeholders = named_places(config)
         given = {
             "dtype": DTYPES[dtype], "seed": 0, "enable_prefix_caching": True, "enable_mm_processor_stats": True,

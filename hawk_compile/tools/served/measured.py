@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import write_whole
 from hawk_compile.tools.writing import check_folder
 
 
@@ -109,8 +110,8 @@ class Served:
         check_folder(place)
         written = [place / "bench.md", place / "bench.json"]
         try:
-            written[0].write_text(text, encoding="utf-8")
-            written[1].write_text(json.dumps(dataclasses.asdict(self), allow_nan=False) + "\n", encoding="utf-8")
+            write_whole(written[0], text)
+            write_whole(written[1], json.dumps(dataclasses.asdict(self), allow_nan=False) + "\n")
         except OSError as error:
             raise InputError(f"{place} cannot be written to ({error}): give another folder") from None
         return written

@@ -13,10 +13,12 @@ import transformers
 from hawk_compile.compat.models import image_text_types
 from hawk_compile.errors import InputError
 from hawk_compile.exporting.formats import FORMATS
+from hawk_compile.files import read_json, shown, write_whole
 from hawk_compile.runtime.checks import OTHER_MODEL
 from hawk_compile.settings.closest import meant
 from hawk_compile.tools.survey.outcome import OPEN, Outcome, Survey
 
+MOST_BYTES = 64 << 20
 SHIPPED = resources.files("hawk_compile.tools.survey").joinpath("types.json")
 """The survey of the release that this package was tested with."""
 MARKS = {
@@ -46,7 +48,7 @@ class Types:
         """As JSON, one type a line."""
         lines = [f"  {json.dumps(name)}: {json.dumps(asdict(each))}" for name, each in sorted(self.surveys.items())]
         body = ",\n".join(lines)
-        path.write_text(f'{{"versions": {json.dumps(self.versions)}, "types": {{\n{body}\n}}}}\n')
+        write_whole(path, f'{{"versions": {json.dumps(self.versions)}, "types": {{\n{body}\n}}}}\n')
 
 
 def here(surveys: Iterable[Survey]) -> Types:
@@ -61,8 +63,9 @@ def read_types(path: Any = SHIPPED) -> Types:
     Raises:
         InputError: the file holds something else.
     """
+    rule = "a file must hold a survey, as `hawk-compile survey --out` writes it"
+    held = read_json(path, InputError, rule, MOST_BYTES)
     try:
-        held = json.loads(path.read_text())
         surveys = {
             name: Survey(
                 name, each["model_type"], {check: Outcome(**outcome) for check, outcome in each["outcomes"].items()},
@@ -71,10 +74,10 @@ def read_types(path: Any = SHIPPED) -> Types:
             for name, each in held["types"].items()
         }  # fmt: skip
         return Types(held["versions"], surveys)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} must hold a survey, as `hawk-compile survey --out` writes it, and cannot be read as one "
-            f"({type(error).__name__}: {error}): give another file"
+            f"{rule}; {shown(path)} cannot be read as one ({type(error).__name__}: {shown(str(error))}): give another "
+            "file"
         ) from None
 
 

@@ -5,7 +5,6 @@ token moves the logits.
 """
 
 import contextlib
-import json
 import os
 import traceback
 from collections.abc import Sequence
@@ -19,10 +18,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hawk_compile.errors import InputError
+from hawk_compile.files import read_json
 from hawk_compile.settings.closest import meant
 from hawk_compile.tools.survey.outcome import Misdescribed, without_folders
 
-FIELDS = ("model_type", "class", "config_class", "config", "inputs")
+FIELDS = {"model_type": str, "class": str, "config_class": str, "config": dict, "inputs": dict}
+MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def read(path: Path) -> Tiny:
     Raises:
         InputError: the file holds something else.
     """
-    try:
-        held = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} must be a JSON file that describes a tiny model, and is not JSON: {error}") from None
-    missing = [name for name in FIELDS if not isinstance(held, dict) or name not in held]
-    if missing:
-        raise InputError(f"{path} must describe a tiny model by {', '.join(FIELDS)}, and lacks {', '.join(missing)}")
+    held = read_json(path, InputError, "a tiny model must be described by a JSON file", MOST_BYTES)
+    held = held if isinstance(held, dict) else {}
+    if missing := [name for name, kind in FIELDS.items() if not isinstance(held.get(name), kind)]:
+        raise InputError(
+            f"{path} must describe a tiny model by {', '.join(FIELDS)}, and lacks {', '.join(missing)}, or has "
+            "something else there: see docs/models.md"
+        )
     modalities, notes = held.get("modalities"), held.get("notes", [])
     return Tiny(
         path.stem, held["model_type"], held["class"], held["config_class"], held["config"], held["inputs"],

@@ -198,7 +198,7 @@ def test_what_cannot_be_calibrated(tmp_path):
         calibrated(metric=lambda said, answers: 1.0, limit=2)
     for text in ("nothing\n", "[1]\n", '{"weights": [1.0]}'):
         (tmp_path / "progress").write_text(text)
-        with pytest.raises(InputError, match="holds no progress of a calibration"):
+        with pytest.raises(InputError, match="must hold the progress of a calibration"):
             calibrated(progress_file=tmp_path / "progress")
         assert (tmp_path / "progress").read_text() == text
     with pytest.raises(InputError, match="cannot be written"):

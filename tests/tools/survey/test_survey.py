@@ -217,7 +217,7 @@ def test_files_that_describe_nothing_are_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(InputError, match="lacks model_type, class, config_class, config, inputs"):
         read(tmp_path / "one.json")
     (tmp_path / "two.json").write_text("no")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="is no JSON"):
         read(tmp_path / "two.json")
     with pytest.raises(InputError, match="must hold a survey"):
         read_types(tmp_path / "one.json")
