@@ -88,8 +88,9 @@ def capturing(model: PreTrainedModel, user: Any = None) -> Iterator[Attention]:
     using = Use() if user is None else user
     if using not in answered_for_captures.users:
         answered_for_captures.begin(using)
-    before, captures.attention = getattr(captures, "attention", None), attention.here
+    before = getattr(captures, "attention", None)
     try:
+        captures.attention = attention.here
         yield attention
     finally:
         captures.attention = before

@@ -19,6 +19,8 @@ NOT_THE_MODEL = (
     Path(torch.__file__).parent, Path(__file__).parents[1], Path(transformers.__file__).parent / "exporters"
 )  # fmt: skip
 """Folders whose lines are no lines of a model: torch, this package, and what exports by torch."""
+OF_THE_CALLER = (torch.OutOfMemoryError, MemoryError)
+"""What who calls may wait for, to go on with less, whether or not there was something to compile."""
 GENERATED = "<eval_with_key>"
 """How the files of a graph's code are called, which is no model's either."""
 LONGEST_REASON = 300
@@ -41,12 +43,12 @@ def diagnosed(model: nn.Module, what: str = "", remedy: str = RESTORE) -> Iterat
 
     Raises:
         CaptureError: the forward cannot be captured as one graph.
-        HawkError: what a pass raised.
+        HawkError: what a pass raised. torch.OutOfMemoryError, MemoryError: where memory ran out in compiling.
     """
     try:
         yield
     except CompilerFailed as error:
-        if isinstance(error.inner_exception, HawkError):
+        if isinstance(error.inner_exception, (HawkError, *OF_THE_CALLER)):
             raise error.inner_exception from None
         raise
     except CAPTURE_FAILURES as error:

@@ -56,8 +56,9 @@ def capture_settings() -> Iterator[None]:
         shape_settings(use_duck_shape=False),
         sizes_named_in_texts(),
     ):
-        before, thread.captures = is_capturing(), True
+        before = is_capturing()
         try:
+            thread.captures = True
             yield
         finally:
             thread.captures = before

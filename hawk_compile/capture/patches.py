@@ -27,8 +27,8 @@ exports = threading.local()
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
     """torch.export runs the model's code in this thread, where Dynamo's own mark does not show."""
-    exports.running = True
     try:
+        exports.running = True
         yield
     finally:
         exports.running = False
@@ -121,12 +121,12 @@ def overridden(model: PreTrainedModel) -> Iterator[None]:
     body = model.base_model.__dict__
     overrides = body_overrides(model)
     before = {name: body[name] for name in overrides if name in body}
-    body.update(overrides)
     try:
+        body.update(overrides)
         yield
     finally:
         for name in overrides:
-            del body[name]
+            body.pop(name, None)
         body.update(before)
 
 

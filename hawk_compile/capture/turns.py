@@ -37,10 +37,15 @@ def ask_for_turn(context: Any) -> None:
 
 
 def end_turn() -> None:
-    """Let other threads capture, if it is this one's turn."""
+    """Let other threads capture, if it is this one's turn.
+
+    Of an interruption (Ctrl-C may come between any two instructions) no order of these two lines is safe but this one:
+    a turn that is over may be ended once more, a lock that nobody gives back stays taken.
+    """
     if getattr(turn, "taken", False):
+        with contextlib.suppress(RuntimeError):  # of a lock that this thread does not have, or not yet
+            capture_lock.release()
         turn.taken = False
-        capture_lock.release()
 
 
 class CompiledInTurns:
@@ -66,9 +71,9 @@ class CompiledInTurns:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with contextlib.suppress(TurnNeeded):
             return self.function(*args, **kwargs)
-        capture_lock.acquire()
-        turn.taken = True
         try:
+            turn.taken = True
+            capture_lock.acquire()
             with capture_settings():
                 return self.function(*args, **kwargs)
         finally:

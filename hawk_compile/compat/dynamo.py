@@ -66,8 +66,8 @@ def sizes_named_in_texts() -> Iterator[None]:
     compile is as it was.
     """
     SizeInText.__repr__ = text_of_size  # type: ignore[method-assign]
-    texts.name_sizes = True
     try:
+        texts.name_sizes = True
         yield
     finally:
         texts.name_sizes = False

@@ -56,20 +56,29 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
     originals, replaced = install(model, {} if earlier is None else earlier.originals)
+    try:
+        model.__dict__[RUNTIME] = carried(model, Runtime(made, weights, ids, originals, ranks_of(model)), earlier)
+    except BaseException:
+        if earlier is None:  # or else the model goes on as it was
+            uninstall(model, originals)
+        raise
     if replaced:
         warnings.warn(
             f"others have replaced {' and '.join(replaced)} of the model after optimize"
             f"{', so nothing was pruned since' if 'forward' in replaced else ''}; they are overridden again now",
             stacklevel=2,
         )
-    runtime = Runtime(made, weights, ids, originals, ranks_of(model))
+    return model
+
+
+def carried(model: PreTrainedModel, runtime: Runtime, earlier: Runtime | None) -> Runtime:
+    """What a model is to carry, with what was compiled for it before; what captures need is put on."""
     for compiled in (put_aside.pop(model, None), earlier):
         if compiled is not None:
             runtime.take_compiled(compiled)
     recorded_by_thread.begin(runtime)
     begin_operators(runtime, model)
-    model.__dict__[RUNTIME] = runtime
-    return model
+    return runtime
 
 
 def restore(model: Model) -> Model:

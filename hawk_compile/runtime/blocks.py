@@ -39,22 +39,24 @@ def block_of(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         UnsupportedCallError: the model is inside a block that somebody else has entered.
     """
-    with lock:
-        blocks = open_blocks.setdefault(model, [])
-        if blocks and blocks[-1] not in entered.get():
-            raise UnsupportedCallError(
-                "another thread or task is inside a `pruned` block with this model, whose settings would be those of "
-                "this block too: enter one block around both, or give each a model of its own"
-            )
-        block = Block(attributes_of(model))
-        blocks.append(block)
-    entered.set((*entered.get(), block))
-    try:
+    block, blocks = Block([]), list[Block]()
+    try:  # from here on: an interruption may come between any two instructions
+        with lock:
+            blocks = open_blocks.setdefault(model, [])
+            if blocks and blocks[-1] not in entered.get():
+                raise UnsupportedCallError(
+                    "another thread or task is inside a `pruned` block with this model, whose settings would be those "
+                    "of this block too: enter one block around both, or give each a model of its own"
+                )
+            block.before = attributes_of(model)
+            blocks.append(block)
+        entered.set((*entered.get(), block))
         yield
     finally:
         entered.set(tuple(other for other in entered.get() if other is not block))
         with lock:
-            leave(model, blocks, block)
+            if block in blocks:
+                leave(model, blocks, block)
 
 
 def attributes_of(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, Any]]:

@@ -47,6 +47,7 @@ class Conversation:
         asked_length: of a cache of fixed size that generate made for one call and that holds nothing yet: the length
             without pruning.
         layer_lengths: of a cache that was allocated for a pruned prompt: the length of each layer for one of any kind.
+        spoiled: whether a call has failed when it had filled a part of the cache.
     """
 
     slots: Slots | None = None
@@ -55,6 +56,7 @@ class Conversation:
     plain: type[Cache] | None = None
     asked_length: int | None = None
     layer_lengths: tuple[int | None, ...] = ()
+    spoiled: bool = False
 
     @property
     def counts_otherwise(self) -> bool:

@@ -26,7 +26,7 @@ from hawk_compile.runtime.positions import deltas_after, deltas_of, next_positio
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.state import Runtime
-from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, track
+from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, refuse_spoiled, track
 from hawk_compile.settings.config import MODALITIES
 
 Forward = Callable[..., Any]
@@ -40,6 +40,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
+    refuse_spoiled(kwargs.get("past_key_values"))
     kwargs = without_idle_inputs(model, kwargs)
     if modalities_of(model, kwargs) & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)

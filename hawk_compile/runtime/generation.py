@@ -37,8 +37,9 @@ running: ContextVar[Generation | None] = ContextVar("hawk_generation", default=N
 @contextlib.contextmanager
 def generating(generation: Generation) -> Iterator[Generation]:
     """Let the forwards that are called inside belong to this call of generate."""
-    token = running.set(generation)
-    try:
+    before = running.get()
+    try:  # set within it: an interruption may come between any two instructions
+        running.set(generation)
         yield generation
     finally:
-        running.reset(token)
+        running.set(before)

@@ -28,7 +28,7 @@ from hawk_compile.capture.segments import name_of_rest
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.forward import by_slots
-from hawk_compile.runtime.tracked import TrackedCache, opened
+from hawk_compile.runtime.tracked import TrackedCache, opened, refuse_spoiled
 
 
 @functools.cache
@@ -99,6 +99,7 @@ class HandedOn:
             UnsupportedCallError: a first call with less, or more, than the prompt.
         """
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        refuse_spoiled(cache)
         if physical_length(cache) == 0:
             return self.first(kwargs, embeds)
         if isinstance(cache, TrackedCache):
@@ -155,11 +156,12 @@ handed_on: ContextVar[HandedOn | None] = ContextVar("hawk_handed_on", default=No
 @contextlib.contextmanager
 def handing_on(call: HandedOn | None) -> Iterator[None]:
     """Let the language model's forwards inside belong to a call of generate."""
-    token = handed_on.set(call)
+    before = handed_on.get()
     try:
+        handed_on.set(call)
         yield
     finally:
-        handed_on.reset(token)
+        handed_on.set(before)
 
 
 @functools.cache

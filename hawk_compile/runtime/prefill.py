@@ -41,7 +41,7 @@ from hawk_compile.runtime.refusals import (
     refuse_unsupported,
 )
 from hawk_compile.runtime.state import Runtime
-from hawk_compile.runtime.tracked import opened, track
+from hawk_compile.runtime.tracked import opened, spoiled_by_failure, track
 from hawk_compile.settings.config import HawkConfig
 
 
@@ -130,10 +130,11 @@ def run_graph(
         origin, runtime.prefill.scoring_layer, attention.here, attention.elsewhere)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
     keep_positions(scratch, keep, inputs.past, inputs.length)
-    with opened(inputs.cache):
-        cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
-    if cache is not None:
-        track(cache, keep, valid if plan.filled else None, inputs.past, inputs.length, inputs.deltas)
+    with spoiled_by_failure(inputs.cache):
+        with opened(inputs.cache):
+            cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
+        if cache is not None:
+            track(cache, keep, valid if plan.filled else None, inputs.past, inputs.length, inputs.deltas)
     return with_cache(result, cache), record
 
 

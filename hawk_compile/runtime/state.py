@@ -89,11 +89,12 @@ class Runtime:
     @contextlib.contextmanager
     def asking(self, config: HawkConfig) -> Iterator[None]:
         """Let the calls of this thread inside have settings of their own; they may not change what was compiled."""
-        token = self.asked.set(config)
+        before = self.asked.get()
         try:
+            self.asked.set(config)
             yield
         finally:
-            self.asked.reset(token)
+            self.asked.set(before)
 
     def take_compiled(self, earlier: "Runtime") -> None:
         """Go on with what was compiled under earlier settings, where the new ones do not change it."""

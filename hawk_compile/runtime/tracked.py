@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.conversation import Conversation, Slots, conversation_of, note, physical_length
@@ -120,13 +121,57 @@ def opened(cache: Any) -> Iterator[None]:
     """
     before = type(cache)
     plain = conversation_of(cache).plain
-    if plain is not None:
-        cache.__class__ = tracked_class(plain)  # type: ignore[arg-type]
+    layers = len(getattr(cache, "layers", ()))
     try:
+        if plain is not None:
+            cache.__class__ = tracked_class(plain)  # type: ignore[arg-type]
         yield
+    except BaseException:
+        if getattr(cache, "layers", None) and filled_in_part(cache, layers):
+            note(cache, spoiled=True)
+        raise
     finally:
         if plain is not None and isinstance(cache, TrackedCache):  # it has not been emptied
             cache.__class__ = before
+
+
+def filled_in_part(cache: Cache, layers: int) -> bool:
+    """Whether a call that failed may have left a cache of which layers hold other tokens than others do.
+
+    Args:
+        layers: how many there were before. A cache without a config makes them as they are filled.
+    """
+    held = {int(layer.get_seq_length()) for layer in cache.layers if isinstance(layer, CacheLayerMixin)}
+    keeps_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    return len(held) > 1 or len(cache.layers) != layers or keeps_states
+
+
+@contextlib.contextmanager
+def spoiled_by_failure(cache: Cache | None) -> Iterator[None]:
+    """Where a prompt is handed on to a cache, all of it or nothing is left there that can be gone on with."""
+    before = physical_length(cache)
+    try:
+        yield
+    except BaseException:
+        if cache is not None and physical_length(cache) != before:
+            note(cache, spoiled=True)
+        raise
+
+
+def refuse_spoiled(cache: Any) -> None:
+    """
+    Raises:
+        UnsupportedCallError: a cache that a failed call has filled in part, so that its layers hold different tokens.
+    """
+    known = getattr(cache, "hawk_conversation", None)
+    if known is None or not known.spoiled:
+        return
+    if physical_length(cache):
+        raise UnsupportedCallError(
+            "past_key_values was left filled in part by a call that failed, so that some layers hold tokens that "
+            "others do not: start the conversation anew on an empty cache"
+        )
+    note(cache, spoiled=False)
 
 
 def track(

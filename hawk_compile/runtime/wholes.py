@@ -52,11 +52,12 @@ def generate_of_whole(kind: Any) -> Callable[..., Any]:
     @functools.wraps(plain)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         asked = any(name.endswith(HIDDEN_STATES) and value for name, value in kwargs.items())
-        token = whole.set(None if asked else kind.__name__)
+        before = whole.get()
         try:
+            whole.set(None if asked else kind.__name__)
             return plain(self, *args, **kwargs)
         finally:
-            whole.reset(token)
+            whole.set(before)
 
     return generate
 
