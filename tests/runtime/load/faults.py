@@ -1,0 +1,377 @@
+"""Ways in which a call fails or is broken off, each at a place that is drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+
+from hawk_compile.compile import backend
+from hawk_compile.errors import HawkError
+from hawk_compile.runtime import compiled
+from tests.runtime.load.calls import TOKENS, Call, Collected, conversation, generated, in_tasks, step_by_step, steps
+
+SECONDS = 20.0
+"""After which an interruption that was lost is given up."""
+
+
+class Broken(BaseException):
+    """As KeyboardInterrupt: no Exception, and nobody's business but the caller's."""
+
+
+ERRORS: tuple[type[BaseException], ...] = (
+    torch.OutOfMemoryError, RuntimeError, ZeroDivisionError, KeyboardInterrupt, SystemExit, Broken,
+)  # fmt: skip
+
+
+class Fuse(threading.local):
+    """Where the calls of this thread fail next: at a point, after passing it `left` times."""
+
+    point: str | None = None
+    left = 0
+    error: type[BaseException] = RuntimeError
+
+
+fuse = Fuse()
+passed: dict[str, int] = {}
+"""How often a fault came at each point."""
+inside_of_graphs: list[Callable[[], None]] = []
+"""What is to be checked where a graph begins to run."""
+
+
+def check(point: str) -> None:
+    if fuse.point != point:
+        return
+    fuse.left -= 1
+    if fuse.left < 0:
+        fuse.point = None
+        passed[point] = passed.get(point, 0) + 1
+        raise fuse.error(f"in {point}")
+
+
+@torch.library.custom_op("hawk_load::passing", mutates_args=())
+def passing(value: Tensor) -> Tensor:
+    """The same, unless the graph is to fail here."""
+    check("graph")
+    return value.clone()
+
+
+@passing.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+def with_points(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph of a prefill, which may fail at its end, in its middle, or where it begins to compute."""
+    floats = [
+        node for node in gm.graph.nodes
+        if node.op == "call_function" and isinstance(value := node.meta.get("example_value"), Tensor)
+        and value.is_floating_point() and value.ndim == 3
+    ]  # fmt: skip
+    for node in {floats[0], floats[len(floats) // 2], floats[-1]}:
+        with gm.graph.inserting_after(node):
+            after = gm.graph.call_function(torch.ops.hawk_load.passing.default, (node,))
+        after.meta.update(node.meta)
+        node.replace_all_uses_with(after, delete_user_cb=lambda user, after=after: user is not after)
+    gm.recompile()
+    return gm
+
+
+@contextlib.contextmanager
+def points() -> Iterator[None]:
+    """Let what is compiled inside fail where it is told to: as it is compiled, where it begins, within, behind it."""
+
+    def around(compiler: Callable[..., Any], prefix: str, change: Callable[..., Any] = lambda gm: gm) -> Any:
+        def made(name: str) -> Callable[..., Any]:
+            inner = compiler(name)
+
+            def compile_graph(gm: Any, example_inputs: Any) -> Callable[..., Any]:
+                check(f"compiling {prefix}")
+                graph = inner(change(gm), example_inputs)
+
+                def run(*args: Any) -> Any:
+                    for each in inside_of_graphs:
+                        each()
+                    check(f"before {prefix}")
+                    result = graph(*args)
+                    check(f"behind {prefix}")
+                    return result
+
+                return run
+
+            return compile_graph
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "inner_compiler", around(backend.inner_compiler, "prefill", with_points))
+        patch.setattr(compiled, "inner_compiler", around(compiled.inner_compiler, "decode step"))
+        yield
+
+
+def fragile(model: Any) -> Any:
+    """A model whose encoder and layers may fail where they run outside of a graph; to be made before `optimize`."""
+    base = model.base_model
+    tower = getattr(base, "visual", None) or base.vision_tower
+    may_fail(tower, "encoder")
+    for layer in base.get_decoder().layers:
+        may_fail(layer.mlp, "layer")
+    return model
+
+
+def may_fail(module: nn.Module, point: str) -> None:
+    plain = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            check(point)
+        return plain(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+class Failing(LogitsProcessor):
+    """A logits processor that fails after some steps."""
+
+    def __init__(self, left: int, error: type[BaseException]) -> None:
+        self.left, self.error = left, error
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        self.left -= 1
+        if self.left < 0:
+            raise self.error("in the caller's own code")
+        return scores
+
+
+class Stopping(StoppingCriteria):
+    """The caller wants no more after some steps, or fails there."""
+
+    def __init__(self, left: int, error: type[BaseException] | None = None) -> None:
+        self.left, self.error = left, error
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
+        self.left -= 1
+        if self.left < 0 and self.error is not None:
+            raise self.error("in the caller's own code")
+        return torch.full((input_ids.shape[0],), self.left < 0)
+
+
+class Deaf(Collected):
+    """A streamer that fails after some tokens."""
+
+    def __init__(self, left: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.left, self.error = left, error
+
+    def put(self, value: Tensor) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error("in the streamer")
+
+
+class Full(DynamicCache):
+    """A cache that has no memory for one of its layers."""
+
+    def __init__(self, model: Any, layer: int) -> None:
+        super().__init__(config=model.config.get_text_config())
+        self.layer: int | None = layer
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx == self.layer:
+            raise torch.OutOfMemoryError("in the cache")
+        return super().update(keys, values, layer_idx, *args, **kwargs)
+
+
+Fault = Callable[[Any, Call, random.Random], str]
+"""(model, call, draw) -> what came of it: "came" where the fault did, "passed" where the call was over before."""
+
+
+def at(point: str) -> Fault:
+    def fault(model: Any, call: Call, draw: random.Random) -> str:
+        fuse.error = draw.choice(ERRORS)
+        fuse.left = draw.randrange(3 if point == "graph" else 2 * TOKENS if "layer" in point or "step" in point else 1)
+        fuse.point = point
+        try:
+            call(model)
+        except BaseException as error:
+            fuse.point = None
+            return seen(error, fuse.error)
+        fuse.point = None
+        return "passed"
+
+    fault.__name__ = point.replace(" ", "_")
+    return fault
+
+
+def seen(error: BaseException, wanted: type[BaseException]) -> str:
+    """That an error is the one that was thrown, and no other that hides it.
+
+    Raises:
+        BaseException: it is another.
+    """
+    if isinstance(error, wanted) or isinstance(error.__cause__, wanted):
+        return "came"
+    raise error
+
+
+def failing_criteria(model: Any, call: Call, draw: random.Random) -> str:
+    error = draw.choice(ERRORS)
+    return by_options(model, call, error, stopping_criteria=[Stopping(draw.randrange(TOKENS), error)])
+
+
+def failing_processor(model: Any, call: Call, draw: random.Random) -> str:
+    error = draw.choice(ERRORS)
+    return by_options(model, call, error, logits_processor=[Failing(draw.randrange(TOKENS), error)])
+
+
+def failing_streamer(model: Any, call: Call, draw: random.Random) -> str:
+    error = draw.choice(ERRORS)
+    if call.inputs["input_ids"].shape[0] > 1 or "beams" in call.kind:
+        return "passed"
+    return by_options(model, call, error, streamer=Deaf(draw.randrange(TOKENS), error))
+
+
+def by_options(model: Any, call: Call, wanted: type[BaseException], **options: Any) -> str:
+    if call.make in (step_by_step, in_tasks):
+        return "passed"
+    try:
+        call(model, **options)
+    except BaseException as error:
+        return seen(error, wanted)
+    return "passed"
+
+
+def stopped(model: Any, call: Call, draw: random.Random) -> str:
+    """What was said until then is what would have been."""
+    if call.make in (step_by_step, in_tasks, conversation):
+        return "passed"
+    whole = call(model)
+    short = call(model, stopping_criteria=[Stopping(draw.randrange(TOKENS))])
+    if "beams" not in call.kind:
+        pairs = [(a[: len(b)], b) for a, b in zip(whole.ids, short.ids, strict=True)]
+        assert all(a == b for a, b in pairs), f"stopped, {call.kind} says {pairs}"
+        assert all(torch.equal(a, b) for a, b in zip(whole.steps, short.steps, strict=False))
+    return "came"
+
+
+def closed_generator(model: Any, call: Call, draw: random.Random) -> str:
+    if call.inputs["input_ids"].shape[0] > 1:
+        return "passed"
+    running = steps(model, call.inputs)
+    for _ in range(draw.randrange(TOKENS)):
+        next(running)
+    running.close()
+    return "came"
+
+
+def cancelled_task(model: Any, call: Call, draw: random.Random) -> str:
+    """A task is cancelled among others, once while it waits and once while a thread generates for it."""
+    if call.inputs["input_ids"].shape[0] > 1:
+        return "passed"
+
+    async def talk() -> None:
+        for _ in steps(model, call.inputs):
+            await asyncio.sleep(0)
+
+    async def both() -> None:
+        doomed = [asyncio.create_task(talk()), asyncio.create_task(asyncio.to_thread(call, model))]
+        await asyncio.sleep(draw.uniform(0, 0.05))
+        for task in doomed:
+            task.cancel()
+        await asyncio.gather(talk(), *doomed, return_exceptions=True)
+
+    asyncio.run(both())
+    return "came"
+
+
+def dying_thread(model: Any, call: Call, draw: random.Random) -> str:
+    """A thread ends in the middle of a call, as one does whose streamer is gone."""
+
+    def work() -> None:
+        with contextlib.suppress(SystemExit):
+            by_options(model, call, SystemExit, stopping_criteria=[Stopping(draw.randrange(TOKENS), SystemExit)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return "came"
+
+
+def interrupted(model: Any, call: Call, draw: random.Random) -> str:
+    """An exception from outside, as that of Ctrl-C, between any two of the call's instructions."""
+    target, after = threading.get_ident(), draw.uniform(0, 0.08)
+
+    def throw() -> None:
+        time.sleep(after)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(target), ctypes.py_object(Broken))
+
+    thrower = threading.Thread(target=throw)
+    came = "lost"
+    try:
+        thrower.start()
+        call(model)
+        came = "passed"
+        stop = time.monotonic() + SECONDS
+        while time.monotonic() < stop:
+            time.sleep(0.001)
+        came = "lost"
+    except Broken:
+        came = "came" if came == "lost" else "passed"
+    except BaseException as error:
+        if not any(isinstance(each, Broken) for each in (error.__cause__, error.__context__)):
+            raise
+        came = "came"
+    thrower.join()
+    return came
+
+
+def full_cache(model: Any, call: Call, draw: random.Random) -> str:
+    """No memory while the prompt is handed to the caller's cache, of which a part is filled then: it is refused."""
+    if call.inputs["input_ids"].shape[0] > 1:
+        return "passed"
+    cache = Full(model, draw.randrange(model.config.get_text_config().num_hidden_layers))
+    first = cache.layer
+    with contextlib.suppress(torch.OutOfMemoryError):
+        generated(model, call.inputs, past_key_values=cache)
+        raise AssertionError("the cache took the layer")
+    cache.layer = None
+    try:
+        again = generated(model, call.inputs, past_key_values=cache)
+    except HawkError:
+        return "came"
+    alone = generated(model, call.inputs)
+    assert torch.equal(again.sequences, alone.sequences), f"half filled (layer {first}), a cache was gone on with"
+    return "came"
+
+
+def refused(model: Any, call: Call, draw: random.Random) -> str:
+    """A call that is wrong."""
+    wrong: dict[str, Any] = draw.choice([
+        {"attention_mask": torch.ones(1, 3).long()}, {"question_ids": [[0]], "question_mask": torch.ones(1, 1)},
+        {"past_key_values": "none"}, {"input_ids": call.inputs["input_ids"][:, :-6]},
+    ])  # fmt: skip
+    try:
+        with torch.no_grad():
+            model(**call.inputs | wrong)
+    except Exception:
+        return "came"
+    return "passed"
+
+
+FAULTS: tuple[Fault, ...] = (
+    *(at(point) for point in (
+        "encoder", "layer", "before prefill", "graph", "behind prefill", "before decode step", "behind decode step",
+    )),
+    failing_criteria, failing_processor, failing_streamer, stopped, closed_generator, cancelled_task, dying_thread,
+    interrupted, full_cache, refused,
+)  # fmt: skip
