@@ -32,8 +32,10 @@ if WORKER is not None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-CAPTURED = ("batches", "caches", "decoding", "optimize", "turns", "refusals", "reports", "pruned", "side_by_side",
-            "load")  # fmt: skip
+CAPTURED = (
+    "assisted", "batches", "caches", "decoding", "later_images", "load", "optimize", "turns", "refusals", "reports",
+    "pruned", "side_by_side",
+)  # fmt: skip
 TOGETHER = {
     **{f"tests/runtime/test_{name}.py": "runtime" for name in CAPTURED},
     "tests/compile/test_inductor.py": "exporting", "tests/exporting": "exporting", "tests/kernels": "kernels",

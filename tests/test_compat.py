@@ -170,6 +170,13 @@ def test_methods_by_which_generate_prepares(name: str, takes: list[str]) -> None
     assert parameters(getattr(PreTrainedModel, name, None) or getattr(GenerationMixin, name))[: len(takes)] == takes
 
 
+def test_generate_says_how_long_a_mask_was_that_it_left_out() -> None:
+    model, ids = zoo.build("llava", layers=1), torch.full((1, 5), 60)
+    for mask in (None, torch.tensor([[0, 1, 1, 1, 1]])):
+        found = model.generate(ids, attention_mask=mask, custom_generate=lambda model, *args, **kwargs: kwargs)
+        assert models.mask_length_of(found["generation_config"], found) == 5
+
+
 def test_a_module_holds_its_parts_where_we_look() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
     assert getattr(module, models.MODULES) == {"0": module[0]}

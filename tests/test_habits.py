@@ -34,4 +34,4 @@ def test_every_refusal_quotes_a_message_of_the_source() -> None:
 
 
 def test_a_text_that_no_message_begins_with_is_seen() -> None:
-    assert is_message_start("prefill_chunk_size=... cuts the prompt") and not is_message_start("the prompt was cut by")
+    assert is_message_start("attention_mask must have shape [B, S]") and not is_message_start("the prompt was cut by")

@@ -169,6 +169,14 @@ def image_sizes(outputs: dict[str, Any], frames: Tensor | None) -> dict[str, lis
     return sizes
 
 
+def features_fit(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether features that are encoded already, by whichever model, are as wide as this one's embeddings."""
+    width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    outputs = [output for output in (kwargs.get("mm_encoder_outputs") or {}).values() if output is not None]
+    features = [features_of(output) for output in outputs]
+    return all(part.shape[-1] == width for whole in features for part in whole)
+
+
 def feature_count(model: PreTrainedModel, kwargs: dict[str, Any], outputs: dict[str, ModelOutput]) -> int:
     """The number of feature rows over all modalities: of `outputs`, each of joined structure, and of audio in `kwargs`.
 

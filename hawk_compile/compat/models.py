@@ -20,6 +20,14 @@ PREFILL = "_prefill"
 CANDIDATES = "_get_candidate_generator"
 """(..., model_kwargs=): what drafts tokens for assisted decoding."""
 
+
+
+def mask_length_of(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """How many positions the attention mask of a call of generate covers, which leaves out one that masks nothing."""
+    mask = model_kwargs.get("attention_mask")
+    return getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+
+
 UPLOAD = "_upload_modified_files"
 """(working_dir, ...): sends what save_pretrained has written to the Hub."""
 

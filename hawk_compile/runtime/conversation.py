@@ -9,6 +9,7 @@ on the model: that of two conversations does not mix, and it follows beams, copi
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -33,6 +34,23 @@ class Slots:
     def removed(self) -> int:
         """Logical length minus physical length."""
         return self.logical - self.positions.shape[1]
+
+    def without_last(self, count: int) -> "Slots | None":
+        """The first slots, without the last `count` of them; None where these are not the last tokens, one for one.
+
+        What is cut off is looked at, for which the device is waited for.
+        """
+        left = self.positions.shape[1] - count
+        if left < 0:
+            return None
+        last = torch.arange(self.logical - count, self.logical, device=self.positions.device)
+        same = (self.positions[:, left:] == last).all()
+        if self.valid is not None:
+            same &= self.valid[:, left:].all()
+        if not same:
+            return None
+        valid = None if self.valid is None else self.valid[:, :left]
+        return Slots(self.positions[:, :left], valid, self.logical - count)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from hawk_compile.capture.modalities import (
 from hawk_compile.compat.models import attention_of
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.asked import take_question
-from hawk_compile.runtime.conversation import conversation_of, physical_length
+from hawk_compile.runtime.conversation import conversation_of, note, physical_length
 from hawk_compile.runtime.generation import running
+from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.runtime.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.records import PrefillRecord
@@ -41,16 +42,35 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         GraphError: the model's graph cannot be pruned.
     """
     refuse_spoiled(kwargs.get("past_key_values"))
+    generation = running.get()
+    if generation is not None and generation.repeats:
+        kwargs = behind_cache(kwargs)
+        generation.repeats = False
     kwargs = without_idle_inputs(model, kwargs)
-    if modalities_of(model, kwargs) & set(runtime.config.modalities):
+    present = modalities_of(model, kwargs)
+    if present & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
     take_question(kwargs)  # which nothing but pruning asks for
     cache = kwargs.get("past_key_values")
     if physical_length(cache) == 0:
         return run_text(model, runtime, forward, kwargs)
     if isinstance(cache, TrackedCache):
+        if present and positions_by_images(model):
+            return run_whole_images(model, runtime, forward, cache, kwargs)
         kwargs = by_slots(model, cache, kwargs)
     return step(runtime, forward, kwargs)
+
+
+def behind_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that repeats the whole conversation, cut to what the cache does not hold; its mask covers
+    the whole all the same."""
+    length, past = tokens_of(kwargs).shape[1], int(kwargs["past_key_values"].get_seq_length())
+    cut = {
+        name: value[:, past:] if name == "inputs_embeds" else value[..., past:] for name, value in kwargs.items()
+        if isinstance(value, Tensor) and name != "attention_mask" and value.ndim >= 2
+        and value.shape[1 if name == "inputs_embeds" else -1] == length
+    }  # fmt: skip
+    return {**kwargs, **cut}
 
 
 def without_idle_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +110,20 @@ def by_slots(model: PreTrainedModel, cache: TrackedCache, kwargs: dict[str, Any]
     if kwargs.get("position_ids") is None and conversation_of(cache).rope_deltas is not None:
         cut["position_ids"] = next_positions(model, cache, mask, new_tokens)
     return {**kwargs, **cut}
+
+
+def run_whole_images(
+    model: PreTrainedModel, runtime: Runtime, forward: Forward, cache: TrackedCache, kwargs: dict[str, Any]
+) -> Any:
+    """New images that stay whole in a later turn of a conversation, whose offset they change."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None:
+        positions = positions_behind(model, cache, kwargs)
+    rows, length = tokens_of(kwargs).shape[:2]
+    deltas = deltas_after(model, cache, positions, mask, rows, length)
+    result = step(runtime, forward, by_slots(model, cache, {**kwargs, "position_ids": positions}))
+    note(cache, rope_deltas=deltas)
+    return result
 
 
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hawk_compile.runtime.asked import AskedQuestion
@@ -21,6 +21,8 @@ class Generation:
         question: what this call says of who votes.
         step_options: options of torch.compile for the decode step, where generate compiles it.
         begun: whether a forward of it has run: a single token behind that is one that the model has chosen.
+        inputs: its arguments by name.
+        repeats: whether its next forward is given the whole conversation, which its cache holds but for the end.
     """
 
     prompt_length: int | None = None
@@ -28,6 +30,8 @@ class Generation:
     question: AskedQuestion | None = None
     step_options: dict[str, Any] | None = None
     begun: bool = False
+    inputs: dict[str, Any] = field(default_factory=dict)
+    repeats: bool = False
 
 
 running: ContextVar[Generation | None] = ContextVar("hawk_generation", default=None)

@@ -61,7 +61,7 @@ def scratch_cache(target: Cache | None, layers: Layers = ()) -> DynamicCache:
         scratch.layers = [copied(layer) for layer in (target.layers if filled else layers)]  # type: ignore[union-attr]
     elif filled:
         for index, layer in enumerate(target.layers):  # type: ignore[union-attr]
-            scratch.update(layer.keys, layer.values, index)
+            scratch.update(layer.keys[:, :, :filled], layer.values[:, :, :filled], index)
     return scratch
 
 

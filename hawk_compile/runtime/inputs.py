@@ -21,6 +21,7 @@ from hawk_compile.capture.modalities import (
 from hawk_compile.errors import InputError
 from hawk_compile.runtime.asked import AskedQuestion, take_question
 from hawk_compile.runtime.conversation import physical_length
+from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.runtime.positions import deltas_after, deltas_of
 from hawk_compile.runtime.refusals import refuse_two_kinds_of_layer_features
 from hawk_compile.runtime.tracked import TrackedCache, physical_mask
@@ -88,6 +89,9 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
     kwargs = dict(kwargs)
     question = take_question(kwargs)
     cache, frames = kwargs.get("past_key_values"), kwargs.get("video_grid_thw")
+    given = kwargs.get("position_ids") is not None
+    if cache is not None and physical_length(cache) and not given and positions_by_images(model):
+        kwargs["position_ids"] = positions_behind(model, cache, kwargs)
     if raw_modalities(model, kwargs):
         kwargs = encoded_inputs(model, kwargs)
     encoded = kwargs["mm_encoder_outputs"]

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.features import features_fit
 from hawk_compile.capture.modalities import modalities_of, placeholder_ids, positions_by_images
 from hawk_compile.capture.patches import body_overrides
 from hawk_compile.capture.segments import name_of_rest
@@ -24,15 +26,18 @@ from hawk_compile.compat.models import (
     PREPARE_POSITIONS,
     UPLOAD,
     compile_settings_of,
+    mask_length_of,
 )
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.asked import QUESTION_ARGUMENTS, take_question
 from hawk_compile.runtime.conversation import note, physical_length
+from hawk_compile.runtime.drafting import OF_TEXT, begin_behind_prompt, refuse_drafts
 from hawk_compile.runtime.forward import run
 from hawk_compile.runtime.generation import Generation, generating, running
+from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.runtime.originals import looks_like, original
 from hawk_compile.runtime.parts import HandedOn, class_of, handing_on, text_forward_of, text_part
-from hawk_compile.runtime.positions import deltas_of
+from hawk_compile.runtime.positions import deltas_kept, deltas_of
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.saving import save_of, upload
 from hawk_compile.runtime.state import RUNTIME
@@ -111,7 +116,7 @@ def generate_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if prunes(self, kwargs):
             refuse_speech(kwargs)
-        generation = Generation(question=take_question(kwargs))
+        generation = Generation(question=take_question(kwargs), inputs=kwargs)
         with generating(generation), handing_on(call_of(self, args, kwargs)):
             output = original(self, "generate")(*args, **kwargs)
         if isinstance(output, ModelOutput):
@@ -176,8 +181,19 @@ def prepare_cache(
     self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
     max_cache_length: int,
 ) -> None:  # fmt: skip
-    """generate's cache. One of fixed size that it makes itself, for this call alone, may be smaller after pruning."""
+    """generate's cache. One of fixed size that it makes itself, for this call alone, may be smaller after pruning.
+
+    A prompt that is pruned is prefilled at once, `prefill_chunk_size` or not: its chunks cannot be scored, and generate
+    allocates the cache ahead for them. The settings are generate's own copy.
+    """
     given = model_kwargs.get("past_key_values")
+    if generation_config.prefill_chunk_size is not None and prunes(self, model_kwargs):
+        warnings.warn(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} is passed over: a prompt that is pruned is "
+            "prefilled at once, since its chunks cannot be scored; leave it out",
+            stacklevel=2,
+        )
+        generation_config.prefill_chunk_size = None
     original(self, PREPARE_CACHE)(
         generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
@@ -188,26 +204,39 @@ def prepare_cache(
 
 def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     """Positions with the offsets of this conversation, not of the one that used the model last."""
-    with deltas_of(self, model_kwargs.get("past_key_values")):
+    cache = model_kwargs.get("past_key_values")
+    if physical_length(cache) and positions_by_images(self) and modalities_of(self, model_kwargs):
+        return positions_of_later_turn(self, inputs_tensor, model_kwargs)
+    with deltas_of(self, cache):
         return original(self, PREPARE_POSITIONS)(inputs_tensor, model_kwargs)
+
+
+def positions_of_later_turn(model: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Positions of a whole conversation, of which those that a cache holds are not read again: [axes, B, L], with a row
+    of text positions ahead where the model's generate has one."""
+    ids = model_kwargs.get("input_ids")
+    ids = inputs_tensor if ids is None or not ids.shape[1] else ids
+    new = positions_behind(model, model_kwargs["past_key_values"], {**model_kwargs, "input_ids": ids})
+    mask = model_kwargs["attention_mask"].long()
+    text = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[None].to(new.device)
+    whole = torch.cat([text[..., : -new.shape[-1]].expand(new.shape[0], -1, -1), new], -1)
+    with deltas_kept(model):
+        rows = original(model, PREPARE_POSITIONS)(ids[:, :1], {}).shape[0]
+    return whole if rows == len(whole) else torch.cat([text, whole])
 
 
 def prefill_whole(
     self: PreTrainedModel, input_ids: Tensor, generation_config: Any, model_kwargs: Any, **kwargs: Any
 ) -> Any:
-    """generate's prefill, which must see the whole prompt at once to score it."""
-    if generation_config.prefill_chunk_size is not None and prunes(self, model_kwargs):
-        raise UnsupportedCallError(
-            f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt before its visual tokens can "
-            "be scored against the question: leave it out"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if prunes(self, model_kwargs) and physical_length(cache) and positions_by_images(self):
-        raise UnsupportedCallError(
-            "new images on a cache that already holds tokens: in models with mRoPE generate gives them positions of "
-            "text, so prefill the whole conversation at once, or call the model with position_ids of your own"
-        )
-    if generation_config.use_cache is False and prunes(self, model_kwargs):
+    """generate's prefill, which must see the whole prompt at once to score it.
+
+    A model that drafts for another is shown the images of its prompt too, which transformers leaves out there.
+    """
+    first = "is_first_iteration"
+    shown, cache = kwargs.get(first, True), model_kwargs.get("past_key_values")
+    if not shown and not physical_length(cache) and prunes(self, model_kwargs) and features_fit(self, model_kwargs):
+        kwargs[first] = shown = True
+    if generation_config.use_cache is False and shown and prunes(self, model_kwargs):
         generation = running.get()
         if generation is not None:
             generation.prompt_length = input_ids.shape[1]
@@ -223,16 +252,20 @@ def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[s
     return encode(model_kwargs)
 
 
-def candidate_generator(self: PreTrainedModel, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-    """What drafts tokens for assisted decoding, whose first draft stands behind the prompt before it is prefilled."""
-    if prunes(self, model_kwargs):
-        raise UnsupportedCallError(
-            "assisted decoding (assistant_model, prompt_lookup_num_tokens and the like) puts drafted tokens into the "
-            "prefill, where they would vote on the visual tokens: leave it out for prompts with images, videos or audio"
-        )
-    if isinstance(model_kwargs.get("past_key_values"), TrackedCache):
-        raise UnsupportedCallError(
-            "assisted decoding runs the whole conversation again behind what the cache holds: leave it out in later "
-            "turns"
-        )
-    return original(self, CANDIDATES)(*args, model_kwargs=model_kwargs, **kwargs)
+def candidate_generator(
+    self: PreTrainedModel, *, generation_config: Any, input_ids: Tensor, model_kwargs: dict[str, Any], **kwargs: Any
+) -> Any:
+    """What drafts tokens for assisted decoding: behind the prompt, see `hawk_compile.runtime.drafting`."""
+    pruning, filled = prunes(self, model_kwargs), physical_length(model_kwargs.get("past_key_values")) > 0
+    if pruning or filled:
+        refuse_drafts(self, generation_config)
+        whole = mask_length_of(generation_config, model_kwargs) == input_ids.shape[1]
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name in OF_TEXT}
+    generator = original(self, CANDIDATES)(
+        generation_config=generation_config, input_ids=input_ids, model_kwargs=model_kwargs, **kwargs
+    )
+    if pruning or filled:
+        generation = running.get() or Generation()
+        begin_behind_prompt(self, generator, input_ids, generation.inputs, shown=not filled)
+        generation.repeats = filled and whole
+    return generator

@@ -110,7 +110,8 @@ class HandedOn:
     def first(self, kwargs: dict[str, Any], embeds: Tensor | None) -> CausalLMOutputWithPast:
         ids, positions = self.input_ids, kwargs.get("position_ids")
         lengths = {ids.shape[1], *(each.shape[-1] for each in (positions,) if each is not None)}
-        if embeds is None or lengths != {embeds.shape[1]} or embeds.shape[0] % ids.shape[0]:
+        drafted = isinstance(asked := kwargs.get("logits_to_keep"), int) and asked > 1
+        if embeds is None or lengths != {embeds.shape[1]} or embeds.shape[0] % ids.shape[0] or drafted:
             raise UnsupportedCallError(
                 f"{type(self.model).__name__}.generate does not run its language model on the prompt of {ids.shape[1]} "
                 "tokens at once: leave out what cuts or lengthens the prompt (prefill_chunk_size, use_cache=False, an "

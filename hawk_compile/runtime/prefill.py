@@ -32,6 +32,7 @@ from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
 from hawk_compile.runtime.handover import fill_cache, keep_positions, scratch_cache, scratch_layers, shrink
 from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
+from hawk_compile.runtime.logits import at_positions, refuse_removed, take_positions
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import (
     refuse_fillers_behind_states,
@@ -62,15 +63,19 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
     with torch.no_grad():
         if asks_for(model, kwargs, "output_hidden_states"):
             install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
+        kwargs = dict(kwargs)
+        places = take_positions(kwargs, tokens_of(kwargs).shape[1])
         inputs = prompt_inputs(model, kwargs, runtime.config.per_image)
         chat = runtime.learn_chat(model)
-        plan, whole = plan_of(model, runtime, inputs, chat.form)
+        plan, whole = plan_of(model, runtime, inputs, chat.form, places)
         if inputs.past and (plan.padded or plan.filled):
             refuse_fillers_behind_states(runtime.scratch_layers)
         if plan.padded or plan.filled:
             refuse_padding_among_blocks(model)
         rule = rule_of(runtime.config, whole)
         result, record = run_graph(model, runtime, forward, inputs, plan, rule, chat.origin)
+        if places is not None and record.keep is not None and record.valid is not None:
+            result = at_positions(result, places, record.keep, record.valid)
     runtime.note(record, result)
     if grad:
         refuse_gradients(result)
@@ -78,9 +83,13 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
 
 
 def plan_of(
-    model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs, chat: ChatFormat | None
+    model: PreTrainedModel, runtime: Runtime, inputs: PromptInputs, chat: ChatFormat | None, places: Tensor | None
 ) -> tuple[Plan, list[str]]:
-    """The plan of a call, and the modalities in it that stay whole."""
+    """The plan of a call, and the modalities in it that stay whole.
+
+    Args:
+        places: [n], positions whose logits the call asks for; None where it asks for none by position.
+    """
     config, tokens, generation = runtime.config, inputs.tokens, running.get()
     prompt = None if generation is None else generation.prompt_length
     asked = inputs.question
@@ -107,6 +116,8 @@ def plan_of(
         candidates, chat,
         None if asked is None else asked.on_prompt(ids, real, runtime.ids, prompt, earlier),
     )  # fmt: skip
+    if places is not None:
+        refuse_removed(places, visual if candidates is None else candidates, real, plan)
     return plan.to(tokens.device), left
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.capture.indexers import counts_slots
-from hawk_compile.capture.modalities import asks_for, positions_by_images, token_kinds
+from hawk_compile.capture.modalities import asks_for, token_kinds
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
@@ -39,10 +39,6 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedCallError(f"attention_mask must have shape [B, S] for a pruned prefill, got {given}")
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise UnsupportedCallError(
-            "logits_to_keep was given as positions, which are others after pruning: give a number of last tokens"
-        )
     if kwargs.get("inputs_embeds") is not None and not supports_encoded_images(model):
         raise UnsupportedCallError(
             f"inputs_embeds were given beside images or audio, which {type(model).__name__} merges into "
@@ -54,11 +50,6 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             f"new images on a cache that already holds tokens cannot attend both ways ({' and '.join(names)} were "
             "given): prefill the whole conversation at once"
-        )
-    if physical_length(cache) and kwargs.get("position_ids") is None and positions_by_images(model):
-        raise UnsupportedCallError(
-            "new images on a cache that already holds tokens need position_ids [3 or 4, B, S], since the model would "
-            "give them positions of text: give those of the whole conversation's get_rope_index, cut to the new tokens"
         )
 
 
@@ -93,7 +84,8 @@ def refuse_other_layers(cache: Cache, layers: tuple[Any, ...]) -> None:
         layers: of the cache that the graph fills, empty; none where they are plain.
     """
     kinds = [type(layer) for layer in layers] or [DynamicLayer] * len(cache.layers)
-    if [type(layer) for layer in cache.layers] != kinds:
+    held = [type(layer) for layer in cache.layers]
+    if held != kinds and (layers or {*held} != {StaticLayer}):
         names = sorted({type(layer).__name__ for layer in cache.layers})
         raise UnsupportedCallError(
             f"new images on a cache that already holds tokens need {needed_cache(kinds)}, got {', '.join(names)}: "
@@ -103,7 +95,7 @@ def refuse_other_layers(cache: Cache, layers: tuple[Any, ...]) -> None:
 
 def needed_cache(kinds: list[type]) -> str:
     if set(kinds) == {DynamicLayer}:
-        return "a DynamicCache of plain layers"
+        return "a DynamicCache or StaticCache of plain layers"
     return f"a DynamicCache without windows, of {' and '.join(sorted({kind.__name__ for kind in kinds}))}"
 
 

@@ -52,19 +52,26 @@ class TrackedCache(Cache):
         self.hawk_conversation = self.hawk_conversation.rows(index)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens.
+        """Remove the last tokens: what came behind a pruned prompt, and the text that ends it.
 
         Raises:
-            UnsupportedCallError: the crop would reach into the pruned prompt, of which only some tokens are left.
+            UnsupportedCallError: the crop would reach what was pruned, of which only some tokens are left, or a prompt
+                that is held in states.
         """
         left = int(self.get_query_offset()) - abs(tokens_to_remove)
         held = self.hawk_slots.positions.shape[1]
-        if tokens_to_remove and left < held:
+        if not tokens_to_remove or left >= held:
+            return super().crop(tokens_to_remove)
+        states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        slots = None if states else self.hawk_slots.without_last(held - left)
+        if slots is None:
             raise UnsupportedCallError(
-                f"crop({tokens_to_remove}) would leave {left} slots of a pruned prompt that holds {held}; crop only "
-                "what came after the prompt, or prefill again"
+                f"crop({tokens_to_remove}) would leave {left} slots of a pruned prompt that holds {held}, and reach "
+                "what was pruned, or a state; crop only what came after the prompt, or the text that ends it, or "
+                "prefill again"
             )
         super().crop(tokens_to_remove)
+        note(self, slots=slots)
 
     def reset(self) -> None:
         """Empty the cache. Layers that were allocated for a pruned prompt are allocated anew, for one of any kind."""

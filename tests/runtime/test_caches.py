@@ -217,19 +217,28 @@ def test_rows_of_a_cache(name: str) -> None:
 
 
 def test_crop() -> None:
-    """What came after the prompt can be taken back; the pruned prompt cannot."""
+    """What came after the prompt can be taken back, and the text that ends it; what was pruned cannot."""
     name, cache = "qwen2_5_vl", DynamicCache()
-    out = turn(pruned(name), picture(name), cache, 5)  # 4 of the 5 new tokens are in the cache
+    inputs = picture(name)
+    out = turn(pruned(name), inputs, cache, 5)  # 4 of the 5 new tokens are in the cache
+    text = int(zoo.visual_mask(name, plain(name), inputs)[0].flip(0).long().argmax())  # behind the last visual token
     untouched = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(UnsupportedCallError, match=r"crop\(-5\) would leave .* pruned prompt"):
-        cache.crop(-5)
+    for count in (4 + text + 2, 1000):
+        with pytest.raises(UnsupportedCallError, match=rf"crop\(-{count}\) would leave .* reach what was pruned"):
+            cache.crop(-count)
     assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, untouched, strict=True))
+    assert cache.get_seq_length() == out.sequences.shape[1] - 1
     cache.crop(-3)
     assert cache.get_seq_length() == out.sequences.shape[1] - 1 - 3
-    by_hand = conversation(name, picture(name))
-    by_hand.feed(new_tokens(out, picture(name))[:1])
+    twin = copy.deepcopy(cache)
+    by_hand = conversation(name, inputs)
+    by_hand.feed(new_tokens(out, inputs)[:1])
     torch.testing.assert_close(step(name, cache, [[90]])[0], by_hand.feed([90]), **ROUNDING)
     cache.crop(0)
+    twin.crop(-1 - text)
+    assert twin.get_seq_length() == inputs["input_ids"].shape[1] - text
+    again = inputs["input_ids"][0, -text:].tolist()
+    torch.testing.assert_close(step(name, twin, [again])[0], conversation(name, inputs).logits[-text:], **ROUNDING)
 
 
 def test_reset() -> None:
@@ -246,7 +255,7 @@ def test_new_image_needs_plain_layers() -> None:
     cache = DynamicCache(config=plain("gemma3").config.get_text_config())
     out = turn(pruned("gemma3"), picture("gemma3"), cache)
     ids = torch.cat([out.sequences, picture("gemma3")["input_ids"]], 1)
-    with pytest.raises(UnsupportedCallError, match="DynamicCache of plain layers, got DynamicLayer, DynamicSliding"):
+    with pytest.raises(UnsupportedCallError, match="StaticCache of plain layers, got DynamicLayer, DynamicSliding"):
         generate(pruned("gemma3"), {"input_ids": ids, "pixel_values": picture("gemma3")["pixel_values"]}, 2,
                  past_key_values=cache)
 
@@ -271,3 +280,16 @@ def test_decode_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(generate(model, inputs, 8).sequences.equal(e) for inputs, e in zip(prompts, expected, strict=True))
     assert model._hawk_runtime.compilations == 1
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"cache_implementation": "static"}, marks=pytest.mark.slow)])
+def test_chunks_of_a_prefill(options: dict[str, Any]) -> None:
+    """A prompt that is pruned is prefilled at once: its chunks cannot be scored."""
+    inputs, model = picture("llava"), fresh("llava")
+    expected = generate(model, inputs, 6, **options)
+    kept, compiled = hawk_compile.report(expected).keep_indices[0], model._hawk_runtime.compilations
+    with pytest.warns(UserWarning, match="prefill_chunk_size=8 is passed over"):
+        out = generate(model, inputs, 6, prefill_chunk_size=8, **options)
+    assert torch.stack(out.logits).equal(torch.stack(expected.logits)) and out.sequences.equal(expected.sequences)
+    assert hawk_compile.report(out).keep_indices[0].equal(kept) and model._hawk_runtime.compilations == compiled
+    check_logits(out, conversation("llava", inputs), inputs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hawk_compile
+from hawk_compile.errors import InputError, UnsupportedCallError
 from tests import zoo
 from tests.runtime.models import (
     EVERY,
@@ -187,6 +188,56 @@ def test_logits_to_keep(keep: int) -> None:
     logits = pruned("qwen2_5_vl")(**inputs, logits_to_keep=keep).logits[0]
     expected = conversation("qwen2_5_vl", inputs).logits[-keep:]
     torch.testing.assert_close(logits, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+def test_logits_at_positions(name: str) -> None:
+    """Of tokens as they were counted before pruning; those behind the image stand elsewhere now."""
+    inputs = picture(name)
+    length, by_hand = inputs["input_ids"].shape[1], conversation(name, inputs)
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[[1, length - 4]] = True
+    for asked, places in (
+        (torch.tensor([length - 2, 0, -3]), [length - 2, 0, length - 3]), ([2, -1], [2, length - 1]),
+        (slice(-4, -1), range(length - 4, length - 1)), (mask, [1, length - 4]), (mask[:0].nonzero()[:, 0], []),
+    ):  # fmt: skip
+        found = pruned(name)(**inputs, logits_to_keep=asked).logits[0]
+        slots = [by_hand.keep.tolist().index(place) for place in places]
+        torch.testing.assert_close(found, by_hand.logits[slots], **ROUNDING)
+
+
+def test_logits_at_positions_of_a_padded_batch() -> None:
+    """The same positions of each row, wherever what it kept stands; without pruning those of the plain model."""
+    name, rows = "qwen2_5_vl", [Row(images=((2, 2),), after=6), Row(images=((4, 6), (1, 1)), after=3)]
+    inputs = prompt(name, *rows)
+    length, padding = inputs["input_ids"].shape[1], int((inputs["attention_mask"][0] == 0).sum())
+    found = pruned(name)(**inputs, logits_to_keep=torch.tensor([length - 1, length - 3])).logits
+    for i, (row, missing) in enumerate(zip(rows_alone(name, inputs, rows), (padding, 0), strict=True)):
+        by_hand = conversation(name, row)
+        slots = [by_hand.keep.tolist().index(place - missing) for place in (length - 1, length - 3)]
+        torch.testing.assert_close(found[i], by_hand.logits[slots], **ROUNDING)
+    with pytest.raises(UnsupportedCallError, match=rf"logits of padding \(\[{padding - 1}\] of row 0\)"):
+        pruned(name)(**inputs, logits_to_keep=[length - 1, padding - 1])
+    visual = int(zoo.visual_mask(name, plain(name), inputs)[1].nonzero()[0])
+    assert visual >= padding or zoo.visual_mask(name, plain(name), inputs)[0, visual] == 0
+    with pytest.raises(UnsupportedCallError, match=rf"logits of (visual tokens|padding) \(\[{visual}\] of row"):
+        pruned(name)(**inputs, logits_to_keep=torch.tensor([length - 1, visual]))
+    with torch.no_grad(), hawk_compile.pruned(pruned(name), ratio=0.0, backend="eager"):
+        whole, expected = pruned(name)(**inputs, logits_to_keep=slice(None)).logits, plain(name)(**inputs).logits
+    real = inputs["attention_mask"] == 1
+    torch.testing.assert_close(whole[real], expected[real], **ROUNDING)
+
+
+def test_logits_at_what_is_no_position() -> None:
+    inputs = picture("llava")
+    length = inputs["input_ids"].shape[1]
+    for asked, match in (
+        (torch.tensor([length]), f"must hold positions of a prompt of {length} tokens, got"), ("last", "got str"),
+        (torch.ones(2), "float32"), (torch.ones(2, 2).long(), "int64 .*give one list of positions for all rows"),
+        (torch.tensor(3), "positions .* or a mask"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=match):
+            pruned("llava")(**inputs, logits_to_keep=asked)
 
 
 def test_forward_as_tuple() -> None:

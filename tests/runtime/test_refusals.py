@@ -33,7 +33,6 @@ from hawk_compile.tools.survey.tiny import read
 from tests import zoo
 from tests.runtime.models import ROUNDING, conversation, fresh, generate, picture, plain, prompt, pruned
 from tests.runtime.test_optimize import state
-from tests.runtime.test_turns import follow_up, turn
 from tests.tiny import FOLDER
 from tests.zoo import Row, common
 
@@ -192,7 +191,7 @@ def test_calls() -> None:
     call(r"attention_mask must have shape \[B, S\] .* got \(1, 1, ", attention_mask=torch.ones(1, 1, length, length))
     call("attention_mask must have shape .* got dict", attention_mask={"full_attention": None})
     call("attention_mask must have shape .* got", InputError, attention_mask=torch.ones(1, length + 3).long())
-    call("logits_to_keep was given as positions", logits_to_keep=torch.tensor([1, 2]))
+    call(r"logits_to_keep asks for the logits of visual tokens \(\[\d+\] of row 0\)", logits_to_keep=[1, length // 2])
     short = torch.ones(1, 3).long()
     call("must cover the whole conversation", InputError, past_key_values=filled(), attention_mask=short)
 
@@ -266,8 +265,6 @@ def test_a_row_without_text(name: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "match"), [
-    ({"prefill_chunk_size": 8}, "prefill_chunk_size=8 cuts the prompt"),
-    ({"prompt_lookup_num_tokens": 3}, "assisted decoding .* prompt_lookup_num_tokens .*leave it out"),
     ({"output_attentions": True}, "output_attentions=True needs attention matrices"),
 ])  # fmt: skip
 def test_generate(options: dict[str, Any], match: str) -> None:
@@ -276,33 +273,21 @@ def test_generate(options: dict[str, Any], match: str) -> None:
     assert generate(pruned("llava"), picture("llava"), 1).sequences.shape[0] == 1
 
 
-def test_assistant_is_refused_and_prompts_of_text_are_not() -> None:
+def test_prompts_of_text_are_drafted_and_cut_by_generate() -> None:
     text = zoo.text_only("llava", plain("llava"))
-    with pytest.raises(UnsupportedCallError, match="assisted decoding"):
-        generate(pruned("llava"), picture("llava"), 4, assistant_model=plain("llava"))
     for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
         out, expected = generate(pruned("llava"), text, 6, **options), generate(plain("llava"), text, 6, **options)
         assert out.sequences.equal(expected.sequences)
 
 
-def test_prompt_lookup_in_a_later_turn() -> None:
-    """transformers 5.23 prefills the whole conversation behind the filled cache there, the plain model's too."""
-    inputs, cache = picture("llava"), DynamicCache()
-    out = turn(pruned("llava"), inputs, cache)
-    with pytest.raises(UnsupportedCallError, match=r"runs the whole conversation again .* leave it out in later turns"):
-        turn(pruned("llava"), follow_up(inputs, out), cache, prompt_lookup_num_tokens=3)
-
-
-def test_new_image_on_a_cache() -> None:
-    """Where the model would misplace or mask it wrongly, the user is told what to give."""
-    for name, match in (("qwen2_5_vl", "need position_ids"), ("paligemma", "cannot attend both ways")):
-        cache = DynamicCache()
-        generate(pruned(name), picture(name), 2, past_key_values=cache)
-        held = [layer.keys.clone() for layer in cache.layers]
-        inputs = {key: value for key, value in picture(name).items() if key != "attention_mask"}
-        with pytest.raises(UnsupportedCallError, match=match):
-            pruned(name)(**inputs, past_key_values=cache)
-        assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
+def test_new_image_on_a_cache_where_images_attend_both_ways() -> None:
+    cache = DynamicCache()
+    generate(pruned("paligemma"), picture("paligemma"), 2, past_key_values=cache)
+    held = [layer.keys.clone() for layer in cache.layers]
+    inputs = {key: value for key, value in picture("paligemma").items() if key != "attention_mask"}
+    with pytest.raises(UnsupportedCallError, match="cannot attend both ways"):
+        pruned("paligemma")(**inputs, past_key_values=cache)
+    assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
 
 
 def test_layers_that_hold_other_numbers_of_keys() -> None:
