@@ -11,14 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft as lora
 import pytest
 import torch
+from accelerate import hooks as accelerate_hooks
 from torch import fx
 from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer, StaticIndexedLayer
 from transformers.utils import output_capturing
 
-from hawk_compile.compat import dynamo, exporters, models
+from hawk_compile.compat import accelerate, dynamo, exporters, models, peft
 from hawk_compile.kernels import compat as kernels
 from hawk_compile.passes import compat as passes
 from hawk_compile.versions import SINCE, lacking
@@ -150,6 +152,55 @@ def test_what_is_called_while_dynamo_traces() -> None:
     assert traced == ["ComptimeContext"] * 2
 
 
+def test_whether_a_transform_of_torch_func_runs() -> None:
+    seen: list[bool] = []
+    torch.vmap(lambda row: (seen.append(dynamo.is_transformed()), row)[1])(torch.ones(2))
+    torch.func.grad(lambda value: (seen.append(dynamo.is_transformed()), value)[1])(torch.ones(()))
+    assert seen == [True, True] and not dynamo.is_transformed()
+
+
+def test_whether_a_distributed_data_parallel_runs(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    module = torch.nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: seen.append(dynamo.is_in_ddp()))
+    try:
+        torch.nn.parallel.DistributedDataParallel(module)(torch.ones(1, 2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [True] and not dynamo.is_in_ddp()
+
+
+def test_where_hooks_of_accelerate_lie() -> None:
+    """A chain of them, one that places and one that brings weights, and a model's own."""
+    module = torch.nn.Linear(2, 2)
+    plain = module.forward
+    hooks = [accelerate_hooks.AlignDevicesHook("cuda:0"), accelerate_hooks.ModelHook()]
+    vars(hooks[0])["init_hook"] = lambda module: module  # there is no such device
+    add, remove = accelerate_hooks.add_hook_to_module, accelerate_hooks.remove_hook_from_module
+    for hook in hooks:
+        add(module, hook, append=True)
+    assert accelerate.hooks_on(module) == hooks and accelerate.HOOK in vars(module)
+    assert vars(module)[accelerate.FORWARD] == plain and accelerate.hooked_module(module.forward) is module
+    assert accelerate.hooked_module(plain) is None and accelerate.hooked_module(None) is None
+    assert [accelerate.only_places(hook) for hook in hooks] == [True, False]
+    assert [accelerate.device_of_hook(hook) for hook in hooks] == [torch.device("cuda:0"), None]
+    assert not any(map(accelerate.brings_weights, hooks))
+    remove(module)
+    assert module.forward == plain and not accelerate.hooks_on(module)
+    add(module, accelerate_hooks.AlignDevicesHook(torch.device("cpu"), offload=True))
+    assert accelerate.brings_weights(*accelerate.hooks_on(module)) and module.weight.is_meta
+
+
+def test_what_peft_hands_to_modules_by_hooks() -> None:
+    model = lora.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), lora.LoraConfig(target_modules=["0"]))
+    layer, seen = model.base_model.model[0], []
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(peft.argument_in_hooks(layer)))
+    before = peft.hooks_ever_put()
+    model.eval()(torch.ones(1, 2), adapter_names=["default"])
+    assert seen == ["adapter_names"] and peft.argument_in_hooks(layer) is None and peft.hooks_ever_put() > before
+
+
 def test_packages_of_aotinductor() -> None:
     """That they hold what they should is tested by exports; compiling one takes its time."""
     assert parameters(torch._inductor.aoti_compile_and_package)[0] == "exported_program"
@@ -175,6 +226,12 @@ def test_generate_says_how_long_a_mask_was_that_it_left_out() -> None:
     for mask in (None, torch.tensor([[0, 1, 1, 1, 1]])):
         found = model.generate(ids, attention_mask=mask, custom_generate=lambda model, *args, **kwargs: kwargs)
         assert models.mask_length_of(found["generation_config"], found) == 5
+
+
+def test_what_data_parallel_copies_a_module_by() -> None:
+    module = torch.nn.Linear(2, 2)
+    assert type(getattr(module, models.REPLICATE)()) is torch.nn.Linear
+    assert models.REPLICATE in inspect.getsource(torch.nn.parallel.replicate)
 
 
 def test_a_module_holds_its_parts_where_we_look() -> None:

@@ -34,6 +34,9 @@ CompilerFailed = BackendCompilerFailed
 RECOMPILE_LIMIT = 64
 """Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""
 
+UNCUT = {"optimize_ddp": False}
+"""Inside DistributedDataParallel Dynamo would cut graphs where gradients are sent, of which there are none."""
+
 capture_lock = threading.RLock()
 """Held while something is captured for the first time: an export changes the models' code for the whole process while
 it traces. What is compiled already runs without it."""
@@ -51,6 +54,7 @@ def capture_settings() -> Iterator[None]:
             capture_scalar_outputs=True,
             capture_dynamic_output_shape_ops=True,
             specialize_float=True,
+            **UNCUT,
             accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),
         shape_settings(use_duck_shape=False),

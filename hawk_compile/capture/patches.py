@@ -67,6 +67,11 @@ class RecordedByThread(WhileUsed):
 recorded_by_thread = RecordedByThread()
 
 
+def definer(kind: Any, name: str) -> Any:
+    """The class that defines a method: others that a module is given later (FSDP, parametrisations) are behind it."""
+    return next((each for each in inspect.getmro(kind) if name in vars(each)), kind)
+
+
 @functools.cache
 def placeholder_mask_of(kind: Any) -> Callable[..., Any]:
     """`get_placeholder_mask` of a class; while a graph is captured, without the features that serve its check alone.
@@ -109,9 +114,9 @@ def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
     kind: Any = type(base)
     methods: list[Callable[..., Any]] = []
     if hasattr(kind, "get_placeholder_mask"):
-        methods.append(placeholder_mask_of(kind))
+        methods.append(placeholder_mask_of(definer(kind, "get_placeholder_mask")))
     if hasattr(kind, "get_audio_features"):
-        methods.append(audio_features_of(kind))
+        methods.append(audio_features_of(definer(kind, "get_audio_features")))
     return {method.__name__: types.MethodType(method, base) for method in methods}
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import fx
 
-from hawk_compile.capture.dynamo import capture_lock, capture_settings, compile_alone
-from hawk_compile.compat.dynamo import while_traced
+from hawk_compile.capture.dynamo import UNCUT, capture_lock, capture_settings, compile_alone
+from hawk_compile.compat.dynamo import dynamo_settings, is_in_ddp, while_traced
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -69,7 +69,7 @@ class CompiledInTurns:
         self.function = compile_alone(begun, **settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(TurnNeeded):
+        with contextlib.suppress(TurnNeeded), dynamo_settings(**UNCUT) if is_in_ddp() else contextlib.nullcontext():
             return self.function(*args, **kwargs)
         try:
             turn.taken = True

@@ -1,7 +1,9 @@
-"""Every private name of torch and transformers that this package uses, behind a name that says what it is for.
+"""Every private name of torch, transformers, accelerate and PEFT that this package uses, behind one that says what for.
 
     dynamo.py      torch.compile: settings while a prefill is captured, backends, errors, AOTInductor's packages
     models.py      transformers' models and caches, and the methods by which generate prepares a prompt
+    accelerate.py  accelerate's hooks on a model's modules
+    peft.py        what PEFT puts on modules for one call
     exporters.py   transformers' exporters: their tables of patches and fixes
 
 What passes and operators use stands beside them (`hawk_compile.passes.compat`, `hawk_compile.kernels.compat`). Each

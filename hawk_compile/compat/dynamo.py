@@ -17,6 +17,7 @@ from torch._dynamo.exc import UserError as UserError
 from torch._dynamo.variables.lazy import LazySymNodeFormatString as SizeInText  # what an f-string has of a size
 from torch._higher_order_ops.scan import scan as scan  # (step, state, values): a loop along dimension 0, in graphs too
 from torch.fx.experimental import _config as fx_config
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested lists and dicts
 from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression
 
@@ -78,6 +79,16 @@ def compiles_all() -> bool:
     may let some or all of it run uncompiled, or by another backend."""
     stance = torch._dynamo.eval_frame._stance
     return stance.stance in ("default", "fail_on_recompile") and stance.backend is None
+
+
+def is_transformed() -> bool:
+    """Whether this code runs inside a transform of torch.func: vmap, grad, jvp and the like."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_in_ddp() -> bool:
+    """Whether this code runs inside the forward of a DistributedDataParallel, for which Dynamo would cut graphs."""
+    return DistributedDataParallel._get_active_ddp_module() is not None
 
 
 def write_package(program: torch.export.ExportedProgram, path: str, settings: dict[str, Any]) -> str:

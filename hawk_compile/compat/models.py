@@ -37,6 +37,8 @@ COMMIT = "_commit_hash"
 """The commit of the Hub's repository that a configuration came from."""
 
 
+REPLICATE = "_replicate_for_data_parallel"
+"""() -> a shallow copy of a module, which nn.DataParallel fills with weights of another device."""
 MODULES, PARAMETERS = "_modules", "_parameters"
 """The attributes of a module that hold its children and its own weights by name."""
 

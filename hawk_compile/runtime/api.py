@@ -19,20 +19,23 @@ from hawk_compile.runtime.checks import check_model, check_vision
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.records import PrefillRecord, Report
 from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
+from hawk_compile.runtime.split import adapt, check_split
 from hawk_compile.runtime.state import PART, RUNTIME, Runtime, holder, put_aside, ranks_of
 from hawk_compile.runtime.wholes import hold, let_go, whole_part
+from hawk_compile.runtime.wrappers import is_wrapper, model_to_prune, optimised_in, optimised_model
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.settings.head_weights import resolve
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) -> Model:
     """Let a vision-language model prune visual tokens in every prefill, inside its compiled graph.
 
     Args:
-        model: a Hugging Face model that takes images, video or audio. It is changed in place and returned: same
-            object, same class.
+        model: a Hugging Face model that takes images, video or audio; or a module that holds exactly one such model
+            (PEFT's, DistributedDataParallel, torch.compile's, one's own), which is then the one that is optimised. It
+            is changed in place and returned: same object, same class.
         config: the settings, or
         **settings: the settings by name; see `HawkConfig`. `ratio` is the fraction of visual tokens removed.
 
@@ -46,12 +49,20 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         UnsupportedModelError: a model that cannot be pruned. The model is left as it was.
     """
     made = make_config(config, settings)
-    if (inner := whole_part(model)) is not None:
+    if is_wrapper(model):
+        optimize(model_to_prune(model), made)
+    elif (inner := whole_part(model)) is not None:
         optimize(inner[1], made)
-        hold(model, inner[0])
-        return model
+        hold(model, inner[0])  # type: ignore[arg-type]  # no wrapper, so a PreTrainedModel
+    else:
+        optimize_itself(model, made)
+    return model
+
+
+def optimize_itself(model: Any, made: HawkConfig) -> None:
     check_model(model, made.modalities)
     check_vision(model, made)
+    check_split(model, made)
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)
@@ -66,9 +77,8 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
         warnings.warn(
             f"others have replaced {' and '.join(replaced)} of the model after optimize"
             f"{', so nothing was pruned since' if 'forward' in replaced else ''}; they are overridden again now",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
 
 
 def carried(model: PreTrainedModel, runtime: Runtime, earlier: Runtime | None) -> Runtime:
@@ -78,6 +88,7 @@ def carried(model: PreTrainedModel, runtime: Runtime, earlier: Runtime | None) -
             runtime.take_compiled(compiled)
     recorded_by_thread.begin(runtime)
     begin_operators(runtime, model)
+    adapt(model, runtime)
     return runtime
 
 
@@ -86,9 +97,18 @@ def restore(model: Model) -> Model:
 
     It refuses to go on with the cache of a conversation that was pruned (`UnsupportedCallError`).
     """
+    if is_wrapper(model):
+        for inner in optimised_in(model):
+            restore(inner)
+        return model
+    restore_itself(model)
+    return model
+
+
+def restore_itself(model: Any) -> None:
     if (part := let_go(model)) is not None:
         restore(part)
-        return model
+        return
     runtime = model.__dict__.pop(RUNTIME, None)
     if runtime is not None:
         uninstall(model, runtime.originals)
@@ -96,7 +116,6 @@ def restore(model: Model) -> Model:
         recorded_by_thread.end(runtime)
         end_operators(runtime)
         answered_for_captures.end(runtime)
-    return model
 
 
 @contextlib.contextmanager
@@ -110,27 +129,35 @@ def pruned(model: Model, config: HawkConfig | None = None, **settings: Any) -> I
         UnsupportedCallError: another thread or task is inside such a block with this model, and each would prune by the
             other's settings.
     """
+    with pruned_itself(model_to_prune(model) if is_wrapper(model) else model, config, settings):
+        yield model
+
+
+@contextlib.contextmanager
+def pruned_itself(model: Any, config: HawkConfig | None, settings: dict[str, Any]) -> Iterator[None]:
     if (inner := whole_part(model)) is not None:
         before = model.__dict__.get(PART)
         with pruned(inner[1], config, **settings):
             hold(model, inner[0])
             try:
-                yield model
+                yield
             finally:
                 if before is None:
                     let_go(model)
         return
     check_model(model, MODALITIES)
     with block_of(model):
-        yield optimize(model, config, **settings)
+        optimize(model, config, **settings)
+        yield
 
 
 def report(source: Any) -> Report:
     """What a prefill did.
 
     Args:
-        source: an optimised model: its last prefill, whichever thread ran it. An output of its forward or of generate
-            (`return_dict_in_generate=True`), or a cache: the last prefill of that very conversation.
+        source: an optimised model, or what holds one: its last prefill, whichever thread ran it. An output of its
+            forward or of generate (`return_dict_in_generate=True`), or a cache: the last prefill of that very
+            conversation.
 
     Raises:
         HawkError: the model is not optimised, has run no prefill yet, or others have replaced its forward since; an
@@ -149,7 +176,7 @@ def report(source: Any) -> Report:
 
 
 def last_of(model: nn.Module) -> PrefillRecord:
-    model = holder(model)
+    model = holder(optimised_model(model) if is_wrapper(model) else model)
     runtime = model.__dict__.get(RUNTIME)
     if runtime is None or not isinstance(model, PreTrainedModel):
         raise HawkError(

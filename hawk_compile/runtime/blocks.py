@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hawk_compile.compat.accelerate import FORWARD
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.overrides import attribute_of, overrides_of
+from hawk_compile.runtime.split import put_hooks_back
 from hawk_compile.runtime.state import RUNTIME, Runtime
 
 MISSING = object()
@@ -61,6 +63,7 @@ def block_of(model: PreTrainedModel) -> Iterator[None]:
 
 def attributes_of(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, Any]]:
     places = [(owner.__dict__, attribute_of(name)) for name, (owner, _) in overrides_of(model).items()]
+    places += [(owner, FORWARD) for owner in {id(held): held for held, name in places if name == "forward"}.values()]
     places += [(model.__dict__, RUNTIME), (model.base_model.__dict__, "rope_deltas")]
     return [(held, name, held.get(name, MISSING)) for held, name in places]
 
@@ -79,5 +82,7 @@ def leave(model: PreTrainedModel, blocks: list[Block], block: Block) -> None:
             held.pop(name, None)
         else:
             held[name] = value
+    if RUNTIME not in model.__dict__:
+        put_hooks_back(model)
     if runtime is not None and runtime is not model.__dict__.get(RUNTIME):
         runtime.put_aside(model)

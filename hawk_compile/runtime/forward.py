@@ -19,6 +19,7 @@ from hawk_compile.capture.modalities import (
 )
 from hawk_compile.compat.models import attention_of
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.adapters import refuse_mixed_adapters
 from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
 from hawk_compile.runtime.generation import running
@@ -26,6 +27,7 @@ from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.runtime.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.records import PrefillRecord
+from hawk_compile.runtime.split import placed
 from hawk_compile.runtime.state import Runtime
 from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, refuse_spoiled, track
 from hawk_compile.settings.config import MODALITIES
@@ -46,7 +48,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     if generation is not None and generation.repeats:
         kwargs = behind_cache(kwargs)
         generation.repeats = False
-    kwargs = without_idle_inputs(model, kwargs)
+    kwargs = without_idle_inputs(model, placed(model, kwargs))
     present = modalities_of(model, kwargs)
     if present & set(runtime.config.modalities):
         return run_prefill(model, runtime, forward, kwargs)
@@ -58,7 +60,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         if present and positions_by_images(model):
             return run_whole_images(model, runtime, forward, cache, kwargs)
         kwargs = by_slots(model, cache, kwargs)
-    return step(runtime, forward, kwargs)
+    return step(model, runtime, forward, kwargs)
 
 
 def behind_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def run_whole_images(
         positions = positions_behind(model, cache, kwargs)
     rows, length = tokens_of(kwargs).shape[:2]
     deltas = deltas_after(model, cache, positions, mask, rows, length)
-    result = step(runtime, forward, by_slots(model, cache, {**kwargs, "position_ids": positions}))
+    result = step(model, runtime, forward, by_slots(model, cache, {**kwargs, "position_ids": positions}))
     note(cache, rope_deltas=deltas)
     return result
 
@@ -130,7 +132,7 @@ def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs:
     """The first prompt of a conversation, without features to prune: it runs whole, and the report says so."""
     record = unpruned(model, runtime, kwargs)
     if not positions_by_images(model):
-        result = step(runtime, forward, kwargs)
+        result = step(model, runtime, forward, kwargs)
         runtime.note(record, result, kwargs.get("past_key_values"))
         return result
     if kwargs.get("position_ids") is None and modalities_of(model, kwargs):
@@ -139,9 +141,9 @@ def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs:
     tokens, positions = tokens_of(kwargs), kwargs.get("position_ids")
     if positions is None:
         with deltas_of(model, None):
-            result = step(runtime, forward, kwargs)
+            result = step(model, runtime, forward, kwargs)
     else:
-        result = step(runtime, forward, kwargs)
+        result = step(model, runtime, forward, kwargs)
     cache = runtime.note(record, result, kwargs.get("past_key_values"))
     if physical_length(cache):
         # Nothing was removed, but this conversation's offsets must not be another's.
@@ -152,7 +154,7 @@ def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs:
     return result
 
 
-def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
+def step(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """A call without pruning: compiled if it is a decode step and the settings or generate ask for that."""
     generation = running.get()
     options = None if generation is None else generation.step_options
@@ -162,6 +164,7 @@ def step(runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     with opened(cache):
         if options is None or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
             return forward(**kwargs)
+        refuse_mixed_adapters(model, runtime)
         return runtime.step(forward, options).run(kwargs)
 
 

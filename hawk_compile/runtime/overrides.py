@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import features_fit
 from hawk_compile.capture.modalities import modalities_of, placeholder_ids, positions_by_images
-from hawk_compile.capture.patches import body_overrides
+from hawk_compile.capture.patches import body_overrides, definer
 from hawk_compile.capture.segments import name_of_rest
 from hawk_compile.compat.models import (
     CANDIDATES,
@@ -24,6 +24,7 @@ from hawk_compile.compat.models import (
     PREPARE_CACHE,
     PREPARE_ENCODERS,
     PREPARE_POSITIONS,
+    REPLICATE,
     UPLOAD,
     compile_settings_of,
     mask_length_of,
@@ -40,6 +41,7 @@ from hawk_compile.runtime.parts import HandedOn, class_of, handing_on, text_forw
 from hawk_compile.runtime.positions import deltas_kept, deltas_of
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.saving import save_of, upload
+from hawk_compile.runtime.split import placed
 from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask
 from hawk_compile.runtime.wholes import refuse_speech
@@ -53,9 +55,9 @@ def overrides_of(model: PreTrainedModel) -> Overrides:
     """Each attribute that an optimised model shadows."""
     kind: Any = type(model)
     made: dict[str, Callable[..., Any]] = {
-        "forward": forward_of(kind),
-        "generate": generate_of(kind),
-        "save_pretrained": save_of(kind),
+        "forward": forward_of(definer(kind, "forward")),
+        "generate": generate_of(definer(kind, "generate")),
+        "save_pretrained": save_of(definer(kind, "save_pretrained")),
         "create_masks_for_generate": masks_for_generate,
         "get_compiled_call": compiled_call,
         PREPARE_CACHE: prepare_cache,
@@ -64,11 +66,14 @@ def overrides_of(model: PreTrainedModel) -> Overrides:
         CANDIDATES: candidate_generator,
         PREPARE_ENCODERS: encode_images,
         UPLOAD: upload,
+        REPLICATE: refuse_replica,
     }
     overrides: Overrides = {name: (model, types.MethodType(function, model)) for name, function in made.items()}
     if (inner := text_part(model)) is not None:
         name, part = inner
-        overrides[f"{name}.forward"] = (part, types.MethodType(text_forward_of(class_of(part)), part))
+        overrides[f"{name}.forward"] = (
+            part, types.MethodType(text_forward_of(definer(class_of(part), "forward")), part)
+        )
     return overrides | {name: (model.base_model, method) for name, method in body_overrides(model).items()}
 
 
@@ -150,7 +155,21 @@ def call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
             f"images were given to generate, but none of their placeholders ({placeholder_ids(model)}) stands in "
             "input_ids: give what the model's processor returns for images and text"
         )
-    return HandedOn(model, part[1], ids, functools.partial(run_prefill, model, runtime, original(model, "forward")))
+    forward = original(model, "forward")
+    return HandedOn(model, part[1], ids, lambda first: run_prefill(model, runtime, forward, placed(model, first)))
+
+
+def refuse_replica(self: PreTrainedModel) -> Any:
+    """What nn.DataParallel copies a module by, to another device for one call.
+
+    Raises:
+        UnsupportedCallError: always.
+    """
+    raise UnsupportedCallError(
+        "nn.DataParallel copies an optimised model to several devices at every call, and each copy would have to be "
+        "compiled anew: run a process for each device (torchrun, DistributedDataParallel), give DataParallel one "
+        "device, or hawk_compile.restore the model"
+    )
 
 
 def masks_for_generate(self: PreTrainedModel, *, is_first_iteration: bool = False, **kwargs: Any) -> Any:

@@ -117,7 +117,7 @@ class HandedOn:
                 "tokens at once: leave out what cuts or lengthens the prompt (prefill_chunk_size, use_cache=False, an "
                 "assistant), or hawk_compile.restore the model"
             )
-        ids = ids.repeat_interleave(embeds.shape[0] // ids.shape[0], dim=0)
+        ids = ids.repeat_interleave(embeds.shape[0] // ids.shape[0], dim=0).to(embeds.device)
         left = {name: value for name, value in kwargs.items() if name not in ("inputs_embeds", "input_ids")}
         result = self.prefill({**left, "input_ids": ids, "mm_encoder_outputs": encoded_in(self.model, ids, embeds)})
         return CausalLMOutputWithPast(logits=result["logits"], past_key_values=kwargs.get("past_key_values"))

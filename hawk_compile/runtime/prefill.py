@@ -23,10 +23,12 @@ from hawk_compile.capture.modalities import (
     visual_places,
 )
 from hawk_compile.capture.patches import install_recorders
+from hawk_compile.errors import CaptureError
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.ids import is_any, read_ids
 from hawk_compile.plan.plan import Plan, make_plan, on_host
 from hawk_compile.plan.quotas import quotas
+from hawk_compile.runtime.adapters import refuse_mixed_adapters
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.generation import running
 from hawk_compile.runtime.gradients import refuse_gradients
@@ -41,6 +43,7 @@ from hawk_compile.runtime.refusals import (
     refuse_quotas_of_audio,
     refuse_unsupported,
 )
+from hawk_compile.runtime.split import adapt, moved
 from hawk_compile.runtime.state import Runtime
 from hawk_compile.runtime.tracked import opened, spoiled_by_failure, track
 from hawk_compile.settings.config import HawkConfig
@@ -53,6 +56,7 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
         UnsupportedCallError, InputError, GraphError: as `hawk_compile.runtime.forward.run`.
     """
     refuse_unsupported(model, kwargs)
+    refuse_mixed_adapters(model, runtime)
     if runtime.scratch_layers is None:
         runtime.scratch_layers = scratch_layers(model)
     if physical_length(kwargs.get("past_key_values")):
@@ -127,15 +131,26 @@ def run_graph(
 ) -> tuple[ModelOutput, PrefillRecord]:
     """(the model's output, what the prefill did); keys and values are in the caller's cache."""
     scratch = scratch_cache(inputs.cache, runtime.scratch_layers or ())
+    features = moved(by_argument(model, inputs.features), runtime.device)
     taken = inputs.arguments | {
-        "mm_encoder_outputs": by_argument(model, inputs.features), "attention_mask": mask_for(inputs, plan),
-        "past_key_values": scratch, "use_cache": True,
+        "mm_encoder_outputs": features, "attention_mask": mask_for(inputs, plan), "past_key_values": scratch,
+        "use_cache": True,
     }  # fmt: skip
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
-    with diagnosed(model), capturing(model, runtime) as attention:
-        result, keep, valid, scores = runtime.prefill.run(
+    def run() -> Any:
+        return runtime.prefill.run(
             taking_features(model, forward), taken, inputs.past_mask, plan, weights, inputs.along)
+
+    with capturing(model, runtime) as attention:
+        try:
+            with diagnosed(model):
+                result, keep, valid, scores = run()
+        except CaptureError:
+            if not adapt(model, runtime):  # to hooks that came on its modules since, or says why that cannot be
+                raise
+            with diagnosed(model):
+                result, keep, valid, scores = run()
     record = PrefillRecord(
         plan.visual, plan.text, keep, valid, scores, rule, plan.question, runtime.head_weights.origin, inputs.length,
         origin, runtime.prefill.scoring_layer, attention.here, attention.elsewhere)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
@@ -10,6 +11,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.capture.indexers import counts_slots
 from hawk_compile.capture.modalities import asks_for, token_kinds
+from hawk_compile.compat.dynamo import is_transformed
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
@@ -20,6 +22,7 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    refuse_tracing()
     if kwargs.get("labels") is not None:
         raise UnsupportedCallError(
             "labels were given to a pruned prefill, whose logits no longer line up with them: hawk_compile.restore the "
@@ -50,6 +53,23 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             f"new images on a cache that already holds tokens cannot attend both ways ({' and '.join(names)} were "
             "given): prefill the whole conversation at once"
+        )
+
+
+def refuse_tracing() -> None:
+    """Refuse what would trace a prefill that compiles itself. It takes less than a microsecond.
+
+    Raises:
+        UnsupportedCallError: as said.
+    """
+    tracing = (
+        "torch.func (vmap, grad, jvp)" if is_transformed() else "torch.export" if torch.compiler.is_exporting()
+        else "torch.jit.trace" if torch.jit.is_tracing() else None
+    )  # fmt: skip
+    if tracing is not None:
+        raise UnsupportedCallError(
+            f"{tracing} was asked of a pruned prefill, which is a compiled graph of its own that nothing can trace: "
+            "give batches as rows, take hawk_compile.export to write a model, or hawk_compile.restore it"
         )
 
 

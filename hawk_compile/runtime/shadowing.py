@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hawk_compile.compat.accelerate import FORWARD, hooked_module
 from hawk_compile.runtime.overrides import attribute_of, overrides_of
+from hawk_compile.runtime.split import put_hooks_back
 from hawk_compile.runtime.state import RUNTIME
 
 WRAPPED_OFTEN = ("generate", "save_pretrained")
@@ -39,6 +41,9 @@ def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str
         there = owner.__dict__.get(attribute)
         if there is not None and reaches(there, method.__func__):
             continue
+        if hooked_module(there) is owner:  # beneath the hooks, which see inputs first; their removal leaves ours
+            attribute = FORWARD
+            there = owner.__dict__[FORWARD]
         if earlier:
             replaced.append(name)
         kept.pop(name, None)
@@ -50,15 +55,21 @@ def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str
 
 def uninstall(model: PreTrainedModel, originals: dict[str, Any]) -> None:
     """Take the overrides off; what others put over them since stays where it is."""
+    put_hooks_back(model)
     for name, (owner, method) in overrides_of(model).items():
         attribute = attribute_of(name)
         there = owner.__dict__.get(attribute)
+        if hooked_module(there) is owner:
+            attribute = FORWARD
+            there = owner.__dict__[FORWARD]
         while isinstance(there, types.MethodType):  # accelerate binds a bound method once more when it unwraps a model
             there = there.__func__
         if there is not method.__func__:
             continue
         if name in originals:
             owner.__dict__[attribute] = originals[name]
+        elif attribute == FORWARD:
+            owner.__dict__[attribute] = getattr(type(owner), name).__get__(owner)
         else:
             del owner.__dict__[attribute]
 
@@ -89,6 +100,8 @@ def wrapped_by(wrapper: Any) -> list[Any]:
     """What a callable may call. Only what it holds is looked at: some objects make up any attribute one asks for."""
     if isinstance(wrapper, types.MethodType):
         return [wrapper.__func__]
+    if (hooked := hooked_module(wrapper)) is not None:  # what it is said to wrap is what lay there at first
+        return [vars(hooked).get(FORWARD)]
     held = list(getattr(wrapper, "__dict__", {}).values())
     if isinstance(wrapper, functools.partial):
         held += [wrapper.func, *wrapper.args, *wrapper.keywords.values()]

@@ -51,6 +51,9 @@ class Runtime:
         originals: name of an attribute that is shadowed -> what lay there before; none where it was the class's.
         chat: what surrounds a user's text, once that is learned (`chat_known`).
         last: what the model's last prefill did, whichever thread ran it.
+        hook: the hook of accelerate's on the model that was last looked at; None where it had none.
+        hooks_seen: how many hooks the process had put anywhere when this model's were last looked at.
+        device: where inputs of the decoder belong, if hooks place the model; None elsewhere.
         scratch_layers: empty layers of the cache that a prefill fills, where a plain one will not do; None until asked.
     """
 
@@ -74,6 +77,9 @@ class Runtime:
         self.static_length = 0
         self.scratch_layers: tuple[Any, ...] | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
+        self.hook: Any = None
+        self.hooks_seen = -1
+        self.device: torch.device | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         copied = Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)

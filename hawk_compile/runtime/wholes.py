@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import takes
+from hawk_compile.capture.patches import definer
 from hawk_compile.compat.models import UPLOAD
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.parts import class_of, generating_parts, goes_around_forward
@@ -54,7 +55,7 @@ def generate_of_whole(kind: Any) -> Callable[..., Any]:
         asked = any(name.endswith(HIDDEN_STATES) and value for name, value in kwargs.items())
         before = whole.get()
         try:
-            whole.set(None if asked else kind.__name__)
+            whole.set(None if asked else type(self).__name__)
             return plain(self, *args, **kwargs)
         finally:
             whole.set(before)
@@ -65,7 +66,10 @@ def generate_of_whole(kind: Any) -> Callable[..., Any]:
 def overrides_of_whole(model: PreTrainedModel) -> dict[str, types.MethodType]:
     """Each attribute that an omni model shadows while its part is optimised."""
     kind = class_of(model)
-    made = {"generate": generate_of_whole(kind), "save_pretrained": save_of(kind), UPLOAD: upload}
+    made = {
+        "generate": generate_of_whole(definer(kind, "generate")),
+        "save_pretrained": save_of(definer(kind, "save_pretrained")), UPLOAD: upload,
+    }  # fmt: skip
     return {name: types.MethodType(function, model) for name, function in made.items()}
 
 

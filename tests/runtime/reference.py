@@ -44,8 +44,10 @@ class Conversation:
     def prompt(self, inputs: dict[str, Tensor]) -> Tensor:
         """Prefill one unpadded row with pictures, pruned: logits [S', VOCAB]."""
         assert inputs["input_ids"].shape[0] == 1
-        merged = decoder_inputs(self.model, inputs)
-        ids = inputs["input_ids"][0].tolist()
+        return self.prefill(decoder_inputs(self.model, inputs), inputs["input_ids"][0].tolist(), inputs)
+
+    def prefill(self, merged: dict[str, Any], ids: list[int], inputs: dict[str, Tensor]) -> Tensor:
+        """The same of what reaches the decoder."""
         length = len(ids)
         visual = [i for i, each in enumerate(ids) if each in VISUAL]
         kept = best(scores(self.decoder, merged["inputs_embeds"][0], visual, voters(self.model, ids)), self.ratio)

@@ -133,7 +133,7 @@ def florence() -> Any:
     (lambda: plain("llava").base_model, "LlavaModel cannot generate"),
     (florence, "Florence2ForConditionalGeneration is an encoder-decoder"),
     (lambda: BlipForConditionalGeneration(BlipConfig(text_config=TEXT, vision_config=TOWER)), "Blip"),
-    (lambda: torch.nn.Linear(2, 2), "must be a transformers.PreTrainedModel, got Linear"),
+    (lambda: torch.nn.Linear(2, 2), "must be a transformers.PreTrainedModel or hold one, got Linear"),
 ])  # fmt: skip
 def test_models(make: Callable[[], Any], match: str) -> None:
     refused(make(), ModelError, match)
