@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hawk_compile import errors, selectors
     from hawk_compile.errors import (
         CaptureError,
+        CompileError,
         ConfigError,
         ExportError,
         GraphError,
@@ -59,6 +60,7 @@ __all__ = [
     "Benchmark",
     "Calibration",
     "CaptureError",
+    "CompileError",
     "ConfigError",
     "Evaluation",
     "ExportError",
@@ -97,6 +99,7 @@ HOMES = {
     "Benchmark": "tools.benchmarking.result",
     "Calibration": "tools.calibration.result",
     "CaptureError": "errors",
+    "CompileError": "errors",
     "ConfigError": "errors",
     "Evaluation": "tools.evaluation.result",
     "ExportError": "errors",

@@ -36,6 +36,10 @@ class CaptureError(GraphError):
     """The model's forward cannot be captured as one graph. The message names the module and line of the model."""
 
 
+class CompileError(HawkError, RuntimeError):
+    """What the settings' backend compiles graphs with failed, or is not installed."""
+
+
 class ExportError(HawkError, RuntimeError):
     """A model that cannot be exported, or a package that exporting needs and that is not installed."""
 
@@ -47,6 +51,7 @@ class ManifestError(HawkError, ValueError):
 __all__ = [
     "AttentionNotFoundError",
     "CaptureError",
+    "CompileError",
     "ConfigError",
     "ExportError",
     "GraphError",

@@ -103,16 +103,26 @@ def test_settings_of_torch_compile_hold_inside_and_in_this_thread_alone() -> Non
 def test_backends_errors_and_trees_of_torch_compile() -> None:
     assert callable(dynamo.lookup_backend("eager")) and callable(dynamo.lookup_backend("inductor"))
     assert dynamo.tree_leaves([1, {"a": (2, 3)}]) == [1, 2, 3]
-    for error in (dynamo.Unsupported, dynamo.UserError, dynamo.BackendCompilerFailed, dynamo.FailOnRecompileLimitHit):
+    for error in (dynamo.Unsupported, dynamo.UserError, dynamo.ShortenTraceback, dynamo.FailOnRecompileLimitHit):
         assert issubclass(error, Exception)
     assert issubclass(dynamo.Unsupported, dynamo.TorchDynamoException)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         raise ValueError("by us")
 
-    with pytest.raises(dynamo.BackendCompilerFailed) as caught:
+    with pytest.raises(dynamo.ShortenTraceback) as caught:
         torch.compile(lambda values: values + 1, backend=backend)(torch.ones(2))
     assert isinstance(caught.value.inner_exception, ValueError)
+
+    def handing_on(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise dynamo.handed_on(KeyError("by us"))
+
+    with pytest.raises(KeyError) as handed:
+        torch.compile(lambda values: values + 1, backend=handing_on)(torch.ones(2))
+    assert str(handed.value) == "'by us'" and not isinstance(handed.value.__context__, dynamo.ShortenTraceback)
+    assert not dynamo.tells_all()
+    with dynamo.dynamo_settings(verbose=True):
+        assert dynamo.tells_all()
     weights = torch.ones(3)
     dynamo.mark_static(weights)
 

@@ -1,7 +1,12 @@
-"""What cannot be captured, said in terms of the model: which line of which module, why, and what to do about it."""
+"""What cannot be captured or compiled, said in terms of the model: which line of which module, why, and what to do.
+
+Dynamo's own part of a traceback, and those of the compilers behind it, run to hundreds of lines. They are left out
+(`raise ... from None`) unless Dynamo is asked for all (TORCHDYNAMO_VERBOSE=1); the error's `__context__` holds them.
+"""
 
 import contextlib
 import inspect
+import sys
 import traceback
 import types
 from collections.abc import Iterator, Sequence
@@ -13,7 +18,8 @@ from torch import nn
 
 from hawk_compile.capture.dynamo import CAPTURE_FAILURES, CompilerFailed
 from hawk_compile.capture.experts import runs_switched_loop
-from hawk_compile.errors import CaptureError, HawkError
+from hawk_compile.compat.dynamo import tells_all
+from hawk_compile.errors import CaptureError, CompileError, HawkError
 
 NOT_THE_MODEL = (
     Path(torch.__file__).parent, Path(__file__).parents[1], Path(transformers.__file__).parent / "exporters"
@@ -34,7 +40,8 @@ RESTORE = "call hawk_compile.restore(model) to run it unpruned, and see whether 
 
 @contextlib.contextmanager
 def diagnosed(model: nn.Module, what: str = "", remedy: str = RESTORE) -> Iterator[None]:
-    """Let what captures raise inside (Dynamo, torch.export) be a CaptureError, and what a pass raises there be itself.
+    """Let what captures raise inside (Dynamo, torch.export) be a CaptureError, what compiles a CompileError, and what a
+    pass or an operator raises there be itself.
 
     Args:
         model: whose forward is captured; its modules are named by their path in it.
@@ -43,16 +50,46 @@ def diagnosed(model: nn.Module, what: str = "", remedy: str = RESTORE) -> Iterat
 
     Raises:
         CaptureError: the forward cannot be captured as one graph.
-        HawkError: what a pass raised. torch.OutOfMemoryError, MemoryError: where memory ran out in compiling.
+        CompileError: its graph cannot be compiled.
+        HawkError: what a pass or an operator raised.
+        torch.OutOfMemoryError, MemoryError: there was no memory to compile it with.
     """
+    handled = sys.exception()
     try:
         yield
-    except CompilerFailed as error:
-        if isinstance(error.inner_exception, (HawkError, *OF_THE_CALLER)):
-            raise error.inner_exception from None
-        raise
     except CAPTURE_FAILURES as error:
-        raise capture_error(error, model, what or f"the forward of {type(model).__name__}", remedy) from error
+        if (raised := raised_inside(error, handled)) is not None:
+            raise raised from raised.__cause__
+        what = what or f"the forward of {type(model).__name__}"
+        told = compile_error if isinstance(error, CompilerFailed) else capture_error
+        raise told(error, model, what, remedy) from shown(error)
+
+
+def raised_inside(error: BaseException | None, handled: BaseException | None) -> BaseException | None:
+    """Of the errors that led to this one, the first that a caller should see in its place; None if there is none.
+
+    Args:
+        handled: an error that was being handled already; that one and those before it did not lead to this one.
+    """
+    while error is not None and error is not handled:
+        if isinstance(error, (HawkError, *OF_THE_CALLER)):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return None
+
+
+def shown(error: BaseException) -> BaseException | None:
+    """What a traceback gives as the cause of our error: nothing, unless Dynamo is asked to show all."""
+    return error if tells_all() else None
+
+
+def compile_error(error: BaseException, model: nn.Module, what: str, remedy: str) -> CompileError:
+    """The error in words: what, why, and the remedy."""
+    cause = getattr(error, "inner_exception", error)
+    return CompileError(
+        f"{what} was captured as one graph, which cannot be compiled ({type(cause).__name__}: {reason_of(cause)}): "
+        f'mend that (TORCHDYNAMO_VERBOSE=1 shows all of it), take backend="aot_eager", or {remedy}'
+    )
 
 
 def capture_error(error: BaseException, model: nn.Module, what: str, remedy: str) -> CaptureError:

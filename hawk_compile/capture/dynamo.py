@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hawk_compile.capture.modalities import PER_TOKEN_INPUTS
 from hawk_compile.compat.dynamo import (
-    BackendCompilerFailed,
     FailOnRecompileLimitHit,
+    ShortenTraceback,
     TorchDynamoException,
     dynamo_settings,
     shape_settings,
@@ -28,8 +28,8 @@ from hawk_compile.kernels.compat import check
 CAPTURE_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
 """What Dynamo and torch.export raise when they cannot capture a function as one graph."""
 
-CompilerFailed = BackendCompilerFailed
-"""What Dynamo raises when what it hands a graph to raises; `inner_exception` is that."""
+CompilerFailed = ShortenTraceback
+"""What Dynamo raises when what it hands a graph to raises; `inner_exception`, where it has one, is that."""
 
 RECOMPILE_LIMIT = 64
 """Compilations that one model may need: one for each structure of its calls (a batch, padding, video, ...)."""

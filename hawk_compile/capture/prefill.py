@@ -5,6 +5,7 @@ gives its graph as it is, for passes to be run on: by inspection, and by tests, 
 it for each run.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
-from hawk_compile.capture.dynamo import CompilerFailed, capture_settings, compile_alone, equate_lengths
+from hawk_compile.capture.dynamo import capture_settings, compile_alone, equate_lengths
 from hawk_compile.capture.features import arguments_of, cut_extra_rows
 from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.operators import begin_operators, end_operators
@@ -64,8 +65,9 @@ def unplanned_forward(
     return forward(**inputs, return_dict=True)
 
 
-class GraphTaken(Exception):
-    """Ends a compilation once its graph is there: nothing is compiled, and nothing runs."""
+class GraphTaken(BaseException):
+    """Ends a compilation once its graph is there: nothing is compiled, and nothing runs. Of an Exception, Dynamo would
+    make an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,11 @@ def capture_prefill(
     function = compile_alone(planned_forward, backend=take, fullgraph=True)
     begin_operators(function, model)
     try:
-        with capture_settings(), torch.no_grad(), diagnosed(model), overridden(model), capturing(model):
+        with (
+            contextlib.suppress(GraphTaken), capture_settings(), torch.no_grad(), diagnosed(model), overridden(model),
+            capturing(model),
+        ):  # fmt: skip
             function(taking_features(model, model.forward), dict(sorted(inputs.items())), past_mask, planned, along)
-    except CompilerFailed:  # by GraphTaken, unless there is no graph
-        if not taken:
-            raise
     finally:
         end_operators(function)
     gm, example_inputs = taken[0]

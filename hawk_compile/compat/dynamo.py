@@ -1,6 +1,7 @@
 """Private names of torch.compile, AOTInductor and torch's trees."""
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend as lookup_backend  # the compiler of a backend's name
 from torch._dynamo.comptime import comptime
-from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
 from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
+from torch._dynamo.exc import ShortenTraceback as ShortenTraceback  # what a compiler raised, in `inner_exception`
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.exc import Unsupported as Unsupported
 from torch._dynamo.exc import UserError as UserError
@@ -37,6 +38,26 @@ def dynamo_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
 def shape_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
     """Settings by name of how sizes become symbols, in this thread, inside."""
     return fx_config.patch(**settings)  # type: ignore[attr-defined]
+
+
+def tells_all() -> bool:
+    """Whether torch.compile is asked to show its own part of tracebacks, by TORCHDYNAMO_VERBOSE or in Python."""
+    return torch._dynamo.config.verbose
+
+
+def handed_on(error: Exception) -> Exception:
+    """The error as one that Dynamo hands on as it is. Of another one that a backend raises it makes one of its own.
+
+    It is of the error's class and of Dynamo's, and is shown and pickled as the error itself: what Dynamo adds to its
+    text is not shown. For a backend's except clause: of the traceback, what stands above the backend is left out.
+    """
+    kind, here = type(error), inspect.currentframe()
+    shown = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__str__": error.__str__}
+    both = type(kind.__name__, (kind, ShortenTraceback), {**shown, "__reduce__": error.__reduce__})
+    made = both.__new__(both, *error.args)
+    made.first_useful_frame = here and here.f_back
+    made.__cause__ = error.__cause__
+    return made.with_traceback(error.__traceback__)
 
 
 WORD = "a symbolic size"

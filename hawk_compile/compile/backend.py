@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from hawk_compile.compat.dynamo import lookup_backend
+from hawk_compile.compat.dynamo import handed_on, lookup_backend
 from hawk_compile.compile.pipeline import PassOptions, run_passes, source_tag
-from hawk_compile.errors import ConfigError, MergeNotFoundError
+from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError
 from hawk_compile.passes.graph import is_call
 from hawk_compile.passes.locate_prefill import find_merges
 from hawk_compile.settings.config import HawkConfig, make_config
@@ -41,11 +41,19 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
         ConfigError: a setting that does not exist or is out of range.
         GraphError: the graph merges visual features but cannot be pruned.
     """
+    try:
+        return compile_pruned(gm, example_inputs, dict(options or {}))
+    except HawkError as error:
+        raise handed_on(error) from error.__cause__
+
+
+def compile_pruned(gm: fx.GraphModule, example_inputs: list[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    """The same; what it raises, Dynamo puts into an error of its own."""
     from hawk_compile.settings.head_weights import explicit_weights
 
-    config = make_config(None, dict(options or {}))
+    config = make_config(None, settings)
     for names, needed in BEYOND_A_GRAPH.items():
-        if unusable := [name for name in names if name in (options or {})]:
+        if unusable := [name for name in names if name in settings]:
             raise ConfigError(
                 f'options["{unusable[0]}"] needs {needed}, which a graph does not know: leave it out, or use '
                 "hawk_compile.optimize"

@@ -10,8 +10,10 @@ What models keep beside keys and values is handed on with them, see `caches.py`.
 
 import contextlib
 import functools
+import io
 import re
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.attention import capturing
-from hawk_compile.capture.diagnosis import capture_error, diagnosed, user_stack
+from hawk_compile.capture.diagnosis import capture_error, diagnosed, shown, user_stack
 from hawk_compile.capture.mixers import mixers_stood_for
 from hawk_compile.capture.patches import exporting, overridden
 from hawk_compile.compat.exporters import traced_portably
@@ -132,7 +134,8 @@ class Component:
         )  # fmt: skip
         what = f"the component {self.name}"
         try:
-            with self.around(), exporting(), diagnosed(self.module, what, REMEDY):
+            # torch.export prints the graph that it has so far, where it fails.
+            with self.around(), exporting(), diagnosed(self.module, what, REMEDY), redirect_stderr(io.StringIO()):
                 return exporter().export_program(self.module, dict(self.sample), made)[0]
         except HawkError:
             raise
@@ -141,9 +144,9 @@ class Component:
                 raise CaptureError(
                     f"{what} cannot be captured for other sizes than those of the inputs: its code fixes {fixed}, as a "
                     f"loop in Python over them does; {REMEDY}"
-                ) from error
+                ) from shown(error)
             if user_stack(error):  # raised by a line of the model; what writes the graph has none left
-                raise capture_error(error, self.module, what, REMEDY) from error
+                raise capture_error(error, self.module, what, REMEDY) from shown(error)
             raise
 
     def fixed_size(self, message: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hawk_compile.capture.diagnosis import reason_of, shown
 from hawk_compile.errors import ExportError, HawkError
 from hawk_compile.exporting.caches import is_held, length_dim
 from hawk_compile.exporting.components import DECODE, PREFILL, Component, Shape
@@ -40,8 +41,10 @@ def write_part(target: Any, component: Component, folder: Path, options: Any) ->
         raise
     except Exception as error:
         raise ExportError(
-            f"{component.name} cannot be exported to {target.__name__.rsplit('.', 1)[-1]}: {error}"
-        ) from error
+            f"{component.name} cannot be exported to {target.__name__.rsplit('.', 1)[-1]} ({type(error).__name__}: "
+            f"{reason_of(error)}; TORCHDYNAMO_VERBOSE=1 shows all of it): export to another format, or run the model "
+            "with hawk_compile.optimize"
+        ) from shown(error)
     return Part(
         name=component.name,
         file=files[0],

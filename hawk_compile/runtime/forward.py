@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.encode import positions_of
 from hawk_compile.capture.merging import without_unawaited
 from hawk_compile.capture.modalities import (
@@ -33,6 +34,7 @@ from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physica
 from hawk_compile.settings.config import MODALITIES
 
 Forward = Callable[..., Any]
+STEP_REMEDY = "leave compile_decode out (or, where generate asked for it, give generate disable_compile=True)"
 
 
 def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
@@ -165,7 +167,8 @@ def step(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dic
         if options is None or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
             return forward(**kwargs)
         refuse_mixed_adapters(model, runtime)
-        return runtime.step(forward, options).run(kwargs)
+        with diagnosed(model, f"the decode step of {type(model).__name__}", STEP_REMEDY):
+            return runtime.step(forward, options).run(kwargs)
 
 
 def unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -> PrefillRecord:

@@ -1,18 +1,20 @@
 """The lower door: `torch.compile(model, backend="hawk", options=...)`."""
 
 import functools
+import pickle
+import re
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import hawk_compile
 from hawk_compile.compile.backend import compile_graph, inner_compiler
 from hawk_compile.compile.pipeline import PassOptions
-from hawk_compile.errors import MergeNotFoundError
+from hawk_compile.errors import AttentionNotFoundError, ConfigError, GraphError, MergeNotFoundError
 from tests import zoo
 from tests.passes import graphs
 from tests.zoo import rows
@@ -136,15 +138,19 @@ def test_a_planned_graph_that_merges_in_another_way_is_refused():
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
-    """Whatever the graph: they are read before it is."""
-    with pytest.raises(BackendCompilerFailed, match=message):
+    """Whatever the graph: they are read before it is. The error is the setting's, not one of Dynamo's around it."""
+    with pytest.raises(ConfigError, match=message) as caught:
         torch.compile(nn.Linear(4, 4), backend="hawk", options={**OPTIONS, **options})(torch.randn(3, 4))
+    shown = "".join(traceback.format_exception(caught.value)).splitlines()
+    assert shown[-1].startswith("hawk_compile.errors.ConfigError: ") and len(shown) < 60
+    travelled = pickle.loads(pickle.dumps(caught.value))
+    assert type(travelled) is ConfigError and re.search(message, str(travelled))
 
 
 def test_head_weights_that_do_not_fit_the_model_are_refused():
     model = zoo.build("llava", layers=1)
     inputs = encoded(model, zoo.Row(images=((1, 1),)))
-    with pytest.raises(BackendCompilerFailed, match="query heads"):
+    with pytest.raises(GraphError, match="query heads"):
         through_the_door(model, inputs, dynamic=True, options={"head_weights": [1.0, 2.0, 3.0]})
 
 
@@ -153,7 +159,7 @@ def test_a_break_between_merge_and_decoder_is_refused_with_the_remedy():
     """Without position_ids this architecture reads image sizes back while it counts positions."""
     model = zoo.build("qwen2_5_vl", layers=1)
     inputs = zoo.inputs("qwen2_5_vl", model, rows=[zoo.sizes("qwen2_5_vl")[2]])
-    with pytest.raises(BackendCompilerFailed, match="mm_encoder_outputs"):
+    with pytest.raises(AttentionNotFoundError, match="mm_encoder_outputs"):
         through_the_door(model, inputs, dynamic=True)
 
 
