@@ -22,6 +22,10 @@ EXPORTS = ("5.23", "before, its exporters write whole models, and no single grap
 """The transformers that exporting needs, and why."""
 
 
+NOT_INSTALLED = "not installed"
+"""In the place of a version."""
+
+
 def release(version: str) -> tuple[int, int]:
     """(major, minor) of "5.23.0" or "2.13.0+cpu"."""
     major, minor = version.split(".")[:2]
@@ -33,14 +37,14 @@ def installed(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def difference(package: str) -> str:
     """How the installed release of a package differs from those that are supported; empty if it is one of them."""
     first, last = RANGES[package]
     version = installed(package)
-    if version != "not installed" and release(first) <= release(version) <= release(last):
+    if version != NOT_INSTALLED and release(first) <= release(version) <= release(last):
         return ""
     major, minor = release(last)
     remedy = f"pip install '{package}>={first},<{major}.{minor + 1}'"

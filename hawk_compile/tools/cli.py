@@ -1,7 +1,8 @@
 """The command line: `hawk-compile demo`, `inspect`, `calibrate`, `evaluate`, `bench`, `show`, `export`,
 `run`, `serve`, `survey`, `env` and `passes`.
 
-What the user got wrong is said in one line on stderr, with exit code 2.
+What the user got wrong is said in one line on stderr, with exit code 2; `--debug` in front of a command shows its
+traceback.
 """
 
 from typing import Annotated
@@ -38,6 +39,7 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and leave.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """What stands before a command."""
 

@@ -1,13 +1,15 @@
 """What a bug report needs to know of a machine, and the environment switches in one table."""
 
 import datetime
+import getpass
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from hawk_compile.versions import RANGES, difference, installed
+from hawk_compile.versions import NOT_INSTALLED, RANGES, difference, installed
 
 SWITCHES = {
     "HAWK_DUMP": "a folder: write the graph before the first pass and after each one",
@@ -17,8 +19,18 @@ SWITCHES = {
 """Every environment variable that this package reads, at each compilation."""
 
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "safetensors", "numpy", "pillow")
-RELATED = ("HAWK_", "TORCH", "TRITON_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
+BESIDE = (
+    "accelerate", "peft", "torchao", "bitsandbytes", "optimum-quanto", "compressed-tensors", "gptqmodel", "autoawq",
+    "flash-attn", "torchvision", "timm", "vllm", "onnxruntime", "openvino", "tensorrt-rtx", "executorch", "lmms-eval",
+)  # fmt: skip
+"""Packages that change what is run, where they are installed."""
+RELATED = (
+    "HAWK_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "CUDA_", "HF_HUB_OFFLINE", "TRANSFORMERS_", "ACCELERATE_",
+    "VLLM_", "CC", "CXX", "WORLD_SIZE",
+)  # fmt: skip
 """Variables, or beginnings of their names, that change how a model is compiled or loaded."""
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH")
+"""What the names of variables hold whose values nobody else may read."""
 
 
 def describe() -> dict[str, str]:
@@ -29,13 +41,28 @@ def describe() -> dict[str, str]:
     found["platform"] = f"{platform.platform()} ({platform.machine()})"
     found["processor"] = f"{processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
     found |= {name: installed(name) + tested(name) for name in PACKAGES}
+    found["beside them"] = ", ".join(f"{name} {installed(name)}" for name in BESIDE if is_installed(name))
     found["gpu"] = gpus()
     found["c++ compiler"] = compiler()
     found["hawk backend"] = "registered" if "hawk" in backends() else "not registered: is hawk-compile installed?"
     found["other backends"] = ", ".join(name for name in backends() if name != "hawk")
-    names = [name for name in sorted(os.environ) if name.startswith(RELATED)]
-    found["switches"] = ", ".join(f"{name}={os.environ[name]}" for name in names)
+    found["switches"] = ", ".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if is_switch(name))
     return {name: value or "none" for name, value in found.items()}
+
+
+def is_switch(variable: str) -> bool:
+    """Whether a report gives a variable of the environment."""
+    return variable.startswith(RELATED) and not SECRET.search(variable)
+
+
+def anonymous(text: str) -> str:
+    """A text without the names of home folders and users, and without what URLs hold of passwords."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", text.replace(str(Path.home()), "~"))
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(getpass.getuser())}(?![A-Za-z0-9])", "USER", text)
+
+
+def is_installed(package: str) -> bool:
+    return installed(package) != NOT_INSTALLED
 
 
 def tested(package: str) -> str:

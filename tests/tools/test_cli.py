@@ -205,3 +205,26 @@ def test_a_bar_begins_when_something_is_counted() -> None:
     with bar(Console(file=printed), "answers") as told:
         told(Progress(1, 1))
     assert "answers" in printed.getvalue() and "100%" in printed.getvalue()
+
+
+def test_what_nobody_expected_says_how_to_report_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deep(depth: int) -> None:
+        if depth:
+            deep(depth - 1)
+        raise ZeroDivisionError("deep")
+
+    monkeypatch.setattr(environment, "describe", lambda: deep(300))
+    result = call("env")
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 1 and not result.stdout and len(lines) < 100
+    assert "ZeroDivisionError: deep" in lines and "hawk-compile env --report" in lines[-1]
+    assert isinstance(call("--debug", "env").exception, ZeroDivisionError)
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setattr(environment, "describe", refuse)
+    assert "Permission denied: 'there'" in refused("env")
+    assert isinstance(call("--debug", "inspect", "nowhere/at/all").exception, InputError)

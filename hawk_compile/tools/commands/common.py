@@ -2,10 +2,12 @@
 
 import functools
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -27,8 +29,18 @@ Settings = Annotated[
 ]  # fmt: skip
 
 
+DEBUG = "debug"
+"""The option of the command line that shows an error's traceback."""
+
+FRAMES = 20
+"""Of the traceback of an error that nobody expected, so many innermost calls are shown, of each error in its chain."""
+
+
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what this package raises on purpose into one line and exit code 2."""
+    """Turn what this package raises on purpose, and what the system refuses, into one line and exit code 2.
+
+    What nobody expected is shown with the end of its traceback, and how to report it; the exit code is 1.
+    """
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -36,11 +48,25 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
         try:
             command(*args, **kwargs)
-        except HawkError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+            raise
+        except Exception as error:
+            if click.get_current_context().find_root().params.get(DEBUG):
+                raise
+            if isinstance(error, (HawkError, OSError)):
+                typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+                raise typer.Exit(2) from None
+            typer.echo("".join(traceback.format_exception(error, limit=-FRAMES)), err=True, nl=False)
+            typer.echo(UNEXPECTED, err=True)
+            raise typer.Exit(1) from None
 
     return guarded
+
+
+UNEXPECTED = (
+    "error: nobody expected this one. Please report it: `hawk-compile env --report` prints the form, and "
+    "`hawk-compile --debug COMMAND ...` the whole traceback"
+)
 
 
 def settings_of(pairs: list[str]) -> dict[str, Any]:

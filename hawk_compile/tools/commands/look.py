@@ -1,5 +1,6 @@
 """`hawk-compile inspect`, `show`, `env` and `passes`: what is found, kept and installed."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -36,22 +37,11 @@ def inspect(
             console().print(rows(facts_of(survey)), "")
         return
     from hawk_compile.tools.inspection.inspect import inspect_model
+    from hawk_compile.tools.inspection.words import in_words
 
     found = inspect_model(path, ratio=ratio, image_tokens=image_tokens, text_tokens=tokens, layers=layers)
     out = console()
-    ids = ", ".join(map(str, found.placeholders)) or "none named"
-    closing, ending = (" or ".join(map(str, each)) or "none known" for each in (found.vision_end, found.end_of_turn))
-    facts = {
-        "model": f"{found.model}, {found.layers} decoder layers ({found.captured_layers} captured)",
-        "merge": f"{', '.join(found.merges)}: masked_scatter at placeholder ids {ids}",
-        "question": f"the newest user's text, behind its last image; id that closes images: {closing}, turns: {ending}",
-        "scoring layer": f"{found.scoring_layer}{where_cut(found.scoring_layer)}",
-        "attention": f"{found.attention}: {found.heads} heads, {found.kv_heads} KV heads of {found.head_dim}",
-        "norm": found.norm or "none: the projections read different values",
-        "projections": f"{found.query_projection or 'not one linear'}, {found.key_projection or 'not one linear'}",
-        "scoring": f"{found.form}: {found.why}",
-    }
-    out.print(rows(facts))
+    out.print(rows(in_words(found)))
     out.print()
     out.print("Gathered where the full prompt (S) becomes the pruned one (S'), V visual tokens becoming V':")
     gathered = Table(box=None, pad_edge=False)
@@ -72,13 +62,6 @@ def inspect(
     else:
         numbers["decoder prefill"] = "FLOPs unknown: this decoder does not run on the meta device"
     out.print(rows(numbers))
-
-
-def where_cut(layer: int) -> str:
-    if not layer:
-        return ", the first"
-    ahead = f"layers 0 to {layer - 1} run" if layer > 1 else "layer 0 runs"
-    return f": the first with attention; {ahead} at S"
 
 
 def show(
@@ -103,11 +86,26 @@ def show(
     )  # fmt: skip
 
 
-def env() -> None:
-    """Print what a bug report needs: versions, machine, backends and switches."""
-    from hawk_compile.tools.environment import describe
+def env(
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint folder, config.json or model type: say what is found in it too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    report: Annotated[bool, typer.Option(help="Print the form of a bug report, with this filled in.")] = False,
+) -> None:
+    """Print what a bug report needs: versions, machine, backends and switches. Home folders and user names are left
+    out, and so is each variable that may hold a secret."""
+    from hawk_compile.tools.bug_report import about_model
+    from hawk_compile.tools.bug_report import report as filled
+    from hawk_compile.tools.environment import anonymous, describe
 
-    console().print(rows(describe()))
+    facts = {name: anonymous(value) for name, value in (describe() | (about_model(model) if model else {})).items()}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+    elif report:
+        typer.echo(filled("\n".join(f"{name}: {value}" for name, value in facts.items())))
+    else:
+        console().print(rows(facts))
 
 
 def passes() -> None:
