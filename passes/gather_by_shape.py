@@ -97,7 +97,8 @@ class Crossing:
             return node
         if not node.all_input_nodes or any(tensor(source) is not None for source in node.all_input_nodes):
             raise ShapeError(
-                f"{node.name} is the size {expr(found)}, which depends on the prompt length in an unknown way"
+                f"{node.name} is the size {expr(found)}, which depends on the prompt length in an unknown way: call "
+                "hawk_compile.restore(model) to run the model whole"
             )
         copies = self.build.clone([node], {source: self.of(source) for source in node.all_input_nodes})
         return copies[node]
@@ -132,7 +133,8 @@ class Crossing:
             if self.depends_on_length(size) and not self.is_kept(size):
                 raise ShapeError(
                     f"{node.name} {tuple(found.shape)} crosses into the decoder with the size {expr(size)}, which "
-                    "depends on the prompt length but is not it; only S and V can be gathered"
+                    "depends on the prompt length but is not it, and only S and V can be gathered: call "
+                    "hawk_compile.restore(model) to run the model whole"
                 )
         return result
 

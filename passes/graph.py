@@ -62,7 +62,10 @@ def shape_of(node: Any) -> tuple[Any, ...]:
     """The shape of a node's tensor, of numbers and SymInts."""
     found = tensor(node)
     if found is None:
-        raise ShapeError(f"{node} has no tensor value in this graph, so nothing can be told from its shape")
+        raise ShapeError(
+            f"{node} has no tensor value in this graph, so nothing can be told from its shape: call "
+            "hawk_compile.restore(model) to run the model whole"
+        )
     return tuple(found.shape)
 
 

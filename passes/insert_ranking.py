@@ -61,7 +61,10 @@ def insert_ranking(
         read_by_it = {name: READABLE[what](build, located, scored, budgeted) for name, what in wanted.items()}
         ranks = build.call(ranking, **read_by_it, **options)
     except Exception as error:
-        raise GraphError(f"selector {ranking.__name__} cannot be traced with symbolic sizes: {error}") from error
+        raise GraphError(
+            f"selector {ranking.__name__} cannot be traced with symbolic sizes ({type(error).__name__}: {error}): "
+            "write it with operators of torch, and take sizes from its arguments' shapes"
+        ) from error
     found = value(ranks)
     alike = isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2
     if not alike or not all(map(same, found.shape, shape_of(scores))):

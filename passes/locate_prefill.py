@@ -107,7 +107,7 @@ def find_merges(graph: fx.Graph) -> list[fx.Node]:
         raise MergeNotFoundError(
             "no merge of visual features into token embeddings was found: the graph has no masked_scatter into a "
             "[B, S, D] floating-point value. A text-only graph has nothing to prune; a model that merges in another "
-            "way is not supported"
+            "way cannot be pruned: call hawk_compile.restore(model) to run it whole"
         )
     if len(found) > 1:  # later layers may add features of their own in this way
         first = [node for node in found if not is_behind_layers(node)]

@@ -50,7 +50,10 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     for node, full in queries.items():
         pruned, expected = expr(value(node).shape[-2]), at_length(full, located.length, kept)
         if pruned != expected:
-            raise ShapeError(f"{node.name} still runs over {pruned} positions instead of {expected}")
+            raise ShapeError(
+                f"{node.name} still runs over {pruned} positions instead of {expected}: call "
+                "hawk_compile.restore(model) to run the model whole"
+            )
     return gm
 
 

@@ -87,7 +87,7 @@ def compile_error(error: BaseException, model: nn.Module, what: str, remedy: str
     """The error in words: what, why, and the remedy."""
     cause = getattr(error, "inner_exception", error)
     return CompileError(
-        f"{what} was captured as one graph, which cannot be compiled ({type(cause).__name__}: {reason_of(cause)}): "
+        f"{what} was captured, and its graph cannot be compiled ({type(cause).__name__}: {reason_of(cause)}): "
         f'mend that (TORCHDYNAMO_VERBOSE=1 shows all of it), take backend="aot_eager", or {remedy}'
     )
 

@@ -161,7 +161,7 @@ def left_out(passes: Sequence[Step]) -> set[str]:
         if name in mandatory:
             raise ConfigError(
                 f"HAWK_DISABLE names {name!r}, without which this graph would be unpruned, wrong or not to be "
-                f"exported; optional here are: {', '.join(optional) or 'none'}"
+                f"exported: name optional passes alone; here these are {', '.join(optional) or 'none'}"
             )
     fuel = os.environ.get("HAWK_FUEL")
     if fuel is None:

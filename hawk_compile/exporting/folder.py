@@ -30,7 +30,9 @@ def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
         check_free(path, overwrite)  # an export takes minutes
         put_in_place(folder, path)
     except OSError as error:
-        raise ExportError(f"{path} could not be written ({error}): nothing of this export is left") from error
+        raise ExportError(
+            f"{path} could not be written ({error}), and nothing of this export is left: mend that, and export again"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

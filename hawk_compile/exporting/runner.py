@@ -169,6 +169,7 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
     if type(model).__name__ != manifest.model:
         raise ManifestError(
             f"{folder} was exported from {shown(manifest.model, 80)}, but its config.json makes {type(model).__name__}"
+            ": copy the folder again, or export again"
         )
     model.generation_config = settings
     model.generation_config.cache_implementation = None

@@ -72,7 +72,8 @@ def options(settings: dict[str, Any]) -> Options:
     for capability in wanted:
         if capability not in known:
             raise ConfigError(
-                f"compute_capabilities holds {capability!r}; the TensorRT installed here builds for {', '.join(known)}"
+                f"compute_capabilities holds {capability!r}, and the TensorRT installed here builds for "
+                f"{', '.join(known)}: give some of these"
             )
     return Options(sizes, tuple(dict.fromkeys(wanted)))
 
@@ -142,7 +143,8 @@ def build(
             errors = [text for severity, text in messages if severity < int(trt.ILogger.Severity.WARNING)]
             raise ExportError(
                 f"{name} cannot be built by TensorRT for compute capability {capability}: "
-                f"{'; '.join(errors) or 'no reason given'}"
+                f"{'; '.join(errors) or 'no reason given'}. Give other compute_capabilities or sizes, or "
+                'format="onnx"'
             )
         file = f"{name}.sm{capability.replace('.', '')}.engine"
         (folder / file).write_bytes(engine)
@@ -210,7 +212,10 @@ def open_session(folder: Path, file: str, part: Any) -> Callable[[dict[str, Tens
         for name, tensor in results.items():
             bind(name, tensor)
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise ExportError(f"TensorRT could not run {part.name}: {logger().messages[-1:]}")
+            raise ExportError(
+                f"TensorRT could not run {part.name}: {logger().messages[-1:]}. Export again on this machine, or with "
+                'format="onnx"'
+            )
         return {name: tensor.cpu() for name, tensor in results.items()}
 
     return run

@@ -162,9 +162,9 @@ def components(
         ExportError: a component cannot be traced.
     """
     if inputs.get("input_ids") is None:
-        raise InputError("inputs must hold input_ids [B, S]: exported models take no embeddings")
+        raise InputError("inputs must hold input_ids [B, S], since exports take no embeddings: give the ids")
     if not raw_modalities(model, inputs):
-        raise InputError("inputs must hold a prompt with an image (pixel_values) or audio: its merge is traced")
+        raise InputError("inputs must hold a prompt with an image (pixel_values) or audio, to be traced: give one")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

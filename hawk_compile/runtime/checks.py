@@ -46,8 +46,8 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
     if sees and not supports_encoded_images(model) and not merges_itself(model):
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
-            "its vision encoder; a later transformers may have this model in such a form "
-            f"(here is {installed('transformers')})"
+            f"its vision encoder: try a later transformers than {installed('transformers')}, which may have this model "
+            "in such a form"
         )
     if goes_around_forward(class_of(model)) and text_part(model) is None:
         raise UnsupportedModelError(

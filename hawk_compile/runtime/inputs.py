@@ -162,6 +162,6 @@ def split_mask(
     if whole.shape[1] != past + length:
         raise InputError(
             f"attention_mask must cover the whole conversation, {past + length} positions (cached ones included), got "
-            f"shape {tuple(whole.shape)}"
+            f"shape {tuple(whole.shape)}: give one that is as long"
         )
     return whole[:, past:].contiguous(), whole[:, :past].contiguous()

@@ -41,7 +41,10 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     mask = kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedCallError(f"attention_mask must have shape [B, S] for a pruned prefill, got {given}")
+        raise UnsupportedCallError(
+            f"attention_mask must have shape [B, S] for a pruned prefill, got {given}: give the one that the model's "
+            "processor returns"
+        )
     if kwargs.get("inputs_embeds") is not None and not supports_encoded_images(model):
         raise UnsupportedCallError(
             f"inputs_embeds were given beside images or audio, which {type(model).__name__} merges into "

@@ -228,7 +228,7 @@ def physical_mask(cache: TrackedCache, mask: Tensor | None, new_tokens: int) -> 
     if mask.shape[1] != expected:
         raise InputError(
             f"attention_mask must cover the whole conversation, {expected} positions (cached ones included), got shape "
-            f"{tuple(mask.shape)}"
+            f"{tuple(mask.shape)}: give one that is as long"
         )
     physical = of_slots(cache, mask)
     if slots.valid is not None:

@@ -93,7 +93,7 @@ def check_request(kwargs: Mapping[str, Any]) -> None:
     for path, name in paths:
         if name.lower().startswith(KEY) or path.lower() == "ratio":
             raise ConfigError(
-                f"mm_processor_kwargs has {path}, which a request cannot set: it may have a ratio of its own, as "
+                f"mm_processor_kwargs has {path}, which a request cannot set: give a ratio of its own, as "
                 f'{{"{RATIO}": 0.5}}; what else there is to set stands in hf_overrides when the server starts'
             )
 

@@ -169,7 +169,7 @@ def check_budget(config: HawkConfig) -> None:
     check_choice("quota", config.quota, QUOTAS)
     fewest = config.min_per_image
     if isinstance(fewest, bool) or not isinstance(fewest, int) or fewest < 0:
-        raise ConfigError(f"min_per_image is a number of visual tokens, an int of at least 0, got {fewest!r}")
+        raise ConfigError(f"min_per_image must be a number of visual tokens, an int of at least 0, got {fewest!r}")
     if config.budget is not None and config.quota == "image":
         raise ConfigError(
             'budget finds one number for all images of a row, and quota="image" sets one for each: give one of them, '

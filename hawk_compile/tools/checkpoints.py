@@ -63,10 +63,14 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
         ).eval()
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(
-            f"{folder} is no checkpoint of text and images or audio that can be pruned: {reason_of(error)}"
+            f"{folder} is no checkpoint of text and images or audio that can be pruned ({reason_of(error)}): "
+            "give one that `hawk-compile inspect` knows"
         ) from None
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read as a checkpoint: {error}") from None
+        raise InputError(
+            f"{folder} cannot be read as a checkpoint ({error}): give a folder that save_pretrained wrote, or download "
+            "it again"
+        ) from None
 
 
 def read_processor(folder: Path) -> Any:

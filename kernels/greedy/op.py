@@ -54,7 +54,7 @@ def greedy_order(
     if rule not in reference.RULES:
         raise OperandError(f"rule must be one of {', '.join(reference.RULES)}; got {rule!r}.")
     if not 0 <= weight <= 1:
-        raise OperandError(f"weight is the share of importance in [0, 1]; got {weight!r}.")
+        raise OperandError(f"weight is the share of importance and must be in [0, 1]; got {weight!r}.")
     # Autocast would compare features in half precision.
     with torch.autocast(features.device.type, enabled=False):
         if features.is_cuda and find_spec("triton") is not None:

@@ -119,7 +119,7 @@ class WithoutCompiler(RuntimeError):
 
 @pytest.mark.parametrize(("inner", "raised", "match"), [
     (WithoutCompiler("no compiler\nlong\nstory"), CompileError,
-     r"^the forward of Llava\w+ was captured as one graph, which cannot be compiled \(WithoutCompiler: no compiler\): "
+     r"^the forward of Llava\w+ was captured, and its graph cannot be compiled \(WithoutCompiler: no compiler\): "
      r'.*TORCHDYNAMO_VERBOSE=1.*take backend="aot_eager", or call hawk_compile.restore\(model\)'),
     (torch.OutOfMemoryError("12 GiB"), torch.OutOfMemoryError, "^12 GiB$"),
     (ShapeError("not at the pruned length"), ShapeError, "^not at the pruned length$"),

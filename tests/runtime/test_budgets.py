@@ -215,7 +215,7 @@ def test_images_that_cannot_be_told_apart() -> None:
     (lambda: Adaptive(min=9, max=3), "min must not be above max, got min=9 and max=3"),
     (lambda: fresh("llava", budget=0.9), r"budget must be hawk_compile.Adaptive\(...\) or None, got 0.9"),
     (lambda: fresh("llava", quota="frame"), "quota must be one of prompt, image, got 'frame'"),
-    (lambda: fresh("llava", min_per_image=-1), "min_per_image is a number of visual tokens, .* got -1"),
+    (lambda: fresh("llava", min_per_image=-1), "min_per_image must be a number of visual tokens, .* got -1"),
     (lambda: fresh("llava", budget=Adaptive(), quota="image"), 'quota="image" sets one for each: give one of them'),
 ])  # fmt: skip
 def test_settings_that_cannot_be_right(make: Any, message: str) -> None:

@@ -73,7 +73,10 @@ class Projections:
         except Reached as reached:
             query, key = reached.args
         else:
-            raise UnsupportedModelError(f"{type(self.decoder).__name__} ran without its first attention")
+            raise UnsupportedModelError(
+                f"{type(self.decoder).__name__} ran without its first attention, by which visual tokens are scored: "
+                "leave hawk out of hf_overrides"
+            )
         size, of_key = query.numel() / len(hidden) / self.heads, key.numel() / len(hidden) / self.kv_heads
         if size != of_key or len(query) != len(hidden):
             raise UnsupportedModelError(

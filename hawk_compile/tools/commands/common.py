@@ -91,7 +91,7 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
             elif name == "selector":
                 value = selector_from_json(value)
         except TypeError as error:
-            raise ConfigError(f"set {name}={value} cannot be read: {error}") from None
+            raise ConfigError(f"set {name}={value} cannot be read ({error}): give what docs/settings.md says") from None
         settings[name] = tuple(value) if isinstance(value, list) else value
     check_names(settings)
     return settings

@@ -161,7 +161,7 @@ def another_question(prompts: list[Prompt], scores: list[Tensor]) -> Score:
     for scene in {id(prompt.scene): prompt.scene for prompt in prompts}.values():
         places = [place for place, prompt in enumerate(prompts) if prompt.scene is scene]
         if len(places) == 1:
-            raise InputError(f"scene {scene.index} has one question, and no other to borrow scores from")
+            raise InputError(f"scene {scene.index} has one question, and no other to borrow scores from: give more")
         for place, other in zip(places, places[1:] + places[:1], strict=True):
             borrowed[id(prompts[place])] = scores[other]
     return lambda prompt: borrowed[id(prompt)]

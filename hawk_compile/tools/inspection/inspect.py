@@ -158,7 +158,7 @@ def asked_modality(model: PreTrainedModel, modalities: tuple[str, ...]) -> str:
     if modality == AUDIO and encodes_audio_itself(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} encodes audio in the middle of its forward, so no prefill can be captured without "
-            'audio frames: hawk_compile.optimize(model, modalities=("audio",)) prunes it, and HAWK_DUMP shows its graph'
+            'audio frames: call hawk_compile.optimize(model, modalities=("audio",)), and look at its graph by HAWK_DUMP'
         )
     return modality
 

@@ -41,7 +41,7 @@ def on_meta(source: Any) -> PreTrainedModel:
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(
             f"{type(source).__name__} ({source.model_type}) makes no model of text and images or audio here: "
-            f"{reason_of(error)}"
+            f"{reason_of(error)}. Give another one, or install the transformers that has it"
         ) from error
     if generation is not None:
         model.generation_config = generation
@@ -78,7 +78,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{file} is no model config: {reason_of(error)}") from error
+        raise InputError(f"{file} is no model config ({reason_of(error)}): give a checkpoint's config.json") from error
 
 
 def generation_config(path: Path) -> GenerationConfig | None:

@@ -118,6 +118,6 @@ def grid(inputs: dict[str, Tensor], count: int) -> tuple[int, int]:
     if sizes is None and pixels is not None and pixels.shape[: pixels.ndim - 3].numel() == 1 and side * side == count:
         return side, side
     raise InputError(
-        f"image becomes {count} visual tokens that are no single grid (tiles, or separators between rows): show draws "
-        "models that see an image as one grid"
+        f"image becomes {count} visual tokens that are no single grid (tiles, or separators between rows): look at "
+        "report(model).keep_indices instead: show draws models that see an image as one grid"
     )

@@ -113,7 +113,7 @@ def tried(types: Types, name: str) -> list[Survey]:
     names = types.surveys.keys() | {each.model_type for each in types.surveys.values()}
     raise InputError(
         f"{name} is neither a file or folder nor a model type that was tried{meant(name, names) or '.'} docs/models.md "
-        "lists those; of another type give the config.json"
+        "lists those; or give the config.json of another type"
     )
 
 
