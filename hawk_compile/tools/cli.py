@@ -11,7 +11,7 @@ import typer
 
 import hawk_compile
 from hawk_compile.tools.commands import leave, look, measure
-from hawk_compile.tools.commands.common import clear_errors
+from hawk_compile.tools.commands.common import clear_errors, debugging
 
 app = typer.Typer(
     name="hawk-compile",
@@ -42,6 +42,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """What stands before a command."""
+    debugging.set(debug)
 
 
 OTHERS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}

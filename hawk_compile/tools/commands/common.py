@@ -4,10 +4,10 @@ import functools
 import json
 import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -29,8 +29,8 @@ Settings = Annotated[
 ]  # fmt: skip
 
 
-DEBUG = "debug"
-"""The option of the command line that shows an error's traceback."""
+debugging: ContextVar[bool] = ContextVar("hawk_debugging", default=False)
+"""Whether the traceback of an error is asked for."""
 
 FRAMES = 20
 """Of the traceback of an error that nobody expected, so many innermost calls are shown, of each error in its chain."""
@@ -48,10 +48,10 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
         try:
             command(*args, **kwargs)
-        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            if click.get_current_context().find_root().params.get(DEBUG):
+            if debugging.get():
                 raise
             if isinstance(error, (HawkError, OSError)):
                 typer.echo(f"error: {' '.join(str(error).split())}", err=True)
