@@ -10,7 +10,6 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -19,6 +18,7 @@ from hawk_compile.compat.dynamo import (
     FailOnRecompileLimitHit,
     ShortenTraceback,
     TorchDynamoException,
+    compile_and_forget,
     dynamo_settings,
     shape_settings,
     sizes_named_in_texts,
@@ -74,13 +74,15 @@ def is_capturing() -> bool:
 
 
 def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """torch.compile with graphs that count towards no other function's limit.
+    """torch.compile with graphs that count towards no other function's limit, and that go with what is returned.
+
+    The backend may not hold that: Dynamo holds the backend where no garbage collector looks.
 
     `isolate_recompiles` counts alone too, but by a number that is one for the whole process: a call that ends in one
     thread changes it for what begins in another, which finds no graph then and is compiled again.
     """
     ours = {"dynamic": True, "recompile_limit": RECOMPILE_LIMIT}
-    return torch.compile(with_own_code(function), **{**ours, **settings})
+    return compile_and_forget(with_own_code(function), **{**ours, **settings})
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

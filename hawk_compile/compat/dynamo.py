@@ -3,21 +3,29 @@
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
+import types
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend as lookup_backend  # the compiler of a backend's name
 from torch._dynamo.comptime import comptime
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries  # (code) -> graphs with their guards
+from torch._dynamo.eval_frame import cached_backends, innermost_backend, reset_code
+from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
 from torch._dynamo.exc import FailOnRecompileLimitHit as FailOnRecompileLimitHit
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback  # what a compiler raised, in `inner_exception`
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.exc import Unsupported as Unsupported
 from torch._dynamo.exc import UserError as UserError
+from torch._dynamo.guards import CheckFunctionManager, DeletedGuardManagerWrapper
 from torch._dynamo.variables.lazy import LazySymNodeFormatString as SizeInText  # what an f-string has of a size
+from torch._guards import TracingContext
 from torch._higher_order_ops.scan import scan as scan  # (step, state, values): a loop along dimension 0, in graphs too
 from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested lists and dicts
 from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression
@@ -28,6 +36,60 @@ mark_static = torch._dynamo.mark_static
 while_traced = comptime
 """while_traced(function): where Dynamo traces this line, it calls function(context) and puts nothing in the graph;
 elsewhere the line does nothing. The function has no closure."""
+
+
+def compile_and_forget(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """torch.compile of a function or method whose code is that of no other; what is kept of it goes with the result.
+
+    Dynamo holds every backend that it was ever given, to reset those that can be.
+    """
+    symbols: list[weakref.ref[ShapeEnv]] = []
+    if not {"mode", "options"} & {name for name, value in settings.items() if value is not None}:
+        backend = settings["backend"]
+        compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+        settings = {**settings, "backend": noting_symbols(compiler, symbols)}
+    compiled = torch.compile(function, **settings)
+    if compiled is not function and hasattr(function, "__code__"):  # switched off, it is the function itself
+        callback = inspect.getclosurevars(compiled).nonlocals["callback"]
+        cached_backends.pop(id(innermost_backend(callback)), None)
+        code: types.CodeType = function.__code__  # type: ignore[attr-defined]
+        weakref.finalize(compiled, forget, code, symbols, callback).atexit = False
+    return compiled  # type: ignore[no-any-return]
+
+
+def noting_symbols(compiler: Callable[..., Any], symbols: "list[weakref.ref[ShapeEnv]]") -> Callable[..., Any]:
+    """A backend that notes what knows the symbols of its graphs' sizes."""
+
+    def compile_graph(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        if (context := TracingContext.try_get()) is not None and context.fake_mode is not None:
+            symbols.append(weakref.ref(context.fake_mode.shape_env))
+        return compiler(gm, example_inputs)
+
+    return compile_graph
+
+
+def forget(code: types.CodeType, symbols: "list[weakref.ref[ShapeEnv]]", callback: Any) -> None:
+    """Let go the graphs and guards of a code that nobody runs any more.
+
+    They lie in a place at the code which no garbage collector sees, and from which the code itself is held. What made
+    the guards waits for the end of every object that they know by identity, classes and modules of Python among them:
+    it is told not to, as is that of guards which have become void. What knows the symbols of sizes is held by the sizes
+    of tensors that it holds, which no garbage collector sees either: it is emptied. So is what Dynamo calls for each
+    frame, which it loses count of when a trace is ended by an exception.
+    """
+    gone = [entry.guard_manager for entry in cache_entries(code)]
+    reset_code(code)
+    for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
+        waiting = (finalizer.peek() or (None, None))[1]
+        maker = getattr(getattr(waiting, "func", None), "__self__", None)
+        if isinstance(maker, CheckFunctionManager):
+            guards = getattr(maker, "guard_manager", None)
+            if isinstance(guards, DeletedGuardManagerWrapper) or any(guards is each for each in gone):
+                finalizer.detach()
+    for reference in symbols:
+        if (known := reference()) is not None:
+            vars(known).clear()
+    vars(callback).clear()
 
 
 def dynamo_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:

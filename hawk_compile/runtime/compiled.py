@@ -1,5 +1,6 @@
 """The compiled prefill and decode step. No lock is held while one of them runs: only captures take turns."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,18 @@ class CompiledPrefill:
         self.options = options_of(config, ranks=ranks)
         self.compilations = 0
         self.scoring_layer = 0
-        self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compile), fullgraph=True)
+        self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
+
+    def compiler(self) -> Callable[..., Any]:
+        """What Dynamo keeps beside the graphs, in a place that no garbage collector sees: it must not hold this."""
+        living = weakref.WeakMethod(self.compile)
+
+        def compile_graph(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            compile_for = living()
+            assert compile_for is not None  # its own call is under way
+            return compile_for(gm, example_inputs)
+
+        return compile_graph
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
