@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import answered_for_captures
-from hawk_compile.capture.operators import begin_operators, end_operators
+from hawk_compile.capture.operators import end_operators
 from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.errors import HawkError
 from hawk_compile.plan.ids import special_ids
@@ -19,8 +19,9 @@ from hawk_compile.runtime.checks import check_model, check_vision
 from hawk_compile.runtime.conversation import conversation_of, physical_length
 from hawk_compile.runtime.records import PrefillRecord, Report
 from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
-from hawk_compile.runtime.split import adapt, check_split
+from hawk_compile.runtime.split import check_split
 from hawk_compile.runtime.state import PART, RUNTIME, Runtime, holder, put_aside, ranks_of
+from hawk_compile.runtime.travelling import begun, let_stay, let_travel
 from hawk_compile.runtime.wholes import hold, let_go, whole_part
 from hawk_compile.runtime.wrappers import is_wrapper, model_to_prune, optimised_in, optimised_model
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
@@ -54,6 +55,7 @@ def optimize(model: Model, config: HawkConfig | None = None, **settings: Any) ->
     elif (inner := whole_part(model)) is not None:
         optimize(inner[1], made)
         hold(model, inner[0])  # type: ignore[arg-type]  # no wrapper, so a PreTrainedModel
+        let_travel(model)  # type: ignore[arg-type]
     else:
         optimize_itself(model, made)
     return model
@@ -68,7 +70,12 @@ def optimize_itself(model: Any, made: HawkConfig) -> None:
     earlier = model.__dict__.get(RUNTIME)
     originals, replaced = install(model, {} if earlier is None else earlier.originals)
     try:
-        model.__dict__[RUNTIME] = carried(model, Runtime(made, weights, ids, originals, ranks_of(model)), earlier)
+        runtime = Runtime(made, weights, ids, originals, ranks_of(model))
+        for compiled in (put_aside.pop(model, None), earlier):
+            if compiled is not None:
+                runtime.take_compiled(compiled)
+        model.__dict__[RUNTIME] = begun(model, runtime)
+        let_travel(model)
     except BaseException:
         if earlier is None:  # or else the model goes on as it was
             uninstall(model, originals)
@@ -79,17 +86,6 @@ def optimize_itself(model: Any, made: HawkConfig) -> None:
             f"{', so nothing was pruned since' if 'forward' in replaced else ''}; they are overridden again now",
             stacklevel=3,
         )
-
-
-def carried(model: PreTrainedModel, runtime: Runtime, earlier: Runtime | None) -> Runtime:
-    """What a model is to carry, with what was compiled for it before; what captures need is put on."""
-    for compiled in (put_aside.pop(model, None), earlier):
-        if compiled is not None:
-            runtime.take_compiled(compiled)
-    recorded_by_thread.begin(runtime)
-    begin_operators(runtime, model)
-    adapt(model, runtime)
-    return runtime
 
 
 def restore(model: Model) -> Model:
@@ -106,6 +102,7 @@ def restore(model: Model) -> Model:
 
 
 def restore_itself(model: Any) -> None:
+    let_stay(model)
     if (part := let_go(model)) is not None:
         restore(part)
         return
@@ -139,10 +136,12 @@ def pruned_itself(model: Any, config: HawkConfig | None, settings: dict[str, Any
         before = model.__dict__.get(PART)
         with pruned(inner[1], config, **settings):
             hold(model, inner[0])
+            let_travel(model)
             try:
                 yield
             finally:
                 if before is None:
+                    let_stay(model)
                     let_go(model)
         return
     check_model(model, MODALITIES)

@@ -14,7 +14,7 @@ from hawk_compile.compat.accelerate import FORWARD
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.overrides import attribute_of, overrides_of
 from hawk_compile.runtime.split import put_hooks_back
-from hawk_compile.runtime.state import RUNTIME, Runtime
+from hawk_compile.runtime.state import REDUCE, RUNTIME, Runtime
 
 MISSING = object()
 
@@ -64,7 +64,7 @@ def block_of(model: PreTrainedModel) -> Iterator[None]:
 def attributes_of(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, Any]]:
     places = [(owner.__dict__, attribute_of(name)) for name, (owner, _) in overrides_of(model).items()]
     places += [(owner, FORWARD) for owner in {id(held): held for held, name in places if name == "forward"}.values()]
-    places += [(model.__dict__, RUNTIME), (model.base_model.__dict__, "rope_deltas")]
+    places += [(model.__dict__, RUNTIME), (model.__dict__, REDUCE), (model.base_model.__dict__, "rope_deltas")]
     return [(held, name, held.get(name, MISSING)) for held, name in places]
 
 

@@ -1,7 +1,6 @@
 """What an optimised model carries: its settings, what was compiled for it, and its last report."""
 
 import contextlib
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,8 +12,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.operators import begin_operators
-from hawk_compile.capture.patches import recorded_by_thread
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
@@ -33,6 +30,9 @@ RUNTIME = "_hawk_runtime"
 """The attribute of an optimised model that holds its `Runtime`."""
 PART = "_hawk_part"
 """The attribute of a model that holds the name of the part that was optimised in its place."""
+
+REDUCE = "__reduce_ex__"
+"""The attribute of a model by which pickle and copy take it apart."""
 
 put_aside: "weakref.WeakKeyDictionary[PreTrainedModel, Runtime]" = weakref.WeakKeyDictionary()
 """The runtimes of models that are not optimised any more."""
@@ -80,12 +80,6 @@ class Runtime:
         self.hook: Any = None
         self.hooks_seen = -1
         self.device: torch.device | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
-        copied = Runtime(self.settings, self.head_weights, self.ids, copy.deepcopy(self.originals, memo), self.ranks)
-        recorded_by_thread.begin(copied)
-        begin_operators(copied)
-        return copied
 
     @property
     def config(self) -> HawkConfig:

@@ -18,8 +18,7 @@ from transformers.utils import output_capturing
 import hawk_compile
 from hawk_compile.capture import patches
 from hawk_compile.errors import ConfigError, HawkError
-from hawk_compile.runtime import api
-from hawk_compile.runtime import state as state_of_models
+from hawk_compile.runtime import api, travelling
 from tests import zoo
 from tests.runtime.models import fresh, generate, picture, plain, pruned
 
@@ -122,7 +121,7 @@ def test_transformers_is_as_it_was_once_nothing_is_optimised(monkeypatch: pytest
 
     monkeypatch.setattr(output_capturing, "is_torchdynamo_compiling", unchanged)
     users = patches.RecordedByThread()  # of none of the models that other tests hold
-    for module in (api, state_of_models):
+    for module in (api, travelling):
         monkeypatch.setattr(module, "recorded_by_thread", users)
 
     def changed() -> bool:

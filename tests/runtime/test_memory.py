@@ -1,0 +1,76 @@
+"""What was compiled for a model goes with the model, and what was compiled by settings of before with those."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from hawk_compile.capture.dynamo import compile_alone
+from hawk_compile.compat import dynamo
+from tests.runtime import memory
+from tests.runtime.models import fresh, picture
+
+
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_nothing_of_a_model_outlives_it(name: str) -> None:
+    memory.cycle(name, "eager", leak=False)
+    gc.collect()
+    before = memory.living()
+    memory.cycle(name, "eager", leak=False)
+    gc.collect()
+    assert memory.living() == before
+
+
+def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "held", [])
+    figures = {kind: [1.0, 1.0, 1.0, 1.0] for kind in (*memory.KINDS, "MiB")}
+    assert memory.grown(figures) == []
+    assert memory.grown({**figures, "FakeTensor": [1.0, 2.0, 3.0, 4.0]}) == ["FakeTensor"]
+    assert memory.grown({**figures, "MiB": [float(each) for each in range(memory.ENOUGH)]}) == ["MiB"]
+
+
+def test_an_optimised_model_that_is_thrown_away() -> None:
+    model = fresh("llava")
+    model(**picture("llava"))
+    runtime = model._hawk_runtime
+    gone = [weakref.ref(each) for each in (model, runtime, runtime.prefill, runtime.prefill.function)]
+    del model, runtime
+    gc.collect()
+    assert [each() for each in gone] == [None] * len(gone)
+
+
+class Interrupted:
+    """A backend whose first compilation is broken off."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise KeyboardInterrupt
+        return gm.forward
+
+
+def test_dynamo_lets_a_function_go() -> None:
+    """With its backend, its graphs, their guards and what knows their symbols; an exception in a trace included."""
+
+    def double(values: torch.Tensor) -> torch.Tensor:
+        return values * 2 + values.shape[0]
+
+    gc.collect()
+    before, held = memory.living(), len(dynamo.cached_backends)
+    backend = Interrupted()
+    gone = weakref.ref(backend)
+    compiled = compile_alone(double, backend=backend)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(torch.ones(3))
+    assert compiled(torch.ones(3)).tolist() == [5, 5, 5] and len(dynamo.cached_backends) == held
+    assert memory.living()["FakeTensorMode"] > before["FakeTensorMode"]
+    del compiled, backend
+    gc.collect()
+    assert memory.living() == before and gone() is None
