@@ -61,7 +61,8 @@ def noting_symbols(compiler: Callable[..., Any], symbols: "list[weakref.ref[Shap
     """A backend that notes what knows the symbols of its graphs' sizes."""
 
     def compile_graph(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        if (context := TracingContext.try_get()) is not None and context.fake_mode is not None:
+        context = TracingContext.try_get()
+        if context is not None and context.fake_mode is not None and context.fake_mode.shape_env is not None:
             symbols.append(weakref.ref(context.fake_mode.shape_env))
         return compiler(gm, example_inputs)
 

@@ -66,7 +66,8 @@ def begun(model: PreTrainedModel, runtime: Runtime) -> Runtime:
 
 def reduce(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
     """How an optimised model is taken apart; see `pickle`'s `object.__reduce_ex__`."""
-    make, arguments, state, *_ = type(self).__reduce_ex__(self, protocol)
+    taken: Any = type(self).__reduce_ex__(self, protocol)
+    make, arguments, state, *_ = taken
     runtime, part = self.__dict__.get(RUNTIME), self.__dict__.get(PART)
     plain = without(state, {REDUCE: types.MethodType(reduce, self)}, {})
     luggage = None
