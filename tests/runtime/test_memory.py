@@ -15,14 +15,19 @@ from tests.runtime import memory
 from tests.runtime.models import fresh, picture
 
 
+def more_than(before: dict[str, int]) -> dict[str, int]:
+    """Objects by kind, of kinds with more than before: others may be fewer, since caches of torch's let old ones go."""
+    gc.collect()
+    return {kind: count for kind, count in memory.living().items() if count > before[kind]}
+
+
 @pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_nothing_of_a_model_outlives_it(name: str) -> None:
     memory.cycle(name, "eager", leak=False)
     gc.collect()
     before = memory.living()
     memory.cycle(name, "eager", leak=False)
-    gc.collect()
-    assert memory.living() == before
+    assert more_than(before) == {}
 
 
 def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,5 +77,4 @@ def test_dynamo_lets_a_function_go() -> None:
     assert compiled(torch.ones(3)).tolist() == [5, 5, 5] and len(dynamo.cached_backends) == held
     assert memory.living()["FakeTensorMode"] > before["FakeTensorMode"]
     del compiled, backend
-    gc.collect()
-    assert memory.living() == before and gone() is None
+    assert more_than(before) == {} and gone() is None
