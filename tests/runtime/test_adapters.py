@@ -13,7 +13,7 @@ from torch import Tensor
 import hawk_compile
 from hawk_compile.errors import CaptureError, UnsupportedCallError
 from tests import zoo
-from tests.runtime.models import ROUNDING, fresh, generate, new_tokens, picture, plain, prompt
+from tests.runtime.models import ROUNDING, fresh, generate, new_tokens, picture, prompt, rows_alone
 from tests.runtime.reference import Conversation, decoder_inputs
 from tests.runtime.test_wrappers import NAME, RATIO, check, log_probabilities, settings
 
@@ -125,6 +125,29 @@ def test_every_kind(kind: str, first: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [NAME, "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"target_modules": "all-linear"}, {"compile_vision": True}),
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {}),
+        ({"target_modules": ["k_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [5, 6]}, {}),
+    ],
+)  # fmt: skip
+def test_adapters_everywhere(name: str, options: dict[str, Any], more: dict[str, Any]) -> None:
+    """Of encoders, embeddings and heads, in a padded batch of two sizes: each row as it is alone, by hand."""
+    sizes = [zoo.sizes(name)[2], zoo.sizes(name)[4]]
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **options)
+    model, other = (put(zoo.build(name, layers=2), config, "a", 0) for _ in range(2))
+    hawk_compile.optimize(model, **settings(), **more)
+    inputs = prompt(name, *sizes)
+    out = generate(model, inputs, 2)
+    for row, alone in enumerate(rows_alone(name, inputs, sizes)):
+        by_hand = Conversation(other.get_base_model(), RATIO).prompt(alone)[-1].log_softmax(-1)
+        torch.testing.assert_close(out.logits[0][row].log_softmax(-1), by_hand, **ROUNDING)
+
+
+@pytest.mark.slow
 def test_an_adapter_that_cannot_be_captured_is_refused_until_it_is_merged() -> None:
     """DoRA looks at the class of the weights that it norms in a way that Dynamo does not follow."""
     config = adapter(use_dora=True)
@@ -182,4 +205,3 @@ def test_keys_and_values_in_front_of_the_prompt() -> None:
     assert new_tokens(out, inputs) == by_hand.greedy(5)
     with model.disable_adapter():
         check(model)
-    assert plain(NAME) is not other

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import Accelerator, cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from accelerate.hooks import (
     AlignDevicesHook,
     add_hook_to_module,
     attach_execution_device_hook,
     remove_hook_from_submodules,
 )
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForImageTextToText
 
 import hawk_compile
 from hawk_compile.errors import UnsupportedModelError
@@ -110,6 +112,41 @@ def test_generation_by_hooks(name: str, tmp_path: Path) -> None:
     assert hawk_compile.report(out).reason.startswith("ratio=0.6 removes")
     static = generate(model, inputs, 6, cache_implementation="static")
     assert static.sequences.equal(out.sequences)
+
+
+@pytest.mark.slow
+def test_what_from_pretrained_makes_of_a_device_map(tmp_path: Path) -> None:
+    zoo.build(NAME, layers=2).save_pretrained(tmp_path)
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+
+    def loaded(device_map: Any) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(
+            tmp_path, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offloaded"
+        ).eval()
+
+    for device_map in ("auto", {"": "cpu"}, dict.fromkeys(parts, "cpu") | {parts[0]: "disk"}):
+        model = hawk_compile.optimize(loaded(device_map), **settings())
+        check(model)
+        out = generate(model, picture(NAME), 4)
+        assert new_tokens(out, picture(NAME)) == conversation(NAME, picture(NAME)).greedy(4)
+    with pytest.raises(UnsupportedModelError, match=OFFLOADED):
+        hawk_compile.optimize(loaded(dict.fromkeys(parts, "cpu") | {parts[2]: "disk"}), **settings())
+
+
+@pytest.mark.slow
+def test_what_accelerate_wraps_it_unwraps() -> None:
+    model, hook = cpu_offload_with_hook(fresh(NAME), execution_device="cpu")
+    check(model)
+    hook.remove()
+    check(model)
+    for mode in ("no", "bf16"):
+        accelerator = Accelerator(cpu=True, mixed_precision=mode)
+        try:
+            wrapped = accelerator.prepare(fresh(NAME))
+            assert not is_whole(wrapped)
+            check(accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.gpu
