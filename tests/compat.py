@@ -26,7 +26,7 @@ PIP = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet")
 
 LOW_TRANSFORMERS = "5.19.0"
 HIGH_TORCH, HIGH_TRANSFORMERS = "2.14.1", "5.23.0"
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "scikit-learn")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "peft", "scikit-learn")
 OF_TORCH = ("torch", "torchao", "triton", "executorch")
 """Pinned beside one release of torch, and of no use beside another."""
 
