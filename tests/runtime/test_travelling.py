@@ -133,16 +133,17 @@ def test_every_architecture(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["spawn", "fork"])
 def test_processes(start: str) -> None:
-    model = fresh("llava")
+    """Of LLaVA's kind, not even the plain model records hidden states in a process that has not made one itself."""
+    model = fresh("qwen2_5_vl")
     model.share_memory()
-    expected = pruned("llava")(**picture("llava"))
-    kept = hawk_compile.report(pruned("llava")).kept_visual_tokens.tolist()
+    expected = pruned("qwen2_5_vl")(**picture("qwen2_5_vl"))
+    kept = hawk_compile.report(pruned("qwen2_5_vl")).kept_visual_tokens.tolist()
     results = torch.multiprocessing.get_context(start).SimpleQueue()
     context = torch.multiprocessing.start_processes(
-        pickled.answer, (model, picture("llava"), results), nprocs=1, join=False, start_method=start
+        pickled.answer, (model, picture("qwen2_5_vl"), results), nprocs=1, join=False, start_method=start
     )
-    logits, seen = results.get()
-    while not context.join():
+    while not context.join():  # which raises what was raised there
         pass
-    torch.testing.assert_close(torch.tensor(logits), expected.logits)
+    logits, seen = results.get()
+    torch.testing.assert_close(torch.tensor(logits), expected.logits[0, -1])
     assert seen == kept
