@@ -174,7 +174,8 @@ def features_fit(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     outputs = [output for output in (kwargs.get("mm_encoder_outputs") or {}).values() if output is not None]
     features = [features_of(output) for output in outputs]
-    return all(part.shape[-1] == width for whole in features for part in whole)
+    parts = [part for found in features for part in ([found] if isinstance(found, Tensor) else found)]
+    return all(part.shape[-1] == width for part in parts)
 
 
 def feature_count(model: PreTrainedModel, kwargs: dict[str, Any], outputs: dict[str, ModelOutput]) -> int:

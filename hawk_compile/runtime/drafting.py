@@ -70,7 +70,7 @@ def begin_behind_prompt(
     Raises:
         UnsupportedCallError: a generator that drafts from hidden states of the prompt.
     """
-    if generator.requires_model_outputs:
+    if getattr(generator, "requires_model_outputs", False):
         raise from_states(type(generator).__name__)
     draft = generator.get_candidates
 

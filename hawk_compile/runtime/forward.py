@@ -102,12 +102,12 @@ def without_idle_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[
 
 def by_slots(model: PreTrainedModel, cache: TrackedCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call behind a pruned prompt: what covers the whole conversation is cut to the slots."""
-    mask, new_tokens = kwargs.get("attention_mask"), tokens_of(kwargs).shape[1]
+    mask, (rows, new_tokens) = kwargs.get("attention_mask"), tokens_of(kwargs).shape[:2]
     whole = int(cache.get_seq_length()) + new_tokens
     cut: dict[str, Any] = {
         name: of_slots(cache, value) for name, value in kwargs.items()
         if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.ndim == 2
-        and value.shape[1] == whole != new_tokens
+        and value.shape[0] == rows and value.shape[1] == whole != new_tokens
     }  # fmt: skip
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         cut["attention_mask"] = physical_mask(cache, mask, new_tokens)

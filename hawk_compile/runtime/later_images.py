@@ -101,7 +101,7 @@ def worked_out(model: PreTrainedModel, part: dict[str, Any]) -> Tensor:
         base.rope_deltas = None
     try:
         positions = positions_of(base, part)
-    except (StopIteration, ValueError) as error:  # sizes run out, or something that it reads is not there
+    except (StopIteration, ValueError, IndexError, RuntimeError) as error:  # sizes run out, or are those of others
         raise UnsupportedCallError(NEEDED) from error
     if positions is None or positions.ndim != 3:
         raise UnsupportedCallError(NEEDED)

@@ -284,7 +284,12 @@ def candidate_generator(
         generation_config=generation_config, input_ids=input_ids, model_kwargs=model_kwargs, **kwargs
     )
     if pruning or filled:
-        generation = running.get() or Generation()
+        generation = running.get()
+        if generation is None:
+            raise UnsupportedCallError(
+                "assisted decoding of a prompt with images, or on a cache that already holds tokens, needs the "
+                "generate that optimize has put on the model, and another was called: call model.generate"
+            )
         begin_behind_prompt(self, generator, input_ids, generation.inputs, shown=not filled)
         generation.repeats = filled and whole
     return generator

@@ -57,7 +57,13 @@ class TrackedCache(Cache):
         Raises:
             UnsupportedCallError: the crop would reach what was pruned, of which only some tokens are left, or a prompt
                 that is held in states.
+            InputError: a number above 0, which old releases took for the length that is left.
         """
+        if tokens_to_remove > 0:
+            raise InputError(
+                f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}: give "
+                f"{-tokens_to_remove} to remove as many"
+            )
         left = int(self.get_query_offset()) - abs(tokens_to_remove)
         held = self.hawk_slots.positions.shape[1]
         if not tokens_to_remove or left >= held:

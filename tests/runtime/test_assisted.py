@@ -116,7 +116,7 @@ def tokenizer(words: list[str], special: list[str]) -> PreTrainedTokenizerFast:
 def test_an_assistant_with_another_tokenizer(sample: bool) -> None:
     """It reads and drafts text that is translated, without what stands for images."""
     words = [f"word{number}" for number in range(common.VOCAB)]
-    fewer = words[:3] + words[: common.FIRST_TEXT - 1 : -1]
+    fewer = [*words[:3], *words[: common.FIRST_TEXT - 1 : -1], "unknown"]  # transformers needs one not shared
     assistant, inputs = text_model(len(fewer)), picture("llava")
     tokenizers = {
         "tokenizer": tokenizer(words, words[: common.FIRST_TEXT]), "assistant_tokenizer": tokenizer(fewer, fewer[:3])
@@ -199,6 +199,8 @@ def test_what_cannot_draft() -> None:
             generate(pruned(name), picture(name), 4, assistant_early_exit=1)
     with pytest.raises(UnsupportedCallError, match=r"use_mtp drafts from the hidden states"):
         generate(pruned("llava"), picture("llava"), 4, use_mtp=True)
+    with pytest.raises(UnsupportedCallError, match="needs the generate that optimize has put on the model"):
+        type(plain("llava")).generate(pruned("llava"), **picture("llava"), max_new_tokens=4, **LOOKUP)
     with pytest.raises(ValueError, match="not supported with Static cache"):
         generate(pruned("llava"), picture("llava"), 4, cache_implementation="static", **LOOKUP)
     with pytest.raises(ValueError, match="only supported for batch_size = 1"):

@@ -10,7 +10,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 import hawk_compile
-from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime import prefill
 from hawk_compile.runtime.handover import scratch_cache
 from hawk_compile.versions import installed, release
@@ -226,6 +226,8 @@ def test_crop() -> None:
     for count in (4 + text + 2, 1000):
         with pytest.raises(UnsupportedCallError, match=rf"crop\(-{count}\) would leave .* reach what was pruned"):
             cache.crop(-count)
+    with pytest.raises(InputError, match=r"as a negative number, got 3: give -3"):
+        cache.crop(3)
     assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, untouched, strict=True))
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
     cache.crop(-3)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import hawk_compile
 from hawk_compile.compat.models import positions_for
-from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.errors import HawkError, UnsupportedCallError
 from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.tools.survey.tiny import build
 from hawk_compile.tools.survey.tiny import prompt as inputs_of
@@ -46,8 +46,8 @@ def later(name: str, first: dict[str, Tensor], out: Any, *rows: Row) -> tuple[di
 @pytest.mark.parametrize("row", [TWO, *(pytest.param(row, marks=pytest.mark.slow) for row in (ONE, VIDEO, BOTH))])
 def test_a_later_turn_with_images(name: str, row: Row) -> None:
     """And a turn of text behind it."""
-    if name == "qwen3_vl" and row is BOTH:
-        pytest.skip("features of images and video for later layers in one call are refused")
+    if row is BOTH and name in ("qwen3_vl", "glm4v"):
+        pytest.skip("images and video are not taken in one call")
     first, cache = picture(name), DynamicCache()
     out = turn(pruned(name), first, cache)
     by_hand = conversation(name, first)
@@ -122,6 +122,37 @@ def test_images_of_a_later_turn_that_stay_whole(name: str) -> None:
         last = turn(pruned(name), third, cache)
         by_hand.feed(QUESTION)
         check_logits(last, by_hand, third)
+
+
+@pytest.mark.slow
+def test_ids_of_a_later_turn_alone() -> None:
+    """With a mask of the whole conversation, as generate wants it."""
+    name, cache = "qwen2_5_vl", DynamicCache()
+    first = picture(name)
+    out = turn(pruned(name), first, cache)
+    by_hand = conversation(name, first)
+    check_logits(out, by_hand, first)
+    second, alone = later(name, first, out, ONE)
+    past = out.sequences.shape[1] - 1  # the last token is not in the cache
+    given = second | {key: second[key][:, past:] for key in ("input_ids", "mm_token_type_ids")}
+    answer = turn(pruned(name), given, cache)
+    by_hand.prompt(alone)
+    check_logits(answer, by_hand, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [2, 4])
+def test_images_of_earlier_turns_given_again_are_refused(which: int) -> None:
+    """Whether the new image is as large as the one that the cache holds, or not."""
+    name, cache = "qwen2_5_vl", DynamicCache()
+    first = picture(name)
+    out = turn(pruned(name), first, cache)
+    second, _ = later(name, first, out, zoo.sizes(name)[which])
+    again = {key: torch.cat([first[key], second[key]]) for key in ("pixel_values", "image_grid_thw")}
+    held = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(HawkError, match=r"exactly these (images|placeholders)"):
+        turn(pruned(name), second | again, cache)
+    assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
 
 
 def test_a_forward_without_positions() -> None:

@@ -274,10 +274,12 @@ def test_generate(options: dict[str, Any], match: str) -> None:
 
 
 def test_prompts_of_text_are_drafted_and_cut_by_generate() -> None:
-    text = zoo.text_only("llava", plain("llava"))
-    for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
-        out, expected = generate(pruned("llava"), text, 6, **options), generate(plain("llava"), text, 6, **options)
-        assert out.sequences.equal(expected.sequences)
+    for name in ("llava", "qwen2_5_vl"):
+        text = zoo.text_only(name, plain(name))
+        for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
+            out, expected = generate(pruned(name), text, 6, **options), generate(plain(name), text, 6, **options)
+            assert out.sequences.equal(expected.sequences)
+            torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), **ROUNDING)
 
 
 def test_new_image_on_a_cache_where_images_attend_both_ways() -> None:
