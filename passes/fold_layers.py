@@ -5,7 +5,8 @@
 
 A stretch reaches from behind one attention to the next one. Those that do the same, but for what they read from
 outside, become calls of one subgraph (`torch.ops.higher_order.invoke_subgraph`). What cannot be called so stays as it
-is: stretches that write into what they read, have other effects, or return what shares memory; and a graph of which
+is: stretches that write into what they read, have other effects, read tensors of other types than plain ones, or
+return what shares memory; and a graph of which
 gradients may be asked, since weights that need none could share a call with weights that do.
 """
 
@@ -20,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from hawk_compile.passes.attention import attends
 from hawk_compile.passes.compat import invoke_subgraph, tree_flatten
-from hawk_compile.passes.graph import expr, memories, op_name, tensor, value, written_by
+from hawk_compile.passes.graph import expr, is_plain, memories, op_name, tensor, value, written_by
 from hawk_compile.passes.site import Split, read
 
 NAME = "hawk_layer"
@@ -94,11 +95,11 @@ def stretch(nodes: list[fx.Node]) -> Stretch:
 
 
 def kind_of(node: fx.Node) -> Any:
-    """What is known of a value without running: of a tensor its type, place, sizes and strides."""
+    """What is known of a value without running: of a tensor its types, place, sizes and strides."""
     given = tensor(node)
     if given is None:
         return repr(value(node))
-    return given.dtype, given.device, repr(given.shape), repr(given.stride())
+    return type(given), given.dtype, given.device, repr(given.shape), repr(given.stride())
 
 
 def apart(argument: Any) -> Any:
@@ -143,13 +144,14 @@ def symbols_of(inputs: list[fx.Node]) -> set[Any]:
 
 
 def callable_alone(given: Stretch, returned: list[int]) -> bool:
-    """Whether it has tensors and sizes as inputs, returns tensors with memory of their own, and does nothing else."""
-    if not all(isinstance(value(node), (Tensor, SymInt)) for node in given.inputs):
+    """Whether it has plain tensors and sizes as inputs, returns such tensors with memory of their own, and does nothing
+    else. (A call of a subgraph cannot be traced with tensors of other types, such as quantised weights.)"""
+    if not all(isinstance(value(node), SymInt) or is_plain(value(node)) for node in given.inputs):
         return False
     if any(node.op not in ("call_function", "call_method") or has_effects(node) for node in given.nodes):
         return False
     results = [tensor(given.nodes[place]) for place in returned]
-    if any(result is None for result in results):
+    if not all(map(is_plain, results)):
         return False
     read = set().union(*(memories(value(node)) for node in given.inputs))
     made = [memory for result in results for memory in memories(result)]

@@ -30,6 +30,9 @@ Size = fx.Node | int
 """A size in a graph: a node where it is symbolic, a number where it is fixed."""
 EMPTY: Mapping[Any, Any] = MappingProxyType({})
 VALUE_KEYS = ("example_value", "val")
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+"""The types of tensors that are numbers in memory and nothing else. Others say themselves what operators do with them:
+weights that are quantised, or shared between devices."""
 LAYOUT_OPS = frozenset(
     {"view", "reshape", UNSAFE_VIEW, "unflatten", "transpose", "permute", "movedim", "contiguous", "clone", "alias"}
 )
@@ -56,6 +59,11 @@ def tensor(node: Any) -> Tensor | None:
     """The node's fake tensor, or None if it is no node or no tensor."""
     found = value(node) if isinstance(node, fx.Node) else None
     return found if isinstance(found, Tensor) else None
+
+
+def is_plain(found: Any) -> bool:
+    """Whether a value is a tensor of one of the types `PLAIN`, on which every operator runs."""
+    return type(found) in PLAIN
 
 
 def shape_of(node: Any) -> tuple[Any, ...]:

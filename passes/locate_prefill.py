@@ -5,7 +5,7 @@ Before and after: the graph is unchanged; what was found is noted as `Located`.
     embeds  [B, S, D] = embedding(ids)
     merged  [B, S, D] = embeds.masked_scatter(mask, features)        <- merge (the last of them)
     normed  [B, S, D] = norm(merged)                                 <- what the projections read
-    q, k              = linear(normed, Wq), linear(normed, Wk)       <- folded form if only layout follows
+    q, k              = linear(normed, Wq), linear(normed, Wk)       <- folded form if only layout follows, and W is plain
     query, key        = qk_norm(q), qk_norm(k)                       <- just before position enters
     attention         = scaled_dot_product_attention(rope(query), rope(key), v)
 
@@ -25,9 +25,11 @@ from hawk_compile.passes.errors import AttentionNotFoundError, GraphError, Merge
 from hawk_compile.passes.graph import (
     LAYOUT_OPS,
     ancestors,
+    argument,
     dependents,
     expr,
     is_call,
+    is_plain,
     memories,
     op_name,
     same,
@@ -71,7 +73,7 @@ def locate_prefill(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
     position_chain = find_position_chain(gm.graph, merged, length)
     between = tuple(dict.fromkeys(query_between + key_between))
     one_input = query_linear is not None and key_linear is not None and query_linear.args[0] is key_linear.args[0]
-    folded = one_input and not between
+    folded = one_input and not between and all(map(holds_plain_weights, (query_linear, key_linear)))
     located = Located(
         merged=merged,
         merges=tuple(merges),
@@ -263,6 +265,14 @@ def projection(
             return None, between or [op_name(current)]
         current = hidden[0]
     return current, between
+
+
+def holds_plain_weights(linear: fx.Node | None) -> bool:
+    """Whether a projection's weight and bias are floating-point numbers in plain tensors, as custom operators take
+    them."""
+    given = [] if linear is None else [argument(linear, 1, "weight"), argument(linear, 2, "bias")]
+    found = [tensor(node) for node in given if node is not None]
+    return all(is_plain(each) and each.is_floating_point() for each in found)  # type: ignore[union-attr]
 
 
 def is_layout(node: fx.Node) -> bool:

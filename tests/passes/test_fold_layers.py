@@ -15,6 +15,7 @@ from hawk_compile.passes.graph import is_call
 from hawk_compile.settings.budgets import Adaptive
 from tests import zoo
 from tests.passes import graphs
+from tests.rounded import round_weights
 
 LAYERS = 5
 
@@ -84,6 +85,15 @@ def writes_into_an_input_of_the_graph(hidden, layer, kept):
 @pytest.mark.parametrize("between", [returns_a_view, writes_into_an_input_of_the_graph])
 def test_what_cannot_be_called_stays(between):
     assert calls_of(folded(Decoder(between))) == []
+
+
+def test_layers_with_weights_that_are_no_plain_tensors_stay():
+    """And are no reason to leave plain ones as they are, which look the same."""
+    decoder = Decoder(gelu)
+    round_weights(decoder.up[:2])
+    assert calls_of(folded(decoder)) == ["hawk_layer_0"] * (LAYERS - 2)
+    round_weights(decoder.up[2:])
+    assert calls_of(folded(decoder)) == []
 
 
 def in_place(hidden, layer, kept):

@@ -19,6 +19,7 @@ from hawk_compile.passes.site import Budgeted, Located, Ordered, Ranked, Scored,
 from hawk_compile.passes.split_at_merge import split_at_merge
 from tests.passes import graphs
 from tests.passes.sequence import PASSES, after, names
+from tests.rounded import round_weights, unround_weights
 
 
 def test_scoring_inserts_the_folded_operator_and_leaves_the_decoder_alone():
@@ -66,6 +67,18 @@ def test_a_norm_scores_alike_on_both_sides_of_position():
     torch.testing.assert_close(scores_of(model, weights), before)
     model.has_qk_norm = False
     assert not torch.allclose(scores_of(model, weights), before, rtol=1e-2)
+
+
+@pytest.mark.parametrize("query", ["mean", "each", pytest.param("content", marks=pytest.mark.slow)])
+def test_weights_that_are_no_plain_tensors_score_as_the_same_numbers_in_plain_ones(query):
+    """The one from the projections, the other folded."""
+    model, weights = graphs.Decoder(), torch.tensor([0.3, 0.7])
+    exact = scores_of(model, weights, query=query)
+    round_weights(model)
+    projected = scores_of(model, weights, query=query)
+    unround_weights(model)
+    torch.testing.assert_close(scores_of(model, weights, query=query), projected)
+    assert not torch.allclose(exact, projected, rtol=1e-5)  # or rounding would show nothing
 
 
 @pytest.mark.parametrize("rank", [0, 1])

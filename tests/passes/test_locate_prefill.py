@@ -9,6 +9,7 @@ from hawk_compile.passes.graph import is_call, op_name, same
 from hawk_compile.passes.locate_prefill import find_merges, locate_prefill
 from hawk_compile.passes.site import Located, find, read
 from tests.passes import graphs
+from tests.rounded import round_weights, unround_weights
 
 
 def read_located(gm):
@@ -44,6 +45,16 @@ def test_a_norm_between_projection_and_position_makes_the_form_projected():
     site = read_located(located(graphs.Decoder(qk_norm=True)))
     assert site.form == "projected" and site.between == ("layer_norm",)
     assert is_call(site.query, "layer_norm") and is_call(site.key, "layer_norm")
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_a_weight_that_is_no_plain_tensor_makes_the_form_projected(which):
+    model = graphs.Decoder()
+    round_weights(nn.ModuleList([getattr(model, which)]))
+    site = read_located(located(model))
+    assert site.form == "projected" and site.between == () and is_call(site.query_linear, "linear")
+    unround_weights(model)
+    assert read_located(located(model)).form == "folded"
 
 
 def test_a_norm_behind_position_is_computed_without_it():
