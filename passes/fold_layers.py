@@ -6,8 +6,8 @@
 A stretch reaches from behind one attention to the next one. Those that do the same, but for what they read from
 outside, become calls of one subgraph (`torch.ops.higher_order.invoke_subgraph`). What cannot be called so stays as it
 is: stretches that write into what they read, have other effects, read tensors of other types than plain ones, or
-return what shares memory; and a graph of which
-gradients may be asked, since weights that need none could share a call with weights that do.
+return what shares memory; and a graph of which gradients may be asked, since weights that need none could share a call
+with weights that do.
 """
 
 import operator
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx
+from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from hawk_compile.passes.attention import attends

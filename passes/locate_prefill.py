@@ -5,7 +5,7 @@ Before and after: the graph is unchanged; what was found is noted as `Located`.
     embeds  [B, S, D] = embedding(ids)
     merged  [B, S, D] = embeds.masked_scatter(mask, features)        <- merge (the last of them)
     normed  [B, S, D] = norm(merged)                                 <- what the projections read
-    q, k              = linear(normed, Wq), linear(normed, Wk)       <- folded form if only layout follows, and W is plain
+    q, k              = linear(normed, Wq), linear(normed, Wk)       <- folded if only layout follows and W is plain
     query, key        = qk_norm(q), qk_norm(k)                       <- just before position enters
     attention         = scaled_dot_product_attention(rope(query), rope(key), v)
 
@@ -232,7 +232,8 @@ def refuse_unfollowed_writes(graph: fx.Graph, needed: set[fx.Node]) -> None:
                 raise GraphError(
                     f"{node.name} reads {source.name} behind {written[memory].name} = {op_name(written[memory])}, "
                     "which writes into an input of the graph in place, so it cannot be told what is scored: let the "
-                    "model write into a copy, or give it no cache whose tensors it fills"
+                    "model write into a copy, or give it no cache whose tensors it fills; where layers pack their "
+                    "weights in their first call, restore the model, call it once, and optimize it then"
                 )
         written |= {memory: node for target in written_by(node) for memory in memories(value(target))}
 

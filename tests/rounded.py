@@ -1,4 +1,4 @@
-"""A weight that is no plain tensor, as libraries that quantise have: it knows what a linear with it is, and nothing else."""
+"""A weight that is no plain tensor, as libraries that quantise have: it knows a linear with it, and nothing else."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from hawk_compile.exporting.folder import written_whole
 from hawk_compile.exporting.formats import check_dtype, target_of
 from hawk_compile.exporting.manifest import Manifest, Part, file_digest
 from hawk_compile.exporting.parts import write_parts
+from hawk_compile.exporting.plain_weights import check_weights
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
 from hawk_compile.plan.chat import Chat
@@ -97,6 +98,7 @@ def export(
     check_generate(model)
     check_cache(model)
     check_window(model)
+    check_weights(model)
     check_dtype(model, target, format)
     chat = chat_of_export(model, made, processor)
     with capture_lock, written_whole(Path(path), overwrite) as folder:
