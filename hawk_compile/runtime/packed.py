@@ -18,8 +18,8 @@ def refuse_packed_weights(model: PreTrainedModel) -> None:
         if isinstance(module, quantized.Linear):
             raise UnsupportedModelError(
                 f"model.{path} is a layer of torch.ao.quantization ({named(module)}), whose packed weights cannot be "
-                "captured in a graph: quantise with torchao.quantization.quantize_ and Int8WeightOnlyConfig or "
-                "Int8DynamicActivationInt8WeightConfig instead"
+                "captured in a graph: load the model anew and call torchao.quantization.quantize_ with "
+                "Int8WeightOnlyConfig() or Int8DynamicActivationInt8WeightConfig()"
             )
 
 
