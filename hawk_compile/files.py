@@ -4,6 +4,7 @@ whole or not at all.
 Nothing but JSON, text and safetensors is read as data, and nothing that is read is run.
 """
 
+import errno
 import json
 import math
 import os
@@ -147,13 +148,25 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def real_path(path: "str | os.PathLike[str]") -> Path:
+    """What a path leads to, by all symbolic links.
+
+    Raises:
+        OSError: a name that no file can have.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # of a NUL in it
+        raise OSError(errno.EINVAL, str(error)) from None
+
+
 def write_whole(path: "str | os.PathLike[str]", text: str | Iterable[str]) -> None:
     """Write a text so that the file holds all of it, or what it held before; devices and pipes are written to as such.
 
     Raises:
         OSError: it cannot be written; nothing has changed.
     """
-    target, lines = Path(path).resolve(), [text] if isinstance(text, str) else text
+    target, lines = real_path(path), [text] if isinstance(text, str) else text
     if target.exists() and not target.is_file():
         with target.open("w", encoding="utf-8") as file:
             file.writelines(lines)

@@ -65,8 +65,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_whole(tmp_path / "link", ["second", "\n"])
     assert path.read_text() == "second\n" and (tmp_path / "link").is_symlink()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600, "a file that others may not read is still one"
-    with pytest.raises(OSError):
-        write_whole(tmp_path / "no" / "file", "")
+    for nowhere in (tmp_path / "no" / "file", f"{tmp_path}/a\0b", tmp_path / ("n" * 300), tmp_path):
+        with pytest.raises(OSError):
+            write_whole(nowhere, "")
 
 
 def test_a_device_is_written_to(capfd: pytest.CaptureFixture[str]) -> None:

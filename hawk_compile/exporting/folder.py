@@ -9,20 +9,20 @@ from pathlib import Path
 
 from hawk_compile.errors import ExportError, InputError, ManifestError
 from hawk_compile.exporting.manifest import FILE_NAME
-from hawk_compile.files import read_json, shown
+from hawk_compile.files import read_json, real_path, shown
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder that takes the place of `path` at the end, and leaves nothing behind if that is not reached."""
-    path = path.resolve()  # of a link, what it leads to is replaced
-    check_free(path, overwrite)
     try:
+        path = real_path(path)  # of a link, what it leads to is replaced
+        check_free(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be made ({error}): give a folder in a place that can be written to"
+            f"{shown(path)} cannot be made ({error.strerror}): give a folder in a place that can be written to"
         ) from error
     try:
         yield folder

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import hawk_compile
-from hawk_compile.errors import HawkError, InputError, ManifestError
+from hawk_compile.errors import ExportError, HawkError, InputError, ManifestError
 from hawk_compile.exporting import folder as folders
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.folder import written_whole
@@ -253,6 +253,17 @@ def test_a_link_stays_one(folder: Path, tmp_path: Path) -> None:
     write_export(dangling)
     assert dangling.is_symlink() and manifests.read(tmp_path / "new")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["copy", "dangling", "link", "new"]
+
+
+def test_places_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    for name in ("loop", "a\0b", "n" * 300, "file", "file/inside", "loop/inside"):
+        with refused((ExportError, InputError)):
+            write_export(tmp_path / name)
+        with refused((ExportError, InputError)):
+            write_export(tmp_path / name, overwrite=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "loop"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, GeneratorExit])

@@ -20,7 +20,7 @@ import torch
 import hawk_compile
 from hawk_compile.errors import HawkError, UnsupportedCallError
 from tests import zoo
-from tests.runtime.load import faults
+from tests.runtime.load import faults, points
 from tests.runtime.load.calls import answered, calls, conversation, in_tasks, step_by_step, streamed
 from tests.runtime.load.faults import FAULTS, at, interrupted
 from tests.runtime.load.leftovers import attributes, held, left_in_thread, locks
@@ -86,7 +86,7 @@ def test_every_fault_alone(whole_load: Load) -> None:
     load = whole_load
     kinds = {each.make: place for place, each in reversed([*enumerate(load.calls)])}
     draw = random.Random(0)
-    with faults.points():
+    with points.fallible():
         model = load.optimised()
         for fault in FAULTS:
             for make in (streamed, conversation, step_by_step):
@@ -113,14 +113,14 @@ def test_the_first_call_fails(load: Load, point: str, error: type[BaseException]
     call, alone = load.calls[0], load.alone[0]
     if "step" in point:
         call = replace(call, make=compiling_steps)
-    with faults.points():
-        plain = faults.fragile(zoo.build(load.name, layers=2))
+    with points.fallible():
+        plain = points.fragile(zoo.build(load.name, layers=2))
         before = attributes(plain)
         model = hawk_compile.optimize(plain, ratio=RATIO, backend="eager")
-        faults.fuse.error, faults.fuse.left, faults.fuse.point = error, 0, point
+        points.fuse.error, points.fuse.left, points.fuse.point = error, 0, point
         with pytest.raises(error):
             call(model)
-        assert faults.fuse.point is None and left_in_thread(model) == [] and held(model) == []
+        assert points.fuse.point is None and left_in_thread(model) == [] and held(model) == []
         assert call(model).distance(alone) < 2e-5
         left = attributes(hawk_compile.restore(model))
         more = {each for name in left for each in set(left[name]) - set(before[name])}
@@ -131,7 +131,7 @@ def test_the_first_call_fails(load: Load, point: str, error: type[BaseException]
 def test_interruptions_between_any_two_instructions(whole_load: Load) -> None:
     """In first calls, which compile, and in later ones."""
     draw, came, load = random.Random(0), 0, whole_load
-    with faults.points():
+    with points.fallible():
         for number in range(120):
             if number % 12 == 0:
                 model = load.optimised()
@@ -162,11 +162,11 @@ def test_a_cache_that_was_filled_in_part_is_refused(name: str) -> None:
 
 def test_a_step_that_fails_between_two_layers() -> None:
     """As for want of memory: the next call on that cache would attend to a token in some layers alone."""
-    model = faults.fragile(zoo.build("llava", layers=2))
+    model = points.fragile(zoo.build("llava", layers=2))
     hawk_compile.optimize(model, ratio=RATIO, backend="eager")
     out = model(**zoo.text_only("llava", model), use_cache=True)
     step = {"input_ids": torch.tensor([[70]]), "past_key_values": out.past_key_values}
-    faults.fuse.error, faults.fuse.left, faults.fuse.point = torch.OutOfMemoryError, 0, "layer"
+    points.fuse.error, points.fuse.left, points.fuse.point = torch.OutOfMemoryError, 0, "layer"
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
         model(**step)
     with torch.no_grad(), pytest.raises(UnsupportedCallError, match="start the conversation anew"):

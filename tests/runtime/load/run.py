@@ -16,7 +16,7 @@ from typing import Any
 import hawk_compile
 from hawk_compile.runtime.generation import Generation, running
 from tests import zoo
-from tests.runtime.load import faults
+from tests.runtime.load import points
 from tests.runtime.load.calls import Answer, Call, calls
 from tests.runtime.load.faults import FAULTS, Fault
 from tests.runtime.load.leftovers import attributes, held, held_here, left_in_thread
@@ -94,7 +94,7 @@ class Load:
         of: Collection[Any] = (),
     ) -> None:  # fmt: skip
         self.name, self.backend, self.seed, self.control = name, backend, seed, control
-        with faults.points():
+        with points.fallible():
             alone = self.optimised()
             every = calls(name, alone, prompts)
             self.calls: list[Call] = [call for call in every if not of or (call.make in of and "row" not in call.kind)]
@@ -103,16 +103,16 @@ class Load:
         self.leaked: list[Any] = []
 
     def optimised(self) -> Any:
-        model = faults.fragile(zoo.build(self.name, layers=2))
+        model = points.fragile(zoo.build(self.name, layers=2))
         return hawk_compile.optimize(model, ratio=RATIO, backend=self.backend)
 
     def run(self, threads: int, seconds: float) -> Outcome:
         """So many threads for so long; each makes at least one call and one fault."""
         outcome, lock = Outcome(), threading.Lock()
         begin, stop = threading.Barrier(threads), threading.Event()
-        with faults.points():
+        with points.fallible():
             model = self.optimised()
-            faults.inside_of_graphs[:] = [lambda: self.refuse_locks(model)]
+            points.inside_of_graphs[:] = [lambda: self.refuse_locks(model)]
             workers = [
                 threading.Thread(target=self.work, args=(model, number, begin, stop, outcome, lock))
                 for number in range(threads)
@@ -126,7 +126,7 @@ class Load:
             stop.set()
             for worker in workers:
                 worker.join()
-            faults.inside_of_graphs.clear()
+            points.inside_of_graphs.clear()
         outcome.seconds = time.monotonic() - started
         outcome.compilations = model._hawk_runtime.compilations
         outcome.errors += [f"{name} is held at the end" for name in held(model)]
