@@ -94,6 +94,15 @@ def without_cache(model: Any, inputs: dict[str, Tensor], **options: Any) -> Answ
     return answered(model, inputs, **{"use_cache": False} | options)
 
 
+def in_chunks(model: Any, inputs: dict[str, Tensor], **options: Any) -> Answer:
+    return answered(model, inputs, **{"prefill_chunk_size": 4} | options)
+
+
+def with_lookup(model: Any, inputs: dict[str, Tensor], **options: Any) -> Answer:
+    """What stands in the prompt is drafted; criteria and streamers are told of several tokens at once."""
+    return answered(model, inputs, **{"prompt_lookup_num_tokens": 3} | options)
+
+
 def asked_by_ids(model: Any, inputs: dict[str, Tensor], **options: Any) -> Answer:
     """The question is one token of the text."""
     token = int(inputs["input_ids"][0, -4])
@@ -164,8 +173,8 @@ def in_tasks(model: Any, inputs: dict[str, Tensor], **_: Any) -> Answer:
 
 
 ONE_ROW = (
-    answered, with_beams, on_static_cache, on_own_static_cache, without_cache, asked_by_ids, by_own_settings, streamed,
-    conversation, step_by_step, in_tasks,
+    answered, with_beams, on_static_cache, on_own_static_cache, without_cache, in_chunks, with_lookup, asked_by_ids,
+    by_own_settings, streamed, conversation, step_by_step, in_tasks,
 )  # fmt: skip
 """What is done with prompts of one row."""
 ROWS = (answered, with_beams, on_static_cache, by_own_settings)
