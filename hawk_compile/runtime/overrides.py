@@ -43,7 +43,7 @@ from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.saving import save_of, upload
 from hawk_compile.runtime.split import placed
 from hawk_compile.runtime.state import RUNTIME
-from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask
+from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask, refuse_spoiled
 from hawk_compile.runtime.wholes import refuse_speech
 
 Overrides = dict[str, tuple[nn.Module, types.MethodType]]
@@ -119,6 +119,7 @@ def generate_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     """generate, whose steps know of one another and of its question, and whose output knows what the prefill did."""
 
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        refuse_spoiled(kwargs.get("past_key_values"))  # before positions behind it are worked out
         if prunes(self, kwargs):
             refuse_speech(kwargs)
         generation = Generation(question=take_question(kwargs), inputs=kwargs)
