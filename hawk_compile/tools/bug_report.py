@@ -3,7 +3,6 @@
 `.github/ISSUE_TEMPLATE/bug_report.md` has the same sections, for who opens an issue before this is run.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,11 @@ def about_checkpoint(path: Path) -> dict[str, str]:
 
 def stated(config: Path) -> dict[str, Any]:
     """What a report gives of a config; nothing of one that cannot be read, which inspection says better."""
+    from hawk_compile.errors import HawkError, InputError
+    from hawk_compile.files import read_json
+
     try:
-        held = json.loads(config.read_text(encoding="utf-8"))
+        held = read_json(config, InputError, "config.json must be that of a checkpoint")
         return {name: held[name] for name in ABOUT_MODEL if held.get(name) is not None}
-    except (OSError, ValueError, AttributeError):
+    except (HawkError, AttributeError):
         return {}
