@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hawk_compile.errors import HawkError
+from hawk_compile.errors import HawkError, InputError
 
 MOST_BYTES = 4 << 20
 """Of a file of settings or weights: those that are written here have some kilobytes."""
@@ -53,6 +53,17 @@ def open_regular(path: "str | os.PathLike[str]", refusal: Refusal, what: str, mo
             f"{what}; {shown(path)} has {seen.st_size} bytes, and at most {most} are read: give another file"
         )
     return descriptor
+
+
+def path_of(given: Any, argument: str) -> Path:
+    """A path from what was given for an argument.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise InputError(f"{argument} must be a path, a text or an os.PathLike, got {type(given).__name__}")
+    return Path(given)
 
 
 def shown(path: Any, most: int = 300) -> str:

@@ -6,6 +6,7 @@ import ast
 import builtins
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def test_every_error_is_of_the_tree_and_at_hand():
     assert all(issubclass(found, errors.HawkError) for found in kinds.values())
     assert hawk_compile.HawkError is errors.HawkError
     assert {name for name in hawk_compile.__all__ if name.endswith("Error")} <= kinds.keys()
+
+
+def test_the_page_lists_them_with_their_bases() -> None:
+    page = (Path(__file__).parents[1] / "docs/calls.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(?:errors\.)?(\w+Error)` \| (?:`(\w+)`)? ?\|", page, flags=re.MULTILINE)
+    public = {name for name in hawk_compile.__all__ if name.endswith("Error")} - {"HawkError"}
+    assert public <= {name for name, _ in told}
+    for name, base in told:
+        kind, other = getattr(errors, name), getattr(builtins, base, None) or getattr(errors, base or "HawkError")
+        assert issubclass(kind, other), name
 
 
 def raised() -> Iterator[tuple[str, str, ast.Call, ast.Module]]:

@@ -79,8 +79,8 @@ def raised_inside(error: BaseException | None, handled: BaseException | None) ->
 
 
 def shown(error: BaseException) -> BaseException | None:
-    """What a traceback gives as the cause of our error: nothing, unless Dynamo is asked to show all."""
-    return error if tells_all() else None
+    """What a traceback gives as the cause of our error: nothing, unless memory ran out or Dynamo is to show all."""
+    return error if tells_all() or isinstance(error, OF_THE_CALLER) else None
 
 
 def compile_error(error: BaseException, model: nn.Module, what: str, remedy: str) -> CompileError:

@@ -39,7 +39,7 @@ from hawk_compile.exporting.components import DECODE, PREFILL
 from hawk_compile.exporting.formats import target_of
 from hawk_compile.exporting.manifest import FILE_NAME, Manifest, Part, chat_of_manifest, config_of
 from hawk_compile.exporting.write import HOST_WEIGHTS
-from hawk_compile.files import shown
+from hawk_compile.files import path_of, shown
 from hawk_compile.plan.ids import SpecialIds
 from hawk_compile.runtime.api import report
 from hawk_compile.runtime.handover import scratch_cache, scratch_layers
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str]) -> Runner:
         ManifestError: no export, or files that are not those that were written, or that their runtime cannot open.
         ExportError: a package that the format needs is not installed.
     """
-    folder = Path(path)
+    folder = path_of(path, "path")
     manifest = manifests.read(folder)
     target = target_of(manifest.format, to_write=False)
     # Compiled packages run where their model was; the other sessions take and give tensors of the host.

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hawk_compile.exporting.parts import write_parts
 from hawk_compile.exporting.plain_weights import check_weights
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.exporting.settings import settings_of
+from hawk_compile.files import path_of
 from hawk_compile.plan.chat import Chat
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.plan.template import chat_of, chat_of_settings
@@ -88,11 +89,16 @@ def export(
         ExportError: an unknown format, a package that is missing, or a component that the format cannot take.
         InputError: inputs without an image, or a folder that is in the way.
     """
-    target = target_of(format, to_write=True)
+    place, target = path_of(path, "path"), target_of(format, to_write=True)
     made, options = settings_of(target, format, config, settings)
     check_exporters()
     model = pruned_part(model)
     check_model(model, made.modalities)
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            f"inputs must be a mapping of the forward's arguments, got {type(inputs).__name__}: give what the model's "
+            "processor returns for a prompt with an image"
+        )
     check_modality(model, inputs, made.modalities)
     check_encoder(model)
     check_generate(model)
@@ -101,7 +107,7 @@ def export(
     check_weights(model)
     check_dtype(model, target, format)
     chat = chat_of_export(model, made, processor)
-    with capture_lock, written_whole(Path(path), overwrite) as folder:
+    with capture_lock, written_whole(place, overwrite) as folder:
         weights = resolve(made.used_head_weights, model)
         portable = getattr(target, "PORTABLE", True)
         # Closed where a writer fails: only then are the model's modules in training again.

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.attention import answered_for_captures
 from hawk_compile.capture.operators import end_operators
 from hawk_compile.capture.patches import recorded_by_thread
-from hawk_compile.errors import HawkError
+from hawk_compile.errors import HawkError, UnsupportedModelError
 from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
 from hawk_compile.runtime.checks import check_model, check_vision
@@ -95,6 +95,10 @@ def restore(model: Model) -> Model:
 
     It refuses to go on with the cache of a conversation that was pruned (`UnsupportedCallError`).
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model must be a model that optimize takes, got {type(model).__name__}: give the one to restore"
+        )
     if is_wrapper(model):
         for inner in optimised_in(model):
             restore(inner)

@@ -28,6 +28,7 @@ from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.runtime.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.records import PrefillRecord
+from hawk_compile.runtime.refusals import refuse_other_cache
 from hawk_compile.runtime.split import placed
 from hawk_compile.runtime.state import Runtime
 from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, refuse_spoiled, track
@@ -45,6 +46,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
         InputError: inputs that contradict each other.
         GraphError: the model's graph cannot be pruned.
     """
+    refuse_other_cache(kwargs.get("past_key_values"))
     refuse_spoiled(kwargs.get("past_key_values"))
     generation = running.get()
     if generation is not None and generation.repeats:

@@ -152,7 +152,10 @@ def split_mask(
     """(mask of the new tokens [B, S], mask of the cache's slots [B, P] or None if there are none)."""
     if not past:
         if mask is not None and mask.shape[1] != length:
-            raise InputError(f"attention_mask must have shape [B, {length}] like the prompt, got {tuple(mask.shape)}")
+            raise InputError(
+                f"attention_mask must have shape [B, {length}] like the prompt, got {tuple(mask.shape)}: give the one "
+                "that the model's processor returns"
+            )
         return mask, None
     assert cache is not None
     whole = physical_mask(cache, mask, length) if isinstance(cache, TrackedCache) else mask

@@ -10,10 +10,10 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.capture.indexers import counts_slots
-from hawk_compile.capture.modalities import asks_for, token_kinds
+from hawk_compile.capture.modalities import asks_for, token_kinds, tokens_of
 from hawk_compile.compat.dynamo import is_transformed
 from hawk_compile.compat.models import supports_encoded_images
-from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.positions import axes_of
 
@@ -21,8 +21,43 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Arguments of transformers' models that say where prompts begin within a row."""
 
 
+def refuse_other_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, Cache):
+        raise UnsupportedCallError(
+            f"past_key_values must be a cache of transformers, got {type(cache).__name__}: give a DynamicCache"
+        )
+
+
+def refuse_other_prompt(kwargs: dict[str, Any]) -> None:
+    """Refuse what is no batch of prompts, or a mask or positions of another batch."""
+    tokens = tokens_of(kwargs)
+    name, dims = ("input_ids", 2) if kwargs.get("inputs_embeds") is None else ("inputs_embeds", 3)
+    if not isinstance(tokens, Tensor) or tokens.ndim != dims or tokens.is_floating_point() != (dims == 3):
+        wanted = "integers [B, S]" if dims == 2 else "floats [B, S, D]"
+        raise InputError(
+            f"{name} must be a tensor of {wanted}, got {said(tokens)}: give what the model's processor returns, with "
+            'return_tensors="pt"'
+        )
+    mask, positions, rows = kwargs.get("attention_mask"), kwargs.get("position_ids"), tokens.shape[0]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] != rows:
+        raise InputError(
+            f"attention_mask must have a row for each of the {rows} prompts, got shape {tuple(mask.shape)}: give the "
+            "one that the model's processor returns"
+        )
+    if positions is not None and not (isinstance(positions, Tensor) and positions.ndim in (2, 3)):
+        raise InputError(
+            f"position_ids must be [B, S], or [axes, B, S] where positions have axes, got {said(positions)}: leave "
+            "them out, or give them so"
+        )
+
+
+def said(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     refuse_tracing()
+    refuse_other_prompt(kwargs)
     if kwargs.get("labels") is not None:
         raise UnsupportedCallError(
             "labels were given to a pruned prefill, whose logits no longer line up with them: hawk_compile.restore the "

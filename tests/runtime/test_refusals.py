@@ -196,6 +196,37 @@ def test_calls() -> None:
     call("must cover the whole conversation", InputError, past_key_values=filled(), attention_mask=short)
 
 
+def test_what_is_no_prompt_and_no_cache() -> None:
+    inputs = picture("llava")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for match, error, arguments in (
+        (r"input_ids must be a tensor of integers \[B, S\], got list: give", InputError, {"input_ids": ids.tolist()}),
+        (r"input_ids must be .* got torch.int64 \(\d+,\)", InputError, {"input_ids": ids[0]}),
+        (r"input_ids must be .* got torch.float32", InputError, {"input_ids": ids.float()}),
+        ("attention_mask must have a row for each of the 1 pr", InputError, {"attention_mask": mask.expand(2, -1)}),
+        (r"position_ids must be \[B, S\].* got torch.int64 \(3,\)", InputError, {"position_ids": torch.arange(3)}),
+        ("past_key_values must be a cache .* got tuple", UnsupportedCallError, {"past_key_values": ((1, 2),)}),
+    ):
+        with pytest.raises(error, match=match):
+            pruned("llava")(**{**inputs, **arguments})
+
+
+def test_what_is_no_model_no_path_and_no_inputs(tmp_path: Path) -> None:
+    for error, match, function, *arguments in (
+        (ModelError, "model must be a model that optimize takes, got NoneType", hawk_compile.restore, None),
+        (InputError, "path must be a path, a text .* got int", hawk_compile.load, 3),
+        (InputError, "path must be .* got NoneType", hawk_compile.export, plain("llava"), picture("llava"), None),
+        (InputError, "inputs must be a mapping .* got Tensor", hawk_compile.export, plain("llava"),
+         picture("llava")["input_ids"], tmp_path / "out"),
+        (InputError, "source must be a path, .* got int", hawk_compile.bench, 3),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            function(*arguments)
+    with pytest.raises(InputError, match="image_tokens must be a whole number of at least 2, got 'many'"):
+        hawk_compile.inspect(plain("llava"), image_tokens="many")
+    assert not list(tmp_path.iterdir())
+
+
 def filled() -> DynamicCache:
     cache = DynamicCache()
     generate(pruned("llava"), zoo.text_only("llava", plain("llava")), 1, past_key_values=cache)

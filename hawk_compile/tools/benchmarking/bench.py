@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.files import path_of
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.settings.config import HawkConfig, make_config_of_ratios
 from hawk_compile.tools.benchmarking import memory, prompts, timing
@@ -122,7 +123,9 @@ def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Seque
 
 
 def name_of(source: Any) -> str:
-    return f"{type(source).__name__} (random weights)" if isinstance(source, PreTrainedConfig) else os.fspath(source)
+    if isinstance(source, PreTrainedConfig):
+        return f"{type(source).__name__} (random weights)"
+    return str(path_of(source, "source"))
 
 
 def pictures(result: Benchmark, model: Any, tokens: Sequence[int]) -> list[tuple[int, Picture]]:

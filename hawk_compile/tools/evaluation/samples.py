@@ -76,6 +76,10 @@ def read_samples(
 def records(data: "str | PathLike[str] | Iterable[Any]") -> Iterator[Callable[[], Sample]]:
     """Each record as a call that reads it, so that one that cannot be read can be left out."""
     if not isinstance(data, (str, PathLike)):
+        if not isinstance(data, Iterable):
+            raise InputError(
+                f'data must be a JSON Lines file, "{DEMO}" or records, got {type(data).__name__}: {FORMAT}'
+            )
         for number, record in enumerate(data):
             yield lambda record=record, number=number: of_record(record, Path(), f"record {number}")  # type: ignore[misc]
         return

@@ -118,8 +118,8 @@ def inspect_model(
     config = make_config(config, settings)
     least = {"image_tokens": (image_tokens, 2), "text_tokens": (text_tokens, 1), "layers": (layers, 1)}
     for name, (given, minimum) in least.items():
-        if given < minimum:
-            raise InputError(f"{name} must be at least {minimum}, got {given}")
+        if not isinstance(given, int) or given < minimum:
+            raise InputError(f"{name} must be a whole number of at least {minimum}, got {given!r}")
     model = pruned_part(on_meta(source))
     modality = asked_modality(model, modalities or config.modalities)
     total = model.config.get_text_config().num_hidden_layers
