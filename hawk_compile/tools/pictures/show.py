@@ -119,5 +119,5 @@ def grid(inputs: dict[str, Tensor], count: int) -> tuple[int, int]:
         return side, side
     raise InputError(
         f"image becomes {count} visual tokens that are no single grid (tiles, or separators between rows): look at "
-        "report(model).keep_indices instead: show draws models that see an image as one grid"
+        "report(model).keep_indices instead; show draws models that see an image as one grid"
     )
