@@ -58,10 +58,14 @@ def frozen(model: Any) -> None:
     model.requires_grad_(False)
 
 
-def on_another_device_and_back(model: Any) -> None:
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+def emptied_and_filled(model: Any) -> None:
+    def tensors() -> dict[str, torch.Tensor]:  # the state dict lacks buffers that are not persistent
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    before = {name: value.detach().clone() for name, value in tensors().items()}
     model.to_empty(device="cpu")
-    model.load_state_dict(state)
+    for name, value in tensors().items():
+        value.copy_(before[name])
 
 
 def resized(model: Any) -> None:
@@ -83,7 +87,7 @@ def shared(model: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], None]] = [
-    in_place, replaced, module_replaced, loaded, assigned, frozen, on_another_device_and_back, resized,
+    in_place, replaced, module_replaced, loaded, assigned, frozen, emptied_and_filled, resized,
     attending_otherwise, trained_between, shared,
 ]  # fmt: skip
 
