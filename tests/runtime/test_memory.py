@@ -38,6 +38,7 @@ def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.grown({**figures, "MiB": [float(each) for each in range(memory.ENOUGH)]}) == ["MiB"]
 
 
+@pytest.mark.slow
 def test_an_optimised_model_that_is_thrown_away() -> None:
     model = fresh("llava")
     model(**picture("llava"))

@@ -90,6 +90,7 @@ def test_settings_travel(settings: dict[str, Any]) -> None:
     assert there.head_weights.values.equal(here.head_weights.values)
 
 
+@pytest.mark.slow
 def test_what_others_put_beneath_is_there_again() -> None:
     """A method of others that pickle can take apart runs inside still, and is there when the model is restored."""
     model = zoo.build("llava", layers=2)
@@ -113,6 +114,7 @@ class Counted:
         return type(self.model).forward(self.model, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_with_hooks() -> None:
     model = zoo.build("llava", layers=2)
     add_hook_to_module(model, ModelHook())
