@@ -54,6 +54,7 @@ def capture_settings() -> Iterator[None]:
             capture_scalar_outputs=True,
             capture_dynamic_output_shape_ops=True,
             specialize_float=True,
+            suppress_errors=False,  # what cannot be captured would run without being pruned
             **UNCUT,
             accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),

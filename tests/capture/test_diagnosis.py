@@ -110,6 +110,8 @@ def test_the_model_runs_when_it_is_restored() -> None:
     with dynamo_settings(verbose=True), pytest.raises(CaptureError) as caught:
         model(**picture(NAME))
     assert isinstance(caught.value.__cause__, TorchDynamoException), "TORCHDYNAMO_VERBOSE=1 shows Dynamo's part"
+    with dynamo_settings(suppress_errors=True), pytest.raises(CaptureError):
+        model(**picture(NAME))
     assert hawk_compile.restore(model)(**picture(NAME)).logits.isfinite().all()
 
 
