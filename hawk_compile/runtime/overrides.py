@@ -14,7 +14,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.features import features_fit
+from hawk_compile.capture.features import features_fit, frames_apart
 from hawk_compile.capture.modalities import modalities_of, placeholder_ids, positions_by_images
 from hawk_compile.capture.patches import body_overrides, definer
 from hawk_compile.capture.segments import name_of_rest
@@ -264,12 +264,15 @@ def prefill_whole(
 
 
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The vision encoder, compiled if the settings ask for that."""
-    runtime = self.__dict__.get(RUNTIME)
+    """The vision encoder, compiled if the settings ask for that, and each frame's part if they ask of frames."""
+    runtime, frames = self.__dict__.get(RUNTIME), model_kwargs.get("video_grid_thw")
     encode = original(self, PREPARE_ENCODERS)
     if runtime is not None and runtime.config.compile_vision:
         encode = runtime.vision.method(self, encode)
-    return encode(model_kwargs)
+    encoded = encode(model_kwargs)
+    if runtime is not None and runtime.config.per_image and frames is not None:
+        encoded = {**encoded, "mm_encoder_outputs": frames_apart(encoded["mm_encoder_outputs"], frames)}
+    return encoded
 
 
 def candidate_generator(

@@ -169,6 +169,17 @@ def test_images_scored_by_themselves(normalization: str) -> None:
         assert not together[places].allclose(expected, rtol=1e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_a_video_is_frames_in_generate_too(name: str, options: dict[str, Any]) -> None:
+    """Which encodes it before the prefill, and hands on no more how many frames it has."""
+    model = fresh(name, 0.9, min_per_image=1)
+    inputs = prompt(name, Row(video=(3, 2, 2)), Row(images=((2, 2),), video=(2, 2, 3)))
+    generate(model, inputs, 2, **options)
+    kept = hawk_compile.report(model).kept_visual_tokens.tolist()
+    assert kept == [each for each in (3, 3) for _ in range(options.get("num_beams", 1))]
+
+
 def test_images_of_several_rows() -> None:
     """With padding, and a row without any."""
     name = "qwen2_5_vl"
