@@ -93,11 +93,12 @@ def norm(embeddings: Tensor) -> Tensor:
     return embeddings.float().norm(dim=2)
 
 
-def random(embeddings: Tensor, *, seed: int = 0) -> Tensor:
-    """Noise that is the same for the same prompt and seed: a hash of each token's position and first channel."""
-    length = embeddings.shape[1]
-    bits = embeddings[..., 0].float().view(torch.int32).long()
-    mixed = bits * 2654435761 + (torch.arange(length, device=embeddings.device) + seed * 1_000_003 + 1) * 40503
+def random(embeddings: Tensor, visual_mask: Tensor, *, seed: int = 0) -> Tensor:
+    """Noise that is the same for the same prompt and seed, whatever pads it: a hash of each token's number among the
+    visual ones and of its first channel, of which rounding in batches of another size changes the last bits only."""
+    rank = visual_mask.long().cumsum(1)
+    bits = embeddings[..., 0].float().view(torch.int32).long() + 2**11 >> 12
+    mixed = bits * 2654435761 + (rank + seed * 1_000_003) * 40503
     mixed = (mixed ^ mixed << 13) & 0xFFFFFFFFFFFF
     mixed = (mixed ^ mixed >> 7) & 0xFFFFFFFFFFFF
     mixed = (mixed ^ mixed << 17) & 0xFFFFFFFFFFFF
