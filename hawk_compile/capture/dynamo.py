@@ -77,7 +77,8 @@ def is_capturing() -> bool:
 def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """torch.compile with graphs that count towards no other function's limit, and that go with what is returned.
 
-    The backend may not hold that: Dynamo holds the backend where no garbage collector looks.
+    The backend may not hold that: Dynamo holds the backend where no garbage collector looks. Of a graph that is `taken`
+    the symbols of its sizes stay.
 
     `isolate_recompiles` counts alone too, but by a number that is one for the whole process: a call that ends in one
     thread changes it for what begins in another, which finds no graph then and is compiled again.

@@ -167,7 +167,7 @@ def capture_prefill(
         taken.append((gm, list(example_inputs)))
         raise GraphTaken
 
-    function = compile_alone(planned_forward, backend=take, fullgraph=True)
+    function = compile_alone(planned_forward, taken=True, backend=take, fullgraph=True)
     begin_operators(function, model)
     try:
         with (

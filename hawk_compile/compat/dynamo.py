@@ -38,13 +38,16 @@ while_traced = comptime
 elsewhere the line does nothing. The function has no closure."""
 
 
-def compile_and_forget(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+def compile_and_forget(function: Callable[..., Any], taken: bool = False, **settings: Any) -> Callable[..., Any]:
     """torch.compile of a function or method whose code is that of no other; what is kept of it goes with the result.
 
     Dynamo holds every backend that it was ever given, to reset those that can be.
+
+    Args:
+        taken: whether the backend takes its graph to where the symbols of its sizes are read later on.
     """
     symbols: list[weakref.ref[ShapeEnv]] = []
-    if not {"mode", "options"} & {name for name, value in settings.items() if value is not None}:
+    if not taken and not {"mode", "options"} & {name for name, value in settings.items() if value is not None}:
         backend = settings["backend"]
         compiler = lookup_backend(backend) if isinstance(backend, str) else backend
         settings = {**settings, "backend": noting_symbols(compiler, symbols)}

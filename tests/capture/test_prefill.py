@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_passes_on_a_copy_are_passes_on_the_original(name: str) -> None:
     assert prefill.gm.code == before != first
     own = capture_prefill(plain(name), *call_of(plain(name), inputs(name, 4)))
     assert run_passes(own.gm, own.example_inputs, options_of(HawkConfig(backend="eager"))).code == first
+
+
+def test_a_graph_that_was_taken_outlives_what_took_it() -> None:
+    """The symbols of its sizes too, which go with graphs that are compiled."""
+    model = plain("llava")
+    prefill = capture_prefill(model, *call_of(model, inputs("llava", 4)))
+    gc.collect()
+    assert len(prefill.arguments(*call_of(model, inputs("llava", 0)))) == len(prefill.example_inputs)
 
 
 @pytest.mark.parametrize("name", NAMES)
