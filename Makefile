@@ -4,12 +4,14 @@
 # make test-compat   the suite's core at both ends of the supported torch and transformers; make test-compat-low: one
 # make test-vllm   the tests in a real vLLM, in an environment of its own (.venv-vllm, on a CPU)
 # make test-vllm-kinds   the slow ones: every tiny checkpoint with every kind of conversation
+# make fuzz    draw models and calls for SECONDS=600, from SEED on, and hold each to the plain model
 # make check   ruff, mypy and the rooms' imports alone
 # make bench   install into .venv and time pruning against the same model unpruned
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+SECONDS ?= 600
 PYTEST = $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # pip compiles some hundred packages on one core, in 40 seconds; compileall takes all cores. What no Python reads, such as
@@ -17,7 +19,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no
 COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 VLLM_PIP = .venv-vllm/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo vllm-env test-vllm test-vllm-kinds test test-quick test-slow test-all test-compat test-compat-low check bench clean
+.PHONY: fuzz demo vllm-env test-vllm test-vllm-kinds test test-quick test-slow test-all test-compat test-compat-low check bench clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
@@ -41,6 +43,10 @@ test-compat: $(VENV)/.test
 
 test-compat-low: $(VENV)/.test
 	$(VENV)/bin/python tests/compat.py low --workers $(WORKERS)
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(VENV)/.test
+	$(VENV)/bin/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 vllm-env: .venv-vllm/.ready
 

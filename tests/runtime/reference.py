@@ -48,10 +48,15 @@ class Conversation:
 
     def prefill(self, merged: dict[str, Any], ids: list[int], inputs: dict[str, Tensor]) -> Tensor:
         """The same of what reaches the decoder."""
-        length = len(ids)
         visual = [i for i, each in enumerate(ids) if each in VISUAL]
         kept = best(scores(self.decoder, merged["inputs_embeds"][0], visual, voters(self.model, ids)), self.ratio)
-        keep = torch.tensor(sorted({*range(length)} - {*visual} | {visual[i] for i in kept}))
+        keep = torch.tensor(sorted({*range(len(ids))} - {*visual} | {visual[i] for i in kept}))
+        return self.gathered(merged, ids, inputs, keep)
+
+    @torch.no_grad()
+    def gathered(self, merged: dict[str, Any], ids: list[int], inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
+        """The same with these positions kept, [S'] ascending."""
+        length = len(ids)
         positions = merged.get("position_ids")
         positions = torch.arange(length)[None] if positions is None else positions
         self.dimensions = positions.shape[0] if positions.ndim == 3 else 0
@@ -64,8 +69,12 @@ class Conversation:
         if self.dimensions == 4:
             arguments["position_ids"][0] = keep + self.seen
         if merged.get("deepstack_visual_embeds") is not None:
-            arguments["visual_pos_masks"] = torch.isin(torch.tensor(ids), torch.tensor(VISUAL))[keep][None]
-            arguments["deepstack_visual_embeds"] = [level[sorted(kept)] for level in merged["deepstack_visual_embeds"]]
+            visual = torch.isin(torch.tensor(ids), torch.tensor(VISUAL))
+            ranks = visual.long().cumsum(0) - 1
+            arguments["visual_pos_masks"] = visual[keep][None]
+            arguments["deepstack_visual_embeds"] = [
+                level[ranks[keep[visual[keep]]]] for level in merged["deepstack_visual_embeds"]
+            ]
         self.next_position = int(positions[1:].max() if self.dimensions == 4 else positions.max()) + 1
         self.seen += length
         self.keep = keep

@@ -20,7 +20,7 @@ __all__ = [
     "visual_count", "visual_mask",
 ]  # fmt: skip
 
-_ARCHITECTURES: dict[str, Architecture] = {
+ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
         grids.Qwen2VL(),
@@ -44,11 +44,11 @@ _ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
-AUDIO_NAMES: tuple[str, ...] = tuple(name for name, a in _ARCHITECTURES.items() if a.audio_sizes)
+AUDIO_NAMES: tuple[str, ...] = tuple(name for name, a in ARCHITECTURES.items() if a.audio_sizes)
 LATENT_NAMES: tuple[str, ...] = ("kimi_k25",)
 """Of latent attention: its own tests, beside those of all others."""
-NAMES: tuple[str, ...] = tuple(name for name in _ARCHITECTURES if name not in (*AUDIO_NAMES, *LATENT_NAMES))
-VIDEO_NAMES: tuple[str, ...] = tuple(name for name in NAMES if _ARCHITECTURES[name].video_sizes)
+NAMES: tuple[str, ...] = tuple(name for name in ARCHITECTURES if name not in (*AUDIO_NAMES, *LATENT_NAMES))
+VIDEO_NAMES: tuple[str, ...] = tuple(name for name in NAMES if ARCHITECTURES[name].video_sizes)
 
 
 def build(name: str, *, seed: int = 0, layers: int = 3) -> PreTrainedModel:
@@ -101,6 +101,6 @@ def sizes(name: str) -> list[Row]:
 
 
 def _architecture(name: str) -> Architecture:
-    if name not in _ARCHITECTURES:
+    if name not in ARCHITECTURES:
         raise ValueError(f"no architecture is called {name!r}; there are {', '.join(NAMES)}")
-    return _ARCHITECTURES[name]
+    return ARCHITECTURES[name]
