@@ -174,9 +174,9 @@ class MixersStoodFor(WhileUsed):
         self.stand_ins: dict[str, Callable[..., Any]] = {}
         """By the mixers' dotted paths; always the same, since what was captured is guarded by them."""
 
-    def change(self, model: nn.Module | None = None) -> None:
-        """For a model's modeling files; none for a copy of a model that has them already."""
-        for name in {type(module).__module__ for module in model.modules()} if model is not None else ():
+    def change(self, model: nn.Module) -> None:
+        """For a model's modeling files."""
+        for name in {type(module).__module__ for module in model.modules()}:
             file = sys.modules.get(name)
             for mixer, kind in MIXERS.items():
                 path, there = f"{name}.{mixer}", getattr(file, mixer, None)

@@ -11,12 +11,8 @@ from hawk_compile.capture.mixers import mixers_stood_for
 STOOD_FOR = (mixers_stood_for, experts_stood_for, indexers_stood_for)
 
 
-def begin_operators(user: Any, model: nn.Module | None = None) -> None:
-    """Let captures of a model hold these operators until `end_operators`, or for as long as the user lives.
-
-    Args:
-        model: None for a copy of a model for which this was said already.
-    """
+def begin_operators(user: Any, model: nn.Module) -> None:
+    """Let captures of a model hold these operators until `end_operators`, or for as long as the user lives."""
     for each in STOOD_FOR:
         each.begin(user, model)
 

@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hawk_compile.compat.models import attention_of
 from hawk_compile.errors import HawkError, InputError, ManifestError, UnsupportedCallError
 from hawk_compile.exporting import manifest as manifests
 from hawk_compile.exporting.calls import (
@@ -46,6 +45,7 @@ from hawk_compile.runtime.handover import scratch_cache, scratch_layers
 from hawk_compile.runtime.overrides import overrides_of
 from hawk_compile.runtime.records import Report
 from hawk_compile.runtime.state import RUNTIME, Runtime
+from hawk_compile.settings.checkpoint import kernel_of_hub
 from hawk_compile.settings.head_weights import HeadWeights, normalised
 
 MOST_LAYERS = 4096
@@ -185,7 +185,7 @@ def skeleton(folder: Path, manifest: Manifest, device: torch.device) -> PreTrain
 def check_config(folder: Path, config: PretrainedConfig) -> None:
     """Refuse a configuration that has transformers fetch a kernel from the Hub, which is code, or that makes of a
     folder more layers than a model has, each of which is made of Python's objects."""
-    if "/" in (attention := str(attention_of(config))):
+    if (attention := kernel_of_hub(config)) is not None:
         raise ManifestError(
             f"config.json of {folder} names the attention {shown(attention, 80)} of the Hub, which an export does not "
             "need: do not load it"

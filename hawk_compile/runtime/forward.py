@@ -11,6 +11,8 @@ from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.encode import positions_of
 from hawk_compile.capture.merging import without_unawaited
 from hawk_compile.capture.modalities import (
+    PER_TOKEN_INPUTS,
+    along_prompt,
     merges_itself,
     modalities_of,
     placeholders_by_modality,
@@ -69,12 +71,14 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
 
 def behind_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call that repeats the whole conversation, cut to what the cache does not hold; its mask covers
-    the whole all the same."""
-    length, past = tokens_of(kwargs).shape[1], int(kwargs["past_key_values"].get_seq_length())
+    the whole all the same, and pixels as wide as it is long stay as they are."""
+    rows, length = tokens_of(kwargs).shape[:2]
+    past = int(kwargs["past_key_values"].get_seq_length())
+    axes = dict.fromkeys({*PER_TOKEN_INPUTS, *along_prompt(kwargs, rows, length)} - {"attention_mask"}, -1)
+    axes["inputs_embeds"] = 1
     cut = {
-        name: value[:, past:] if name == "inputs_embeds" else value[..., past:] for name, value in kwargs.items()
-        if isinstance(value, Tensor) and name != "attention_mask" and value.ndim >= 2
-        and value.shape[1 if name == "inputs_embeds" else -1] == length
+        name: value.narrow(axis, past, length - past) for name, axis in axes.items()
+        if isinstance(value := kwargs.get(name), Tensor) and value.shape[axis] == length
     }  # fmt: skip
     return {**kwargs, **cut}
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
 from hawk_compile.errors import InputError, UnsupportedModelError
 from hawk_compile.exporting.quiet import quiet
+from hawk_compile.files import shown
+from hawk_compile.settings.checkpoint import kernel_of_hub
 from hawk_compile.tools.absent import reason_of, remedy
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,6 +60,12 @@ def read_model(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(f"checkpoint must be a folder with a config.json, got {folder}: {remedy(folder)}")
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if (attention := kernel_of_hub(config)) is not None:
+            raise UnsupportedModelError(
+                f"config.json of {folder} names the attention {shown(attention, 80)} of the Hub, which is code: take "
+                "it out of there, or load the model in Python if you trust it"
+            )
         return AutoModelForMultimodalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         ).eval()

@@ -1,5 +1,6 @@
 """What a bug report needs to know of a machine, and the environment switches in one table."""
 
+import contextlib
 import datetime
 import getpass
 import os
@@ -57,8 +58,19 @@ def is_switch(variable: str) -> bool:
 
 def anonymous(text: str) -> str:
     """A text without the names of home folders and users, and without what URLs hold of passwords."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", "", text.replace(str(Path.home()), "~"))
-    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(getpass.getuser())}(?![A-Za-z0-9])", "USER", text)
+    text, (home, user) = re.sub(r"(?<=://)[^/@\s]+@", "", text), home_and_user()
+    text = text.replace(home, "~") if home.strip("/") else text
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", "USER", text) if user else text
+
+
+def home_and_user() -> tuple[str, str]:
+    """The home folder and the name of who runs this, each empty where the system knows none, as in many containers."""
+    home = user = ""
+    with contextlib.suppress(RuntimeError):
+        home = str(Path.home())
+    with contextlib.suppress(KeyError, OSError):
+        user = getpass.getuser()
+    return home, user
 
 
 def is_installed(package: str) -> bool:

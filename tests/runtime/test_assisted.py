@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.forward import behind_cache
 from tests import zoo
 from tests.runtime.models import (
     ROUNDING,
@@ -180,6 +182,22 @@ def test_a_later_turn(name: str, options: dict[str, Any]) -> None:
     by_hand.feed(QUESTION)
     check_logits(later, by_hand, second)
     assert cache.get_seq_length() == later.sequences.shape[1] - 1
+
+
+def test_what_stands_for_tokens_is_cut_behind_the_cache_and_nothing_else() -> None:
+    """Of a conversation of 16 tokens, of which a cache holds 9; pixels and their mask are 16 wide too."""
+    given = {
+        "input_ids": torch.arange(16)[None], "position_ids": torch.arange(16).expand(3, 1, 16),
+        "mm_token_type_ids": torch.zeros(1, 16), "attention_mask": torch.ones(1, 16),
+        "pixel_values": torch.zeros(1, 3, 16, 16), "pixel_attention_mask": torch.ones(1, 4, 16, 16),
+        "past_key_values": SimpleNamespace(get_seq_length=lambda: 9), "logits_to_keep": 1,
+    }  # fmt: skip
+    cut = behind_cache(given)
+    names = ("input_ids", "position_ids", "mm_token_type_ids")
+    assert {name for name in given if cut[name] is not given[name]} == {*names}
+    assert all(cut[name].equal(given[name][..., 9:]) for name in names)
+    embeds = torch.randn(1, 16, 4)
+    assert behind_cache({**given, "input_ids": None, "inputs_embeds": embeds})["inputs_embeds"].equal(embeds[:, 9:])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,21 @@ def test_nothing_personal_is_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "ada" not in re.findall(r"\w+", " ".join(shown.values())) and "hunter2" not in str(shown)
     told = call("env", "--model", tmp_path / "ada" / "none").stdout
     assert "/ada" not in told and "there is no file" in told
+
+
+@pytest.mark.parametrize("home", ["/", None])
+def test_who_runs_it_may_have_no_name_and_no_home(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
+    """As in a container that runs by a number which no system file knows."""
+
+    def nobody(*_: Any) -> Any:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(environment.getpass, "getuser", nobody)
+    monkeypatch.setattr(environment.Path, "home", nowhere if home is None else lambda: Path(home))
+    assert environment.anonymous("HAWK_DUMP=/srv/graphs, redis://ada:hunter2@host") == "HAWK_DUMP=/srv/graphs, redis://host"
 
 
 def test_what_is_found_in_a_model_stands_in_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hawk_compile
-from hawk_compile.errors import HawkError, InputError
+from hawk_compile.errors import HawkError, InputError, UnsupportedModelError
 from hawk_compile.tools.calibration.record import whole_lines
 from hawk_compile.tools.calibration.result import Calibration
 from hawk_compile.tools.checkpoints import read_model, read_processor
@@ -150,6 +150,15 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path: Path, read: Callable[[Path], 
     with refused(HawkError):
         read(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+def test_a_kernel_that_a_checkpoint_names_is_not_fetched(tmp_path: Path, part: str) -> None:
+    content = json.loads((Path(MODEL) / "config.json").read_text())
+    (content[part] if part else content)["attn_implementation"] = "kernels-community/attention"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UnsupportedModelError, match="names the attention kernels-community/attention of the Hub"):
+        read_model(tmp_path, torch.float32)
 
 
 def fuzz(folder: Path, seed: int) -> None:
