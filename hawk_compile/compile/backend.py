@@ -4,6 +4,7 @@ A graph that merges visual features into token embeddings is rewritten by the pa
 (`options["backend"]`); every other graph goes to the inner compiler as it is.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from transformers import GenerationMixin
 
 from hawk_compile.compat.dynamo import handed_on, lookup_backend
 from hawk_compile.compile.pipeline import PassOptions, run_passes, source_tag
-from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError
+from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError, UnsupportedCallError
 from hawk_compile.passes.graph import is_call
 from hawk_compile.passes.locate_prefill import find_merges
 from hawk_compile.settings.config import HawkConfig, make_config
@@ -42,9 +44,29 @@ def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, An
         GraphError: the graph merges visual features but cannot be pruned.
     """
     try:
+        refuse_generate()
         return compile_pruned(gm, example_inputs, dict(options or {}))
     except HawkError as error:
         raise handed_on(error) from error.__cause__
+
+
+def refuse_generate() -> None:
+    """Refuse graphs of what generate calls, as behind `model.compile(backend="hawk")`: its masks and positions would be
+    those of the whole prompt behind a cache of a pruned one.
+
+    Raises:
+        UnsupportedCallError: generate is among the calls that led here.
+    """
+    generate = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is generate:
+            raise UnsupportedCallError(
+                'generate was called of a model that backend="hawk" compiles (model.compile), whose masks and '
+                "positions would not be those of a pruned prompt: call hawk_compile.optimize(model, ratio=...), with "
+                "what stands in options, on the model as it was, and generate of that"
+            )
+        frame = frame.f_back
 
 
 def compile_pruned(gm: fx.GraphModule, example_inputs: list[Any], settings: dict[str, Any]) -> Callable[..., Any]:

@@ -14,7 +14,13 @@ from torch import nn
 import hawk_compile
 from hawk_compile.compile.backend import compile_graph, inner_compiler
 from hawk_compile.compile.pipeline import PassOptions
-from hawk_compile.errors import AttentionNotFoundError, ConfigError, GraphError, MergeNotFoundError
+from hawk_compile.errors import (
+    AttentionNotFoundError,
+    ConfigError,
+    GraphError,
+    MergeNotFoundError,
+    UnsupportedCallError,
+)
 from tests import zoo
 from tests.passes import graphs
 from tests.zoo import rows
@@ -100,6 +106,20 @@ def test_a_batch_with_equal_visual_counts():
     expected = logits_of(optimized("llava"), {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])})
     result = through_the_door(model, inputs, dynamic=True)
     torch.testing.assert_close(result[:, -expected.shape[1] :][1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_generate_of_a_model_that_is_compiled_in_place_is_refused_with_the_remedy():
+    """At its first graph, or at that of its steps where a call has compiled the prefill before."""
+    model = zoo.build("llava", layers=1)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    model.compile(backend="hawk", options=OPTIONS, dynamic=True)
+    refused = pytest.raises(UnsupportedCallError, match=r"\(model\.compile\), whose .* call hawk_compile\.optimize")
+    with refused:
+        model.generate(**inputs, max_new_tokens=3)
+    with torch.no_grad():
+        model(**inputs)
+    with refused:
+        model.generate(**inputs, max_new_tokens=3)
 
 
 def test_rows_with_unequal_visual_counts_are_refused():

@@ -154,8 +154,9 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path: Path, read: Callable[[Path], 
 
 @pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
 def test_a_kernel_that_a_checkpoint_names_is_not_fetched(tmp_path: Path, part: str) -> None:
+    """For the whole model, or for a part of it alone."""
     content = json.loads((Path(MODEL) / "config.json").read_text())
-    (content[part] if part else content)["attn_implementation"] = "kernels-community/attention"
+    content["attn_implementation"] = {part: "kernels-community/attention"}
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UnsupportedModelError, match="names the attention kernels-community/attention of the Hub"):
         read_model(tmp_path, torch.float32)
