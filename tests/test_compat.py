@@ -16,11 +16,15 @@ import pytest
 import torch
 from accelerate import hooks as accelerate_hooks
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._debug_mode import DebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer, StaticIndexedLayer
 from transformers.utils import output_capturing
 
-from hawk_compile.compat import accelerate, dynamo, exporters, models, peft
+from hawk_compile.compat import accelerate, dynamo, exporters, models, modes, peft
 from hawk_compile.kernels import compat as kernels
 from hawk_compile.passes import compat as passes
 from hawk_compile.versions import SINCE, lacking
@@ -136,6 +140,102 @@ def test_what_torch_compile_was_told_to_leave_uncompiled() -> None:
         assert not dynamo.compiles_all()
     with torch.compiler.set_stance("fail_on_recompile"):
         assert dynamo.compiles_all()
+
+
+def test_whether_torch_compile_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(values: torch.Tensor) -> torch.Tensor:
+        return values * 2
+
+    assert dynamo.is_compiled(torch.compile(double)) and not dynamo.is_compiled(double)
+    assert not dynamo.is_switched_off()
+    with dynamo.dynamo_settings(disable=True):
+        assert dynamo.is_switched_off()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert torch.compile(double) is double
+    monkeypatch.undo()
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match=dynamo.REFUSED_TO_COMPILE):
+        torch.compile(double, backend="eager")(torch.ones(2))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class WatchingFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+seen: list[str] = []
+
+
+def test_dispatch_modes_see_what_a_graph_runs_and_bar_no_second_call() -> None:
+    compiled: list[Any] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        compiled.append(list(modes.dispatch_modes()))
+        return gm.forward
+
+    def sine(values: torch.Tensor) -> torch.Tensor:
+        return values.sin()
+
+    function = torch.compile(sine, backend=backend, fullgraph=True)
+    function(torch.ones(2))
+    seen.clear()
+    with Watching() as mode, DebugMode() as debug, FakeTensorMode() as fake:
+        assert modes.dispatch_modes() == [debug, mode, fake] or {*modes.dispatch_modes()} == {debug, mode, fake}
+        assert [modes.bars_graphs(each) for each in (mode, debug, fake)] == [True, False, False]
+        assert [modes.is_tracer(each) for each in (mode, debug, fake)] == [False, False, True]
+        assert not modes.has_values(torch.ones(2))
+    with Watching() as mode, modes.graphs_let_in([mode]):
+        for _ in range(2):
+            function(torch.ones(2))
+    assert seen.count("aten.sin.default") == 2 and compiled == [[]]
+    assert modes.bars_graphs(mode)
+    assert modes.has_values(torch.ones(2)) and not modes.has_values(torch.ones(2, device="meta"))
+
+
+def test_function_modes_can_be_set_aside() -> None:
+    with torch.device("cpu"), WatchingFunctions() as mode:
+        device = modes.function_modes()[0]
+        assert modes.function_modes() == [device, mode]
+        assert modes.sets_devices(device) and not modes.sets_devices(mode)
+        seen.clear()
+        with modes.inside_function_modes([device]):
+            torch.sin(torch.tensor(1.0))
+            assert not seen
+            with modes.inside_function_modes([device, mode]):
+                torch.sin(torch.tensor(1.0))
+        assert "sin" in seen and modes.function_modes() == [device, mode]
+
+
+def test_transforms_are_counted() -> None:
+    inside: list[int] = []
+    torch.vmap(lambda row: (inside.append(modes.transforms()), row)[1])(torch.ones(2, 2))
+    assert inside == [1] and modes.transforms() == 0
+
+
+def test_hooks_of_a_module_and_of_all_modules() -> None:
+    linear, calls = torch.nn.Linear(2, 2), []
+    handles = [
+        linear.register_forward_hook(print), linear.register_forward_pre_hook(print),
+        linear.register_full_backward_hook(print), linear.register_full_backward_pre_hook(print),
+    ]  # fmt: skip
+    assert modes.hooks_of(linear) == [print] * 4
+    for handle in handles:
+        handle.remove()
+    assert modes.hooks_of(linear) == modes.global_hooks() == []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: calls.append(1))
+    assert len(modes.global_hooks()) == 1
+    with modes.without_global_hooks():
+        linear(torch.ones(2))
+    assert not calls
+    linear(torch.ones(2))
+    handle.remove()
+    assert calls == [1] and modes.global_hooks() == []
 
 
 traced: list[str] = []

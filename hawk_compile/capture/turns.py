@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from hawk_compile.capture.dynamo import UNCUT, capture_lock, capture_settings, compile_alone
-from hawk_compile.compat.dynamo import dynamo_settings, is_in_ddp, while_traced
+from hawk_compile.compat.dynamo import dynamo_settings, is_compiled, is_in_ddp, while_traced
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -66,9 +66,12 @@ class CompiledInTurns:
             return function(*args, **kwargs)
 
         begun.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.begun, self.settings = begun, settings
         self.function = compile_alone(begun, **settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_compiled(self.function):  # torch.compile was switched off when this was made
+            self.function = compile_alone(self.begun, **self.settings)
         with contextlib.suppress(TurnNeeded), dynamo_settings(**UNCUT) if is_in_ddp() else contextlib.nullcontext():
             return self.function(*args, **kwargs)
         try:

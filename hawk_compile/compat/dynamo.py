@@ -178,6 +178,20 @@ def is_in_ddp() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None
 
 
+def is_switched_off() -> bool:
+    """Whether this thread's settings of torch.compile say that nothing is compiled."""
+    return bool(torch._dynamo.config.disable)
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether torch.compile has made something of a function; it returns it as it is where it is switched off."""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+REFUSED_TO_COMPILE = "fail_on_recompile"
+"""In the text of the RuntimeError that the stance of this name raises; it has no class of its own."""
+
+
 def write_package(program: torch.export.ExportedProgram, path: str, settings: dict[str, Any]) -> str:
     """Compile a program by AOTInductor into one .pt2 file."""
     return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)

@@ -6,7 +6,7 @@ A graph that merges visual features into token embeddings is rewritten by the pa
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import fx
 from transformers import GenerationMixin
 
 from hawk_compile.compat.dynamo import handed_on, lookup_backend
-from hawk_compile.compile.pipeline import PassOptions, run_passes, source_tag
+from hawk_compile.compile.pipeline import PASSES, PassOptions, Step, run_passes, source_tag
 from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError, UnsupportedCallError
 from hawk_compile.passes.graph import is_call
 from hawk_compile.passes.locate_prefill import find_merges
@@ -99,11 +99,12 @@ def options_of(config: HawkConfig, **more: Any) -> PassOptions:
 
 
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], config: HawkConfig, options: PassOptions
-) -> Callable[..., Any]:
+    gm: fx.GraphModule, example_inputs: list[Any], config: HawkConfig, options: PassOptions,
+    passes: Sequence[Step] = PASSES,
+) -> Callable[..., Any]:  # fmt: skip
     """Rewrite the graph if it holds a prefill, and compile it with the config's inner compiler."""
     if holds_prefill(gm):
-        gm = run_passes(gm, example_inputs, options)
+        gm = run_passes(gm, example_inputs, options, passes)
     else:
         log.info("a graph of %d nodes merges no visual features and is compiled as it is", len(gm.graph.nodes))
     with torch.compiler.config.patch(cache_key_tag=source_tag()):  # type: ignore[attr-defined]

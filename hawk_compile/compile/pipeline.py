@@ -81,6 +81,9 @@ PASSES = (
 )
 """What runs in front of a compiler."""
 
+PLAIN_PASSES = tuple(step for step in PASSES if step.run is not fold_layers)
+"""Where modes see each operator: of a layer that others share they would see one call."""
+
 EXPORT_PASSES = (
     Step(remove_assertions, "remove torch.export's checks, which pin values at full length"),
     *PRUNING,

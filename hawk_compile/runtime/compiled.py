@@ -1,7 +1,8 @@
 """The compiled prefill and decode step. No lock is held while one of them runs: only captures take turns."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,19 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn
-from hawk_compile.compat.dynamo import compiles_all
+from hawk_compile.compat.dynamo import REFUSED_TO_COMPILE
 from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
+from hawk_compile.compile.pipeline import PASSES, PLAIN_PASSES, Step
+from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.passes.site import Located, read
 from hawk_compile.plan.plan import Plan
+from hawk_compile.runtime.surroundings import compiling, seen_by_watchers, watchers_around
 from hawk_compile.settings.config import HawkConfig
+
+LONGEST = 300
+"""Characters of what torch says; its reasons run to many lines."""
 
 
 class CompiledPrefill:
@@ -25,13 +32,16 @@ class CompiledPrefill:
     Attributes:
         compilations: how many graphs were compiled.
         scoring_layer: the decoder layer whose attention scores, counted from 0, once there is a graph.
+        watched: the same without generated code, for calls inside modes that are to see every operator.
     """
 
-    def __init__(self, config: HawkConfig, ranks: Ranks | None = None):
+    def __init__(self, config: HawkConfig, ranks: Ranks | None = None, passes: Sequence[Step] = PASSES):
         self.config = config
         self.options = options_of(config, ranks=ranks)
+        self.ranks, self.passes = ranks, passes
         self.compilations = 0
         self.scoring_layer = 0
+        self.watched: CompiledPrefill | None = None
         self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
 
     def compiler(self) -> Callable[..., Any]:
@@ -47,9 +57,9 @@ class CompiledPrefill:
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
-        compiled = compile_graph(gm, example_inputs, self.config, self.options)
+        compiled = compile_graph(gm, example_inputs, self.config, self.options, self.passes)
         self.scoring_layer = read(gm, Located).layer
-        return compiled
+        return compiled if self.passes is PASSES else shown(compiled)
 
     def run(
         self,
@@ -64,6 +74,9 @@ class CompiledPrefill:
 
         Args:
             along: names of the inputs of shape [..., B, S] beside those that every model has.
+
+        Raises:
+            UnsupportedCallError: `torch.compiler.set_stance` says that a call which needs a graph is to fail.
         """
         device = head_weights.device
         image, floor = (None, None) if plan.quotas is None else (plan.quotas.image, plan.quotas.floor)
@@ -71,10 +84,38 @@ class CompiledPrefill:
             plan.question_mask, plan.budget, head_weights, *slots(plan.length, plan.visual_slots, device),
             plan.candidates, plan.least, image, floor, plan.question_images,
         )  # fmt: skip
-        if compiles_all():
-            return self.function(forward, inputs, past_mask, planned, along)
-        with torch.compiler.set_stance("default"):  # uncompiled there is no pruned prefill
-            return self.function(forward, inputs, past_mask, planned, along)
+        watchers = watchers_around()
+        with compiling():
+            if not watchers.any:
+                return self.called(forward, inputs, past_mask, planned, along)
+            if self.watched is None:
+                self.watched = CompiledPrefill(replace(self.config, backend="eager"), self.ranks, PLAIN_PASSES)
+            with watchers.aside():
+                result = self.watched.called(forward, inputs, past_mask, planned, along)
+            self.scoring_layer = self.watched.scoring_layer
+            return result
+
+    def called(self, *args: Any) -> Any:
+        try:
+            return self.function(*args)
+        except RuntimeError as error:
+            if REFUSED_TO_COMPILE not in str(error):
+                raise
+            raise UnsupportedCallError(
+                f'torch.compiler.set_stance("{REFUSED_TO_COMPILE}") is on, and no graph that was compiled serves this '
+                "call: make a call of its kind (as many rows, padded or not, cache or none) before the stance is set, "
+                f"or set another. torch says: {' '.join(str(error).split())[:LONGEST]}"
+            ) from error
+
+
+def shown(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph that modes see, which are set aside while it is captured."""
+
+    def run(*args: Any) -> Any:
+        with seen_by_watchers():
+            return compiled(*args)
+
+    return run
 
 
 class CompiledStep:

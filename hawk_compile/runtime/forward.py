@@ -33,6 +33,7 @@ from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import refuse_other_cache
 from hawk_compile.runtime.split import placed
 from hawk_compile.runtime.state import Runtime
+from hawk_compile.runtime.surroundings import watchers_around
 from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physical_mask, refuse_spoiled, track
 from hawk_compile.settings.config import MODALITIES
 
@@ -170,8 +171,10 @@ def step(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dic
         options = {"backend": runtime.config.backend}
     cache = kwargs.get("past_key_values")
     with opened(cache):
-        if options is None or physical_length(cache) == 0 or tokens_of(kwargs).shape[1] != 1:
+        wanted = options is not None and physical_length(cache) != 0 and tokens_of(kwargs).shape[1] == 1
+        if not wanted or watchers_around().any:
             return forward(**kwargs)
+        assert options is not None
         refuse_mixed_adapters(model, runtime)
         with diagnosed(model, f"the decode step of {type(model).__name__}", STEP_REMEDY):
             return runtime.step(forward, options).run(kwargs)

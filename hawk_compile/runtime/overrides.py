@@ -43,6 +43,7 @@ from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.saving import save_of, upload
 from hawk_compile.runtime.split import placed
 from hawk_compile.runtime.state import RUNTIME
+from hawk_compile.runtime.surroundings import watchers_around
 from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask, refuse_spoiled
 from hawk_compile.runtime.wholes import refuse_speech
 
@@ -97,7 +98,10 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
     signature = inspect.signature(kind.forward)
     rest = name_of_rest(signature)
 
-    @torch.compiler.disable(reason="an optimised model compiles its own prefill")
+    @torch.compiler.disable(
+        reason="an optimised model compiles its own prefill: leave fullgraph=True out of the torch.compile around it, "
+        "or hawk_compile.restore the model"
+    )
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self:  # bound twice, see `uninstall`
             args = args[1:]
@@ -264,10 +268,11 @@ def prefill_whole(
 
 
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The vision encoder, compiled if the settings ask for that, and each frame's part if they ask of frames."""
+    """The vision encoder, compiled if the settings ask for that and no mode is to see each of its operators, and each
+    frame's part if they ask of frames."""
     runtime, frames = self.__dict__.get(RUNTIME), model_kwargs.get("video_grid_thw")
     encode = original(self, PREPARE_ENCODERS)
-    if runtime is not None and runtime.config.compile_vision:
+    if runtime is not None and runtime.config.compile_vision and not watchers_around().any:
         encode = runtime.vision.method(self, encode)
     encoded = encode(model_kwargs)
     if runtime is not None and runtime.config.per_image and frames is not None:

@@ -45,6 +45,7 @@ from hawk_compile.runtime.refusals import (
 )
 from hawk_compile.runtime.split import adapt, moved
 from hawk_compile.runtime.state import Runtime
+from hawk_compile.runtime.surroundings import refuse_surroundings
 from hawk_compile.runtime.tracked import opened, spoiled_by_failure, track
 from hawk_compile.settings.config import HawkConfig
 
@@ -55,6 +56,7 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
     Raises:
         UnsupportedCallError, InputError, GraphError: as `hawk_compile.runtime.forward.run`.
     """
+    refuse_surroundings(model, kwargs)
     refuse_unsupported(model, kwargs)
     refuse_mixed_adapters(model, runtime)
     if runtime.scratch_layers is None:
