@@ -212,12 +212,6 @@ def test_function_modes_can_be_set_aside() -> None:
         assert "sin" in seen and modes.function_modes() == [device, mode]
 
 
-def test_transforms_are_counted() -> None:
-    inside: list[int] = []
-    torch.vmap(lambda row: (inside.append(modes.transforms()), row)[1])(torch.ones(2, 2))
-    assert inside == [1] and modes.transforms() == 0
-
-
 def test_hooks_of_a_module_and_of_all_modules() -> None:
     linear, calls = torch.nn.Linear(2, 2), []
     handles = [

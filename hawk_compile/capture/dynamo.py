@@ -56,6 +56,7 @@ def capture_settings() -> Iterator[None]:
             specialize_float=True,
             suppress_errors=False,  # what cannot be captured would run without being pruned
             **UNCUT,
+            skip_nnmodule_hook_guards=False,
             accumulated_recompile_limit=32 * RECOMPILE_LIMIT,
         ),
         shape_settings(use_duck_shape=False),

@@ -48,6 +48,10 @@ def end_turn() -> None:
         turn.taken = False
 
 
+def nothing() -> None:
+    """Nothing to look at before a capture."""
+
+
 class CompiledInTurns:
     """A function that Dynamo compiles, one structure of its calls after another.
 
@@ -70,10 +74,20 @@ class CompiledInTurns:
         self.function = compile_alone(begun, **settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(nothing, *args, **kwargs)
+
+    def call(self, before_capture: Callable[[], None], /, *args: Any, **kwargs: Any) -> Any:
+        """One call.
+
+        Args:
+            before_capture: called where no graph serves the call, and before one is captured. What it raises ends the
+                call.
+        """
         if not is_compiled(self.function):  # torch.compile was switched off when this was made
             self.function = compile_alone(self.begun, **self.settings)
         with contextlib.suppress(TurnNeeded), dynamo_settings(**UNCUT) if is_in_ddp() else contextlib.nullcontext():
             return self.function(*args, **kwargs)
+        before_capture()
         try:
             turn.taken = True
             capture_lock.acquire()

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture import segments
 from hawk_compile.capture.diagnosis import diagnosed
+from hawk_compile.capture.hooks import refuse_hooks
 from hawk_compile.capture.patches import install_recorders
 from hawk_compile.capture.turns import CompiledInTurns
 from hawk_compile.capture.twin import sharing_copy, snapshot, unchanged, with_children
@@ -112,8 +113,10 @@ class CompiledModule:
 
     def compiled(self, fixed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         what = f"compile_vision: the encoder's {self.name}"
+        inside = ((path, part) for path, part in self.original.named_modules(prefix=self.name) if path != self.name)
+        check = functools.partial(refuse_hooks, inside, what, REMEDY)
         with diagnosed(self.module, what, REMEDY):
-            return self.graph(self.eager, fixed, tensors)
+            return self.graph.call(check, self.eager, fixed, tensors)
 
     def check(self, output: Any, given: dict[str, Any]) -> None:
         """See, the first time, that a tower gives the same by segments as by the grid, which it may read elsewhere."""

@@ -33,11 +33,6 @@ def sets_devices(mode: Any) -> bool:
     return isinstance(mode, DeviceContext)
 
 
-def transforms() -> int:
-    """How many transforms of torch.func (vmap, grad, functionalize) this thread is inside of."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth()
-
-
 def has_values(tensor: Tensor) -> bool:
     """Whether numbers can be read from a tensor: not where it is fake, or on the meta device."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.prefill import planned_forward
-from hawk_compile.capture.turns import CompiledInTurns, ending_turn
+from hawk_compile.capture.turns import CompiledInTurns, ending_turn, nothing
 from hawk_compile.compat.dynamo import REFUSED_TO_COMPILE
 from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
 from hawk_compile.compile.pipeline import PASSES, PLAIN_PASSES, Step
@@ -69,11 +69,13 @@ class CompiledPrefill:
         plan: Plan,
         head_weights: Tensor,
         along: tuple[str, ...] = (),
+        before_capture: Callable[[], None] = nothing,
     ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
         """(model output, keep [B, S'], valid [B, S'], scores [B, S]); fills the cache among the inputs.
 
         Args:
             along: names of the inputs of shape [..., B, S] beside those that every model has.
+            before_capture: looks at the model where no graph serves the call.
 
         Raises:
             UnsupportedCallError: `torch.compiler.set_stance` says that a call which needs a graph is to fail.
@@ -87,17 +89,17 @@ class CompiledPrefill:
         watchers = watchers_around()
         with compiling():
             if not watchers.any:
-                return self.called(forward, inputs, past_mask, planned, along)
+                return self.called(before_capture, forward, inputs, past_mask, planned, along)
             if self.watched is None:
                 self.watched = CompiledPrefill(replace(self.config, backend="eager"), self.ranks, PLAIN_PASSES)
             with watchers.aside():
-                result = self.watched.called(forward, inputs, past_mask, planned, along)
+                result = self.watched.called(before_capture, forward, inputs, past_mask, planned, along)
             self.scoring_layer = self.watched.scoring_layer
             return result
 
-    def called(self, *args: Any) -> Any:
+    def called(self, before_capture: Callable[[], None], *args: Any) -> Any:
         try:
-            return self.function(*args)
+            return self.function.call(before_capture, *args)
         except RuntimeError as error:
             if REFUSED_TO_COMPILE not in str(error):
                 raise

@@ -12,8 +12,10 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.features import by_argument, feature_count
+from hawk_compile.capture.hooks import modules_of_prefill, refuse_hooks
 from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.modalities import (
+    AUDIO_INPUT,
     asks_for,
     known_ids,
     modalities_of,
@@ -56,7 +58,7 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
     Raises:
         UnsupportedCallError, InputError, GraphError: as `hawk_compile.runtime.forward.run`.
     """
-    refuse_surroundings(model, kwargs)
+    refuse_surroundings(kwargs)
     refuse_unsupported(model, kwargs)
     refuse_mixed_adapters(model, runtime)
     if runtime.scratch_layers is None:
@@ -140,9 +142,13 @@ def run_graph(
     }  # fmt: skip
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
+
+    def check_hooks() -> None:
+        refuse_hooks(modules_of_prefill(model, AUDIO_INPUT in inputs.arguments), "a pruned prefill")
+
     def run() -> Any:
         return runtime.prefill.run(
-            taking_features(model, forward), taken, inputs.past_mask, plan, weights, inputs.along)
+            taking_features(model, forward), taken, inputs.past_mask, plan, weights, inputs.along, check_hooks)
 
     with capturing(model, runtime) as attention:
         try:

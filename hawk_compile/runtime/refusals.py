@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
@@ -11,7 +10,6 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.capture.indexers import counts_slots
 from hawk_compile.capture.modalities import asks_for, token_kinds, tokens_of
-from hawk_compile.compat.dynamo import is_transformed
 from hawk_compile.compat.models import supports_encoded_images
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
@@ -56,7 +54,6 @@ def said(value: Any) -> str:
 
 
 def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    refuse_tracing()
     refuse_other_prompt(kwargs)
     if kwargs.get("labels") is not None:
         raise UnsupportedCallError(
@@ -91,23 +88,6 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             f"new images on a cache that already holds tokens cannot attend both ways ({' and '.join(names)} were "
             "given): prefill the whole conversation at once"
-        )
-
-
-def refuse_tracing() -> None:
-    """Refuse what would trace a prefill that compiles itself. It takes less than a microsecond.
-
-    Raises:
-        UnsupportedCallError: as said.
-    """
-    tracing = (
-        "torch.func (vmap, grad, jvp)" if is_transformed() else "torch.export" if torch.compiler.is_exporting()
-        else "torch.jit.trace" if torch.jit.is_tracing() else None
-    )  # fmt: skip
-    if tracing is not None:
-        raise UnsupportedCallError(
-            f"{tracing} was asked of a pruned prefill, which is a compiled graph of its own that nothing can trace: "
-            "give batches as rows, take hawk_compile.export to write a model, or hawk_compile.restore it"
         )
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from hawk_compile.capture.hooks import refuse_global_hooks
 from hawk_compile.capture.modalities import tokens_of
-from hawk_compile.compat.dynamo import compiles_all, is_switched_off
+from hawk_compile.compat.dynamo import compiles_all, is_switched_off, is_transformed
 from hawk_compile.compat.modes import (
     bars_graphs,
     dispatch_modes,
@@ -25,7 +26,6 @@ from hawk_compile.compat.modes import (
     inside_function_modes,
     is_tracer,
     sets_devices,
-    transforms,
     without_global_hooks,
 )
 from hawk_compile.errors import UnsupportedCallError
@@ -34,20 +34,19 @@ SWITCH = "TORCHDYNAMO_DISABLE"
 """The variable that makes torch.compile return what it is given; read when it is called."""
 
 
-def refuse_surroundings(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def refuse_surroundings(kwargs: dict[str, Any]) -> None:
     """Refuse to prune where no graph can be compiled or none can run.
 
     Raises:
-        UnsupportedCallError: it names the tracer, the transform or the switch.
+        UnsupportedCallError: it names the tracer, the transform, the switch or the hooks.
     """
     tokens = tokens_of(kwargs)
     if tracer := tracer_around(tokens):
         raise UnsupportedCallError(
-            f"{tracer} is around the call of an optimised {type(model).__name__}, whose prefill reads its prompt's ids "
-            "and runs a graph of its own, so that it cannot be traced: hawk_compile.export(model, inputs, folder) "
-            "writes the pruned prefill as a graph, and hawk_compile.restore(model) lets the model be traced unpruned"
+            f"{tracer} was asked of a pruned prefill, which is a compiled graph of its own that nothing can trace: "
+            "give batches as rows, take hawk_compile.export to write a model, or hawk_compile.restore it"
         )
-    if not has_values(tokens):
+    if isinstance(tokens, Tensor) and not has_values(tokens):
         raise UnsupportedCallError(
             f"the prompt is a {type(tokens).__name__} on {tokens.device} without the numbers from which a pruned "
             "prefill reads whose text votes: give real tensors, or hawk_compile.restore(model) to work out the shapes "
@@ -59,6 +58,7 @@ def refuse_surroundings(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             'it on, with optimize(model, backend="eager") if code is not to be generated, or '
             "hawk_compile.restore(model) to run the model unpruned"
         )
+    refuse_global_hooks()
 
 
 def tracer_around(tokens: Any) -> str:
@@ -67,10 +67,10 @@ def tracer_around(tokens: Any) -> str:
         return "torch.jit.trace"
     if isinstance(tokens, torch.fx.Proxy):
         return "torch.fx.symbolic_trace"
-    if transforms():
-        return "a transform of torch.func (vmap, grad, functionalize)"
+    if is_transformed():
+        return "torch.func (vmap, grad, jvp)"
     if tracers := [type(mode).__name__ for mode in dispatch_modes() if is_tracer(mode)]:
-        return f"{tracers[-1]} (of torch.export, make_fx or fake tensors)"
+        return f"{tracers[-1]}, of fake tensors, make_fx or torch.export"
     return ""
 
 
@@ -99,7 +99,7 @@ class Watchers:
 
     @property
     def any(self) -> bool:
-        return bool(self.dispatch) or not all(map(sets_devices, self.function))
+        return bool(self.dispatch) or self.tracks_modules or not all(map(sets_devices, self.function))
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -1,0 +1,94 @@
+"""Hooks that users put on modules. A graph would call them while it is captured, on tensors without numbers and at the
+prompt's full length, and never again. So where a graph has to be captured they are looked for; that one was added or
+taken off is seen by the graph's guards.
+
+What libraries put there (recorders of hidden states, observers of quantised layers, collectives of tensor-parallel
+ones) is part of what the model computes, and is captured with it.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hawk_compile.compat.modes import global_hooks, hooks_of
+from hawk_compile.errors import UnsupportedCallError
+
+Named = Iterable[tuple[str, nn.Module]]
+
+PART_OF_MODELS = (
+    "torch", "transformers", "accelerate", "peft", "bitsandbytes", "compressed_tensors", "optimum", "torchao",
+)  # fmt: skip
+"""Packages whose hooks compute, and keep nothing for anybody outside of the model."""
+REMEDY = (
+    "take them off, ask for output_hidden_states=True to read what the layers give for the kept tokens, or "
+    "hawk_compile.restore(model) to run it unpruned with its hooks"
+)
+MOST_NAMED = 3
+
+
+def refuse_hooks(modules: Named, what: str, remedy: str = REMEDY) -> None:
+    """Refuse to capture modules with hooks of users.
+
+    Args:
+        what: runs these modules inside a graph, in words.
+
+    Raises:
+        UnsupportedCallError: it names the modules and their hooks.
+    """
+    hooked = [(path, name_of(hook)) for path, module in modules for hook in hooks_of(module) if is_of_user(hook)]
+    if hooked:
+        more = f", and {len(hooked) - MOST_NAMED} more" if len(hooked) > MOST_NAMED else ""
+        named = ", ".join(f"{name} of {path or 'the model'}" for path, name in hooked[:MOST_NAMED]) + more
+        raise UnsupportedCallError(
+            f"hooks stand on modules that {what} runs inside one compiled graph, which cannot call them ({named}): "
+            f"{remedy}"
+        )
+
+
+def refuse_global_hooks() -> None:
+    """Refuse hooks of users that torch calls for every module, those inside a graph among them.
+
+    Raises:
+        UnsupportedCallError: as said.
+    """
+    if named := [name_of(hook) for hook in global_hooks() if is_of_user(hook)]:
+        raise UnsupportedCallError(
+            f"hooks for every module are registered ({', '.join(named[:MOST_NAMED])}), and a pruned prefill runs its "
+            f"modules inside one compiled graph, which cannot call them: {REMEDY}"
+        )
+
+
+def modules_of_prefill(model: PreTrainedModel, encodes: bool) -> Named:
+    """The modules that a prefill's graph runs, with their paths: all but the model itself, whose call is around it, and
+    the encoders, which run before it.
+
+    Args:
+        encodes: whether the graph runs encoders too.
+    """
+    base: Any = model.base_model
+    inside = {id(base.get_decoder()), id(model.get_input_embeddings())}
+    outside = {id(model)}
+    if not encodes:
+        for child in base.children():
+            parts = {id(part) for part in child.modules()}
+            outside |= set() if parts & inside else parts
+    return ((path, module) for path, module in model.named_modules() if id(module) not in outside)
+
+
+def is_of_user(hook: Any) -> bool:
+    return unwrapped(hook).__module__.partition(".")[0] not in PART_OF_MODELS
+
+
+def name_of(hook: Any) -> str:
+    """A hook's name and the module of code that it stands in."""
+    function = unwrapped(hook)
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)} of {function.__module__}"
+
+
+def unwrapped(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
