@@ -178,6 +178,31 @@ def is_in_ddp() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None
 
 
+def backend_of(compiled: Any) -> Any:
+    """The function or object that a module which torch.compile returned is compiled by; None if torch wraps it in
+    another way."""
+    wrapped = getattr(compiled.dynamo_ctx, "callback", None)
+    while hasattr(wrapped, "_torchdynamo_orig_backend"):
+        wrapped = wrapped._torchdynamo_orig_backend
+    return getattr(wrapped, "compiler_fn", None)
+
+
+def let_compiled_modules_answer(name: str, answer: Callable[[Any], Any]) -> None:
+    """Let the modules that torch.compile returns answer to an attribute before the module inside them is asked.
+
+    Args:
+        answer: of such a module; it raises AttributeError where the module inside is to be asked.
+    """
+
+    def put(compiled: Any, value: Any) -> None:
+        setattr(compiled._orig_mod, name, value)
+
+    def remove(compiled: Any) -> None:
+        delattr(compiled._orig_mod, name)
+
+    setattr(torch._dynamo.OptimizedModule, name, property(answer, put, remove))
+
+
 def is_switched_off() -> bool:
     """Whether this thread's settings of torch.compile say that nothing is compiled."""
     return bool(torch._dynamo.config.disable)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from transformers import GenerationMixin
 
-from hawk_compile.compat.dynamo import handed_on, lookup_backend
+from hawk_compile.compat.dynamo import backend_of, handed_on, let_compiled_modules_answer, lookup_backend
 from hawk_compile.compile.pipeline import PASSES, PassOptions, Step, run_passes, source_tag
 from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError, UnsupportedCallError
 from hawk_compile.passes.graph import is_call
@@ -83,6 +83,29 @@ def compile_pruned(gm: fx.GraphModule, example_inputs: list[Any], settings: dict
     weights = explicit_weights(config.head_weights)
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
     return compile_graph(gm, example_inputs, config, settled)
+
+
+def generate_of_compiled(compiled: Any) -> Callable[..., Any]:
+    """generate of what `torch.compile(model, backend="hawk")` returned, which torch hands on to the model inside:
+    nothing of it would be compiled, and nothing pruned.
+
+    Raises:
+        AttributeError: another backend compiles the module.
+    """
+    if backend_of(compiled) is not hawk:
+        raise AttributeError("generate")
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedCallError(
+            'generate of what torch.compile(model, backend="hawk") returned would run the model inside it, neither '
+            "compiled nor pruned: call hawk_compile.optimize(model, ratio=...), with what stands in options, and "
+            "generate of that"
+        )
+
+    return generate
+
+
+let_compiled_modules_answer("generate", generate_of_compiled)
 
 
 def options_of(config: HawkConfig, **more: Any) -> PassOptions:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hawk_compile
-from hawk_compile.compile.backend import compile_graph, inner_compiler
+from hawk_compile.compile.backend import compile_graph, hawk, inner_compiler
 from hawk_compile.compile.pipeline import PassOptions
 from hawk_compile.errors import (
     AttentionNotFoundError,
@@ -120,6 +120,21 @@ def test_generate_of_a_model_that_is_compiled_in_place_is_refused_with_the_remed
         model(**inputs)
     with refused:
         model.generate(**inputs, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("backend", ["hawk", hawk])
+def test_generate_of_what_was_compiled_is_refused_with_the_remedy(backend):
+    """torch hands it on to the model inside, which would run unpruned. Other backends' modules go on as ever."""
+    model = zoo.build("llava", layers=1)
+    compiled = torch.compile(model, backend=backend, options=OPTIONS)
+    with pytest.raises(UnsupportedCallError, match=r"neither compiled nor pruned: call hawk_compile\.optimize"):
+        compiled.generate(**zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))]))
+    other = torch.compile(model, backend="eager")
+    assert other.generate == model.generate
+    other.generate = len
+    assert model.generate is len
+    del other.generate
+    assert other.generate == model.generate and not hasattr(torch.compile(nn.Linear(2, 2), backend="hawk"), "chat")
 
 
 def test_rows_with_unequal_visual_counts_are_refused():
