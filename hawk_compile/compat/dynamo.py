@@ -181,7 +181,7 @@ def is_in_ddp() -> bool:
 def backend_of(compiled: Any) -> Any:
     """The function or object that a module which torch.compile returned is compiled by; None if torch wraps it in
     another way."""
-    wrapped = getattr(compiled.dynamo_ctx, "callback", None)
+    wrapped: Any = getattr(compiled.dynamo_ctx, "callback", None)
     while hasattr(wrapped, "_torchdynamo_orig_backend"):
         wrapped = wrapped._torchdynamo_orig_backend
     return getattr(wrapped, "compiler_fn", None)
