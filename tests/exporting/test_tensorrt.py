@@ -219,8 +219,8 @@ def test_sizes_of_a_model_follow_from_those_given(half: SimpleNamespace) -> None
 @pytest.mark.parametrize(
     "capabilities, message",
     [
-        (["9.9"], r"compute_capabilities holds '9\.9'; the TensorRT installed here builds for .*8\.6, 8\.9, 12\.0"),
-        ([8.9], r"holds 8\.9; the TensorRT"),
+        (["9.9"], r"compute_capabilities holds '9\.9', and the TensorRT installed here builds for .*8\.6, 8\.9, 12\.0"),
+        ([8.9], r"holds 8\.9, and the TensorRT"),
         ("8.9", r"compute_capabilities must be a list such as .*, got '8\.9'"),
         ([], r"compute_capabilities must be a list such as .*, got \[\]"),
     ],

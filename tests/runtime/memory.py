@@ -1,7 +1,9 @@
-"""Many cycles of a new model that is optimised, generates, and is restored, twice, and is thrown away: what grows?
+"""Many cycles of a model that is optimised, generates, and is restored, twice, and is thrown away: what grows?
 
-    python -m tests.runtime.memory --cycles 1000 [--backend eager] [--out FIGURES.json] [--plot PLOT.png]
+    python -m tests.runtime.memory --cycles 1000 [--same] [--backend eager] [--out FIGURES.json] [--plot PLOT.png]
         [--control leak]
+
+Each cycle has a model of its own, which is compiled anew; with `--same` they share one, which is compiled once.
 
 Resident memory, and living objects of the kinds that a compilation leaves: both are measured behind each cycle, once
 garbage is collected. It exits 1 if a kind has more objects at the end than in the middle, or if memory has grown by
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import hawk_compile
 from hawk_compile.tools.benchmarking.memory import release, resident
@@ -38,8 +41,7 @@ RATIOS = (0.5, 0.8)
 held: list[Any] = []
 
 
-def cycle(name: str, backend: str, leak: bool) -> None:
-    model = zoo.build(name, layers=2)
+def cycle(model: PreTrainedModel, name: str, backend: str, leak: bool) -> None:
     for ratio in RATIOS:
         hawk_compile.optimize(model, ratio=ratio, backend=backend, compile_decode=True)
         generate(model, picture(name), 3)
@@ -54,11 +56,12 @@ def living() -> dict[str, int]:
     return {kind: names.count(kind) for kind in KINDS}
 
 
-def measured(cycles: int, name: str, backend: str, leak: bool) -> dict[str, list[float]]:
+def measured(cycles: int, name: str, backend: str, leak: bool, same: bool) -> dict[str, list[float]]:
     """MiB in memory, and objects of each kind, behind each cycle."""
+    shared = zoo.build(name, layers=2) if same else None
     figures: dict[str, list[float]] = {"MiB": [], **{kind: [] for kind in KINDS}}
     for _ in range(cycles):
-        cycle(name, backend, leak)
+        cycle(shared or zoo.build(name, layers=2), name, backend, leak)
         release(torch.device("cpu"))
         figures["MiB"].append(resident("VmRSS") / 2**20)
         for kind, count in living().items():
@@ -91,7 +94,7 @@ def draw(figures: dict[str, list[float]], title: str, path: Path) -> None:
     for kind in KINDS:
         objects.plot(cycles, figures[kind], label=kind)
     objects.set_ylabel("living objects")
-    objects.set_xlabel("cycles, each with a model of its own")
+    objects.set_xlabel("cycles")
     objects.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)
 
@@ -100,15 +103,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--model", choices=zoo.NAMES, default="llava")
+    parser.add_argument("--same", action="store_true", help="one model for all cycles")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--control", choices=("leak",), help="what must make it exit 1")
     given = parser.parse_args()
     begun = time.monotonic()
-    figures = measured(given.cycles, given.model, given.backend, given.control == "leak")
+    figures = measured(given.cycles, given.model, given.backend, given.control == "leak", given.same)
     machine = measured_on("cpu")
-    title = f"{given.cycles} cycles, {given.model}, backend {given.backend}"
+    whose = "of one model" if given.same else "each with a model of its own"
+    title = f"{given.cycles} cycles, {whose} ({given.model}), backend {given.backend}"
     print(f"{title}, {time.monotonic() - begun:.0f} s; {machine}")
     for name, values in figures.items():
         some = values[:: max(1, len(values) // 10)]
