@@ -55,7 +55,7 @@ class ExportedPrefill:
 
     def run(
         self, forward: Any, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, head_weights: Tensor,
-        along: tuple[str, ...] = (),
+        along: tuple[str, ...] = (), before_capture: Any = None,
     ) -> tuple[ModelOutput, Tensor, Tensor, Tensor]:
         if past_mask is not None or physical_length(inputs["past_key_values"]):
             raise UnsupportedCallError(

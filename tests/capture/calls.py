@@ -24,17 +24,17 @@ def call_of(model: Any, inputs: dict[str, Any], **settings: Any) -> Call:
     """
     calls: list[Call] = []
 
-    def record(forward: Any, given: Any, past_mask: Any, planned: Any, along: Any) -> Any:
+    def record(before_capture: Any, forward: Any, given: Any, past_mask: Any, planned: Any, along: Any) -> Any:
         calls.append((given, past_mask, planned))
         raise Recorded
 
     hawk_compile.optimize(model, **{"backend": "eager", **settings})
     prefill = model.__dict__["_hawk_runtime"].prefill
-    function, prefill.function = prefill.function, record
+    prefill.called = record
     try:
         with pytest.raises(Recorded):
             model(**inputs)
     finally:
-        prefill.function = function  # what was compiled is kept for the next time
+        del prefill.called
         hawk_compile.restore(model)
     return calls[0]

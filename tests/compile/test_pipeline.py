@@ -92,7 +92,7 @@ def test_an_export_refuses_to_leave_out_what_it_needs(monkeypatch):
     monkeypatch.setenv("HAWK_DISABLE", "replace_masked_scatter")
     assert left_out(PASSES) == {"replace_masked_scatter"}
     exported = torch.export.export(graphs.Decoder(), graphs.prompt(), strict=False).module()
-    with pytest.raises(ConfigError, match=r"'replace_masked_scatter', without which .* optional here are: none"):
+    with pytest.raises(ConfigError, match=r"'replace_masked_scatter', without which .* here these are none"):
         run_passes(exported, [], PassOptions(), PORTABLE_PASSES)
 
 

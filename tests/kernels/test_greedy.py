@@ -126,7 +126,7 @@ def test_opcheck():
         ({"mask": torch.ones(2, 12)}, r"visual_mask must be \[B, S\] bool"),
         ({"budget": torch.ones(2)}, r"budget must be \[B\] int64"),
         ({"rule": "best"}, "rule must be one of max_min, mmr, dpp"),
-        ({"weight": 1.5}, r"weight is the share of importance in \[0, 1\]"),
+        ({"weight": 1.5}, r"weight is the share of importance and must be in \[0, 1\]"),
     ],
 )
 def test_what_cannot_be_right_is_refused(change, message):

@@ -11,6 +11,7 @@ import torch
 
 from hawk_compile.capture.dynamo import compile_alone
 from hawk_compile.compat import dynamo
+from tests import zoo
 from tests.runtime import memory
 from tests.runtime.models import fresh, picture
 
@@ -23,10 +24,10 @@ def more_than(before: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_nothing_of_a_model_outlives_it(name: str) -> None:
-    memory.cycle(name, "eager", leak=False)
+    memory.cycle(zoo.build(name, layers=2), name, "eager", leak=False)
     gc.collect()
     before = memory.living()
-    memory.cycle(name, "eager", leak=False)
+    memory.cycle(zoo.build(name, layers=2), name, "eager", leak=False)
     assert more_than(before) == {}
 
 

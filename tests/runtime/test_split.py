@@ -150,6 +150,7 @@ def test_what_accelerate_wraps_it_unwraps() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("first", ["optimize", "dispatch"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "qwen3_vl"])
 def test_an_encoder_on_another_device(name: str, first: str) -> None:

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 SETTINGS = {"ratios": RATIOS, "text": 12, "batch": 2, "layers": 1, "rounds": 2, "backend": "eager"}
 
 
-def uncompiled(runtime, forward, kwargs):
+def uncompiled(model, runtime, forward, kwargs):
     with opened(kwargs.get("past_key_values")):
         return forward(**kwargs)
 
