@@ -17,7 +17,7 @@ from hawk_compile.errors import CaptureError, ExportError, HawkError, InputError
 from hawk_compile.passes.errors import ShapeError
 from hawk_compile.tools.cli import app
 from hawk_compile.tools.commands import measure
-from hawk_compile.tools.commands.look import where_cut
+from hawk_compile.tools.inspection.words import where_cut
 from hawk_compile.tools.survey import checks, commands, exports, oracle, videos
 from hawk_compile.tools.survey.checks import survey
 from hawk_compile.tools.survey.outcome import Misdescribed, Outcome, Survey, Unasked, Untried, Wrong, equal, unlike
