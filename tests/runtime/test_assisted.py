@@ -130,7 +130,8 @@ def test_an_assistant_with_another_tokenizer(sample: bool) -> None:
     assert len(calls.lengths) > 3 and len(new_tokens(out, inputs)) == 10
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_pruned_model_drafts(name: str) -> None:
     """For a pruned target, which takes all that its twin drafts; and for one that is not pruned, whose tokens it is."""
     inputs, twin = picture(name), drafting(fresh(name))

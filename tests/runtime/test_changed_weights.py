@@ -102,7 +102,8 @@ def check(model: Any, other: Any, what: str) -> None:
     assert out[0, -2:].tolist() == by_hand.greedy(2), what
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_changed_after_optimize(backend: str) -> None:
     other = zoo.build("llava", layers=2)
     model = hawk_compile.optimize(copy.deepcopy(other), ratio=RATIO, backend=backend, compile_decode=True)

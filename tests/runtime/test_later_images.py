@@ -155,6 +155,7 @@ def test_images_of_earlier_turns_given_again_are_refused(which: int) -> None:
     assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
 
 
+@pytest.mark.slow
 def test_a_forward_without_positions() -> None:
     name, cache = "qwen2_5_vl", DynamicCache()
     first = picture(name)

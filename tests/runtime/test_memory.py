@@ -69,6 +69,7 @@ class Interrupted:
         return gm.forward
 
 
+@pytest.mark.slow
 def test_dynamo_lets_a_function_go() -> None:
     """With its backend, its graphs, their guards and what knows their symbols; an exception in a trace included."""
 
