@@ -167,7 +167,7 @@ class Load:
 
     def answer(self, model: Any, place: int, outcome: Outcome, lock: Any) -> None:
         said = self.calls[place](model)
-        if self.control == "answer" and sum(outcome.answers.values()) == 20:
+        if self.control == "answer" and sum(outcome.answers.values()) == 3:
             said.ids[0][-1] += 1
         if self.control == "leak":
             self.leaked.append(bytearray(100_000))
