@@ -33,10 +33,11 @@ from tests.tiny import tiny
 NAMES = (
     "qwen3_5", "aria", "qwen3_5.linear_first", "muse_spark", "lfm2_vl.conv_first", "qwen3_vl_moe", "nemotron_h_omni",
     "kimi_k25", "minicpmv4_6.linear_first", "llama4", "gemma4", "lfm3_vl", "ernie4_5_vl_moe", "hunyuan_vl",
-    "mistral_large4.sparse", "glm4v_moe", "molmo2", "qwen4_exp", "phi4_multimodal", "video_llama_3", "step3p7",
+    "mistral_large4.sparse", "glm4v_moe", "qwen4_exp", "phi4_multimodal", "video_llama_3", "step3p7",
     "gemma4_unified.small_window", "cohere2_vision", "granite4_vision", "paligemma.gemma2", "voxtral",
     "qwen3_5_moe", "llava.jamba", "ovis2",
 )  # fmt: skip
+"""Not Molmo 2: its indices of patches count over all images of a batch, so that a row of a recorded one has no others."""
 RATIOS = (0.1, 0.25, 0.5, 0.7, 0.9)
 
 
