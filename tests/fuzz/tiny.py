@@ -37,7 +37,7 @@ NAMES = (
     "gemma4_unified.small_window", "cohere2_vision", "granite4_vision", "paligemma.gemma2", "voxtral",
     "qwen3_5_moe", "llava.jamba", "ovis2",
 )  # fmt: skip
-"""Not Molmo 2: its indices of patches count over all images of a batch, so that a row of a recorded one has no others."""
+"""Not Molmo 2: its indices of patches count over all images of a batch, of which a row drawn alone has few."""
 RATIOS = (0.1, 0.25, 0.5, 0.7, 0.9)
 
 
