@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import hawk_compile
-from hawk_compile.errors import ExportError, UnsupportedModelError
+from hawk_compile.errors import UnsupportedModelError
 from tests import zoo
-from tests.rounded import round_weights
 from tests.runtime.models import ROUNDING, generate, new_tokens
 from tests.runtime.reference import Conversation
 
@@ -80,12 +79,3 @@ def test_layers_of_torchs_own_quantisation_are_refused_and_nothing_is_changed() 
     with pytest.raises(UnsupportedModelError, match=r"q_proj is a layer of torch\.ao\.quantization .*Int8WeightOnly"):
         hawk_compile.optimize(model, ratio=RATIO)
     assert vars(model) == before
-
-
-def test_weights_that_are_no_plain_tensors_are_not_exported(tmp_path: Any) -> None:
-    model: Any = zoo.build(NAME, layers=1)
-    round_weights(model.base_model.get_decoder())
-    for format in ("onnx", "aoti"):
-        with pytest.raises(ExportError, match=r"q_proj\.weight is a Rounded of float32, and an export takes plain"):
-            hawk_compile.export(model, prompt(model), tmp_path / "out", format=format)
-    assert not list(tmp_path.iterdir())
