@@ -4,7 +4,9 @@ whole or not at all.
 Nothing but JSON, text and safetensors is read as data, and nothing that is read is run.
 """
 
+import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -12,7 +14,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hawk_compile.errors import HawkError, InputError
 
@@ -73,13 +75,22 @@ def shown(path: Any, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def read_bytes(path: "str | os.PathLike[str]", refusal: Refusal, what: str, most: int = MOST_BYTES) -> bytes:
-    """Raises `refusal` as `open_regular` does, and for a file that grows while it is read."""
+@contextlib.contextmanager
+def opened(
+    path: "str | os.PathLike[str]", refusal: Refusal, what: str, most: int | None = None
+) -> Iterator[BinaryIO]:
+    """A regular file to read from. Raises `refusal` as `open_regular` does, and where the file cannot be read."""
     with os.fdopen(open_regular(path, refusal, what, most), "rb") as file:
         try:
-            content = file.read(most + 1)
+            yield file
         except OSError as error:
             raise refusal(f"{what}; {shown(path)} cannot be read ({error}): give another file") from None
+
+
+def read_bytes(path: "str | os.PathLike[str]", refusal: Refusal, what: str, most: int = MOST_BYTES) -> bytes:
+    """Raises `refusal` as `open_regular` does, and for a file that grows while it is read."""
+    with opened(path, refusal, what, most) as file:
+        content = file.read(most + 1)
     if len(content) > most:
         raise refusal(f"{what}; {shown(path)} has more than {most} bytes: give another file")
     return content
@@ -91,18 +102,10 @@ def read_lines(path: "str | os.PathLike[str]", refusal: Refusal, what: str, most
     Raises:
         refusal: as `open_regular` does, and for a line that is longer.
     """
-    with os.fdopen(open_regular(path, refusal, what), "rb") as file:
-        number = 0
-        while True:
-            number += 1
-            try:
-                line = file.readline(most + 1)
-            except OSError as error:
-                raise refusal(f"{what}; {shown(path)} cannot be read ({error}): give another file") from None
+    with opened(path, refusal, what) as file:
+        for number, line in enumerate(iter(functools.partial(file.readline, most + 1), b""), 1):
             if len(line) > most:
                 raise refusal(f"{what}; {shown(path)} line {number} has more than {most} bytes: give another file")
-            if not line:
-                return
             yield line
 
 

@@ -3,6 +3,7 @@
     dynamo.py      torch.compile: settings while a prefill is captured, backends, errors, AOTInductor's packages
     models.py      transformers' models and caches, and the methods by which generate prepares a prompt
     accelerate.py  accelerate's hooks on a model's modules
+    modes.py       what a call may run inside of: modes that see operators, tracers; hooks of every module
     peft.py        what PEFT puts on modules for one call
     exporters.py   transformers' exporters: their tables of patches and fixes
 

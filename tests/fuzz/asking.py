@@ -16,6 +16,7 @@ from hawk_compile.settings.config import HawkConfig
 from tests.fuzz import prompts
 from tests.fuzz.built import Case
 from tests.fuzz.prompts import Group, Line
+from tests.runtime.load.calls import Collected
 from tests.runtime.reference import vision_ends
 from tests.zoo import common as c
 
@@ -131,7 +132,7 @@ class Asking:
         if call.get("lookup"):
             options["prompt_lookup_num_tokens"] = call["lookup"]
         if call.get("streamer"):
-            options["streamer"] = self.streamer = Collector()
+            options["streamer"] = self.streamer = Collected()
         if call.get("embeds"):
             options["inputs_embeds"] = "of the ids"
         return options
@@ -148,16 +149,3 @@ class Asking:
         if "streamer" in options and options["streamer"].ids != out.sequences[0].tolist():
             raise Wrong("the streamer was not given what was generated")
         return out
-
-
-class Collector:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    def put(self, value: Tensor) -> None:
-        self.ids += value.flatten().tolist()
-
-    def end(self) -> None:
-        pass

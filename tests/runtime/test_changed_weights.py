@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -128,7 +129,6 @@ def test_another_dtype_after_optimize(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_an_adapter_merged_and_unmerged_after_optimize(backend: str) -> None:
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     adapted = peft.get_peft_model(
         zoo.build("llava", layers=2),
