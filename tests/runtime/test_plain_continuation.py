@@ -16,7 +16,7 @@ import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.versions import installed, release
 from tests import zoo
-from tests.runtime.models import ROUNDING, fresh, picture, plain, pruned
+from tests.runtime.models import LAYERS, ROUNDING, fresh, picture, plain, pruned
 from tests.runtime.test_caches import FIRST_FP8
 from tests.runtime.test_turns import follow_up, turn
 
@@ -117,7 +117,7 @@ def test_parts_of_an_optimised_model_and_compiled_plain_ones() -> None:
     name, cache = "llava", DynamicCache()
     turn(pruned(name), picture(name), cache)
     refuse(pruned(name).base_model, cache, **token(cache))
-    refuse(torch.compile(plain(name), backend="eager"), cache, **token(cache))
+    refuse(torch.compile(zoo.build(name, layers=LAYERS), backend="eager"), cache, **token(cache))
 
 
 def test_a_conversation_from_which_nothing_was_taken_goes_on() -> None:

@@ -18,7 +18,7 @@ import hawk_compile
 from hawk_compile import selectors
 from tests import zoo
 from tests.runtime import pickled
-from tests.runtime.models import fresh, generate, picture, plain, pruned
+from tests.runtime.models import LAYERS, fresh, generate, picture, pruned
 from tests.runtime.test_optimize import state
 
 WEIGHTS = (1.0, 3.0, 2.0, 0.5)
@@ -52,7 +52,7 @@ def test_prunes_alike_and_is_restored(through: Any) -> None:
     twin(**picture("llava"))
     assert hawk_compile.report(twin).kept_visual_tokens.tolist() == [8]
     hawk_compile.restore(twin)
-    assert {*state(twin)} == {*state(plain("llava"))}
+    assert {*state(twin)} == {*state(zoo.build("llava", layers=LAYERS))}
     if through is not copy.copy:  # which shares the modules, and so what is put on them
         torch.testing.assert_close(again(**picture("llava")).logits, expected, rtol=0, atol=0)
         torch.testing.assert_close(model(**picture("llava")).logits, expected, rtol=0, atol=0)
@@ -69,7 +69,7 @@ def test_after_calls() -> None:
 
 
 def test_a_restored_model_is_pickled_as_one_that_never_was_optimised() -> None:
-    model = zoo.build("llava", layers=2)
+    model = zoo.build("llava", layers=LAYERS)
     before = pickle.dumps(model)
     assert len(pickle.dumps(hawk_compile.restore(hawk_compile.optimize(model, ratio=0.5)))) == len(before)
     with hawk_compile.pruned(model, ratio=0.5, backend="eager"):
@@ -93,7 +93,7 @@ def test_settings_travel(settings: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_what_others_put_beneath_is_there_again() -> None:
     """A method of others that pickle can take apart runs inside still, and is there when the model is restored."""
-    model = zoo.build("llava", layers=2)
+    model = zoo.build("llava", layers=LAYERS)
     model.forward = Counted(model)
     twin = by_pickle(hawk_compile.optimize(model, ratio=0.6, backend="eager"))
     torch.testing.assert_close(twin(**picture("llava")).logits, pruned("llava")(**picture("llava")).logits)
@@ -116,7 +116,7 @@ class Counted:
 
 @pytest.mark.slow
 def test_copies_of_a_model_with_hooks() -> None:
-    model = zoo.build("llava", layers=2)
+    model = zoo.build("llava", layers=LAYERS)
     add_hook_to_module(model, ModelHook())
     hawk_compile.optimize(model, ratio=0.5, backend="eager")
     copy.deepcopy(model)(**picture("llava"))
@@ -129,7 +129,7 @@ def test_every_architecture(name: str) -> None:
     out, expected = generate(twin, picture(name), 3), generate(pruned(name), picture(name), 3)
     assert all(map(torch.equal, out.logits, expected.logits))
     hawk_compile.restore(twin)
-    assert {*state(twin)} == {*state(plain(name))}
+    assert {*state(twin)} == {*state(zoo.build(name, layers=LAYERS))}
 
 
 @pytest.mark.slow
