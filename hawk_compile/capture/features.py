@@ -73,6 +73,12 @@ def join_features(outputs: dict[str, Any]) -> dict[str, ModelOutput]:
         if output is None:
             continue
         field, parts = field_of(output), {}
+        if not len(features_of(output)):
+            raise InputError(
+                f"mm_encoder_outputs holds no features of {modality}s when the prefill begins: give what is to be "
+                "encoded, or what an encoder made of it. Where a prompt is repeated, transformers loses features that "
+                "have no placeholder id of their own: leave out num_beams and num_return_sequences there"
+            )
         if field != LAYER_FEATURES:
             parts[field] = join(output[field])
         if output.get(LAYER_FEATURES) is not None:
@@ -152,23 +158,6 @@ def arguments_of(outputs: dict[str, ModelOutput]) -> dict[str, Any]:
     return given
 
 
-def image_sizes(outputs: dict[str, Any], frames: Tensor | None) -> dict[str, list[int]]:
-    """modality -> tokens of each image in the order of the prompts; of a video, of each of its frames.
-
-    Args:
-        outputs: of the encoder, one entry of features for each image, tile or video, or each frame of `frames_apart`.
-        frames: [videos, 3] int64, frames first, where the model packs videos of several sizes; None elsewhere.
-    """
-    sizes = {
-        name: [part.numel() // part.shape[-1] for part in features_of(output)]
-        for name, output in outputs.items() if output is not None
-    }  # fmt: skip
-    if frames is not None and len(sizes.get("video", ())) == len(frames):
-        times = frames[:, 0].tolist()
-        sizes["video"] = [size // time for size, time in zip(sizes["video"], times, strict=True) for _ in range(time)]
-    return sizes
-
-
 def features_fit(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether features that are encoded already, by whichever model, are as wide as this one's embeddings."""
     width = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
@@ -176,28 +165,6 @@ def features_fit(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     features = [features_of(output) for output in outputs]
     parts = [part for found in features for part in ([found] if isinstance(found, Tensor) else found)]
     return all(part.shape[-1] == width for part in parts)
-
-
-def frames_apart(outputs: dict[str, Any], frames: Tensor) -> dict[str, Any]:
-    """The encoder's outputs with an entry for each frame where they have one for each video: generate keeps the
-    features of a prompt and not what says how many frames they are of.
-
-    Args:
-        frames: [videos, 3] int64, frames first.
-    """
-    output, times = outputs.get("video"), frames[:, 0].tolist()
-    if output is None or isinstance(features_of(output), Tensor) or len(features_of(output)) != len(times):
-        return outputs
-
-    def apart(parts: Any) -> Any:
-        if isinstance(parts, Tensor):  # features of a later layer, joined over all videos
-            return parts
-        return [frame for part, time in zip(parts, times, strict=True) for frame in part.chunk(time)]
-
-    changed = {field_of(output): apart(features_of(output))}
-    if output.get(LAYER_FEATURES) is not None:
-        changed[LAYER_FEATURES] = [of_layer(level, apart) for level in output[LAYER_FEATURES]]
-    return {**outputs, "video": dataclasses.replace(output, **changed)}
 
 
 def feature_count(model: PreTrainedModel, kwargs: dict[str, Any], outputs: dict[str, ModelOutput]) -> int:

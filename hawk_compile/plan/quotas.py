@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hawk_compile.errors import InputError
+from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.settings.config import HawkConfig
 
 
@@ -38,6 +38,7 @@ def quotas(
 
     Raises:
         InputError: two modalities that share one placeholder, so that their images cannot be told apart.
+        UnsupportedCallError: features that the encoder hands on as one and that stand in several rows.
     """
     image = torch.full_like(input_ids, -1)
     floor, total = torch.zeros_like(image), torch.zeros_like(image[:, 0])
@@ -51,6 +52,7 @@ def quotas(
         mask = torch.isin(input_ids, torch.tensor(placeholders[modality], device=input_ids.device))
         edges = torch.tensor(counts, device=input_ids.device).cumsum(0)
         floors = torch.tensor([*map(config.floor, counts), 0], device=input_ids.device)
+        refuse_joined_rows(modality, mask, edges)
         rank = mask.flatten().long().cumsum(0) - 1
         unit = torch.bucketize(rank, edges, right=True)  # len(counts) for positions that have no features
         begins = (rank == torch.nn.functional.pad(edges, (1, 0))[unit]).view_as(mask) & mask
@@ -60,3 +62,23 @@ def quotas(
         total = total + (floor * begins).sum(1)
         known += len(counts)
     return Quotas(image, floor, total, sum(map(sum, sizes.values())))
+
+
+def refuse_joined_rows(modality: str, mask: Tensor, edges: Tensor) -> None:
+    """Refuse features that the encoder hands on as one image, and that stand in more than one row.
+
+    Args:
+        mask: [B, S] bool, where features stand.
+        edges: [images], features up to the end of each image.
+    """
+    row = mask.nonzero()[:, 0]
+    if not len(edges) or len(row) != int(edges[-1]):
+        return  # refused by the placeholders' number
+    begins = torch.nn.functional.pad(edges, (1, 0))[:-1]
+    full = edges > begins
+    if not row[begins[full]].equal(row[edges[full] - 1]):
+        raise UnsupportedCallError(
+            f"min_per_image, quota and normalize_per are of images, and this model's encoder hands on the {modality}s "
+            "of several rows as one, so that nothing says which tokens are of one image: give the rows one by one, or "
+            "leave these settings out"
+        )

@@ -9,7 +9,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.encode import positions_of, run_encoders
-from hawk_compile.capture.features import image_sizes, join_features
+from hawk_compile.capture.features import join_features
+from hawk_compile.capture.images import image_sizes, images_apart
 from hawk_compile.capture.modalities import (
     along_prompt,
     positions_by_images,
@@ -95,7 +96,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
     if raw_modalities(model, kwargs):
         kwargs = encoded_inputs(model, kwargs)
     encoded = kwargs["mm_encoder_outputs"]
-    sizes = image_sizes(encoded, frames) if per_image else {}
+    sizes = image_sizes(model, images_apart(model, encoded, frames)) if per_image else {}
     features = join_features(encoded)
     refuse_two_kinds_of_layer_features(features)
     rows, length = tokens_of(kwargs).shape[:2]

@@ -14,7 +14,8 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from hawk_compile.capture.features import features_fit, frames_apart
+from hawk_compile.capture.features import features_fit
+from hawk_compile.capture.images import images_apart
 from hawk_compile.capture.modalities import modalities_of, placeholder_ids, positions_by_images
 from hawk_compile.capture.patches import body_overrides, definer
 from hawk_compile.capture.segments import name_of_rest
@@ -268,15 +269,15 @@ def prefill_whole(
 
 
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The vision encoder, compiled if the settings ask for that and no mode is to see each of its operators, and each
-    frame's part if they ask of frames."""
+    """The vision encoder, compiled if the settings ask for that and no mode is to see each of its operators, and the
+    features of each image apart if they ask of images."""
     runtime, frames = self.__dict__.get(RUNTIME), model_kwargs.get("video_grid_thw")
     encode = original(self, PREPARE_ENCODERS)
     if runtime is not None and runtime.config.compile_vision and not watchers_around().any:
         encode = runtime.vision.method(self, encode)
     encoded = encode(model_kwargs)
-    if runtime is not None and runtime.config.per_image and frames is not None:
-        encoded = {**encoded, "mm_encoder_outputs": frames_apart(encoded["mm_encoder_outputs"], frames)}
+    if runtime is not None and runtime.config.per_image and encoded.get("mm_encoder_outputs"):
+        encoded = {**encoded, "mm_encoder_outputs": images_apart(self, encoded["mm_encoder_outputs"], frames)}
     return encoded
 
 

@@ -22,8 +22,6 @@ SHARED_IDS = ("glm4v", "smolvlm", "internvl")
 """Frames have the placeholders of images."""
 EMBEDDED = ("qwen2_5_vl", "llava", "internvl", "qwen3_vl", "mistral3")
 """Held to take embeddings beside ids."""
-TILES_OF_ROWS = ("idefics3", "smolvlm")
-"""Open (benchmarks/FUZZ.md): the tiles of a row count as one image, so settings that are of an image are not drawn."""
 EXPORTED = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_next")
 DRAFTED = (None, "dynamic", "config")
 """Caches that transformers drafts on."""
@@ -111,16 +109,13 @@ def calls(draw: Any, made: Drawn) -> Drawn:
     drawn = draw(st.lists(rows(name, video, several), min_size=made.get("rows", 1), max_size=most))
     alike(name, drawn)
     call: Drawn = {"rows": drawn, "ratio": draw(st.sampled_from(RATIOS)), "tokens": draw(st.integers(1, MOST_TOKENS))}
-    filmed = any(turn.get("video") for row in drawn for turn in row["turns"])
-    modes = ["generate"] * 6 + ["forward"] * 3 * ("forward" in kinds)
-    if not (name == "glm4v" and filmed):  # open (benchmarks/FUZZ.md): several sequences of a prompt with a video
-        modes += ["sample", "beams"]
+    modes = ["generate"] * 6 + ["forward"] * 3 * ("forward" in kinds) + ["sample", "beams"]
     call["mode"] = draw(st.sampled_from(modes))
     if call["mode"] == "forward":
         call["side"] = draw(st.sampled_from(["left", "right"]))
     if draw(st.integers(0, 3)) == 3:
         call["asked"] = draw(st.sampled_from(["ids", "mask"]))
-    if name not in (*zoo.AUDIO_NAMES, *TILES_OF_ROWS) and "budgets" in kinds:
+    if name not in zoo.AUDIO_NAMES and "budgets" in kinds:
         draw_budgets(draw, call, made)
     exported = "format" in made
     if several and not exported and not selector.reads("question_mask") and draw(st.booleans()):

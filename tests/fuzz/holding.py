@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import hawk_compile
+from hawk_compile.errors import HawkError
 from hawk_compile.settings.config import HawkConfig
 from tests.fuzz import prompts
 from tests.fuzz.asking import Asking, Held, Wrong
@@ -59,7 +60,7 @@ class Holding(Asking):
     def run(self) -> Held:
         try:
             return self.held_to_its_rows()
-        except Wrong as wrong:
+        except (Wrong, HawkError) as wrong:
             if self.repeats() > 1 and not self.plain_repeats_rightly():
                 raise Upstream from wrong
             raise
@@ -68,10 +69,13 @@ class Holding(Asking):
         return max(self.call.get("beams", 1), self.call.get("returns", 1))
 
     def plain_repeats_rightly(self) -> bool:
-        """Whether the plain model gives several sequences of a row the images and audio of that row."""
+        """Whether the plain model gives several sequences of a row the images, videos and audio of that row."""
         asked = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
         batch, count = prompts.joined(self.singles, "left"), self.repeats()
-        out = self.plain.generate(**batch, do_sample=True, num_return_sequences=count, **asked).logits[0]
+        try:
+            out = self.plain.generate(**batch, do_sample=True, num_return_sequences=count, **asked).logits[0]
+        except (ValueError, RuntimeError):  # no features are left, or another number than the prompt has places
+            return False
         alone = [self.plain.generate(**single, do_sample=False, **asked).logits[0] for single in self.singles]
         return float((out - torch.cat(alone).repeat_interleave(count, 0)).abs().max()) < CLOSE
 

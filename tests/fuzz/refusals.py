@@ -17,17 +17,22 @@ def seen_later(case: Case) -> bool:
     return any(turn.get("images") for turn in case["call"].get("turns", ()))
 
 
-def filmed(case: Case) -> bool:
-    return any(turn.get("video") for row in case["call"]["rows"] for turn in row["turns"])
-
-
-def per_image(case: Case) -> bool:
+def frames_with_ids_of_images(case: Case) -> bool:
+    """Whether settings that are of an image meet a video whose features wait in the places of images."""
     call = case["call"]
-    return bool(call.get("min_per_image")) or "image" in (call.get("quota"), call.get("normalize_per"))
+    asked = bool(call.get("min_per_image")) or "image" in (call.get("quota"), call.get("normalize_per"))
+    filmed = any(turn.get("video") for row in call["rows"] for turn in row["turns"])
+    return asked and filmed and case["model"]["name"] == "glm4v"
+
+
+def features_of_later_layers_exported(case: Case) -> bool:
+    return "format" in case["model"] and case["model"]["name"] == "qwen3_vl"
 
 
 LEGITIMATE: tuple[tuple[str, Callable[[Case], bool]], ...] = (
     (r"new images on a cache that already holds tokens", seen_later),
+    (r"prefill was exported for visual from 2 on, got 1", features_of_later_layers_exported),
+    (r"min_per_image, quota and normalize_per find the tokens", frames_with_ids_of_images),
 )
 """(what the message begins with, of which cases it is right)."""
 

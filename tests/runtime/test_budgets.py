@@ -11,8 +11,9 @@ from torch import Tensor
 
 import hawk_compile
 from hawk_compile import Adaptive, HawkConfig
-from hawk_compile.errors import ConfigError, InputError
+from hawk_compile.errors import ConfigError, InputError, UnsupportedCallError
 from hawk_compile.kernels.select.budgets import guaranteed_first, tokens_for_mass
+from hawk_compile.plan.quotas import quotas
 from tests import eager_reference as reference
 from tests import zoo
 from tests.capture.rewritten import Rewritten
@@ -120,6 +121,7 @@ def parts(name: str, inputs: dict[str, Tensor], sizes: list[int]) -> list[list[i
     ("qwen2_5_vl", Row(images=((4, 6), (2, 3), (2, 2))), [24, 6, 4]),
     ("llava", Row(images=((1, 1), (1, 1))), None),
     ("qwen2_5_vl", Row(video=(3, 2, 4)), [8, 8, 8]),
+    ("idefics3", Row(images=((1, 1), (1, 2))), [9] * 4),  # of two tiles and the whole picture
 ])  # fmt: skip
 def test_every_image_keeps_its_best(name: str, row: Row, sizes: list[int] | None, quota: str) -> None:
     """quota="image": its own share. Else at least `min_per_image`, and the best of the whole prompt beside them."""
@@ -180,6 +182,16 @@ def test_a_video_is_frames_in_generate_too(name: str, options: dict[str, Any]) -
     assert kept == [each for each in (3, 3) for _ in range(options.get("num_beams", 1))]
 
 
+def test_a_tile_is_an_image_in_generate_too() -> None:
+    """Of rows whose encoder hands on their tiles as one; the second row has none."""
+    model = fresh("smolvlm", 0.9, quota="image")
+    inputs = prompt("smolvlm", Row(images=((1, 1), (1, 2))), Row(after=4), Row(images=((1, 1),), after=2))
+    for beams in (1, 2):
+        generate(model, unread(inputs), 2, num_beams=beams)
+        kept = hawk_compile.report(model).kept_visual_tokens.tolist()
+        assert kept == [each for each in (4, 0, 1) for _ in range(beams)]
+
+
 def test_images_of_several_rows() -> None:
     """With padding, and a row without any."""
     name = "qwen2_5_vl"
@@ -217,6 +229,19 @@ def test_images_that_cannot_be_told_apart() -> None:
     model = fresh("glm4v", 0.5, quota="image")
     with pytest.raises(InputError, match="min_per_image, quota and normalize_per find the tokens of images"):
         model(**prompt("glm4v", Row(video=(2, 2, 3))))
+
+
+def test_features_that_several_rows_have_as_one() -> None:
+    ids = torch.tensor([[7, 1, 7], [7, 1, 2]])
+    with pytest.raises(UnsupportedCallError, match="hands on the images of several rows as one"):
+        quotas(ids, {"image": 7}, {"image": [3]}, HawkConfig(quota="image"))
+    assert quotas(ids, {"image": 7}, {"image": [1, 0, 1, 1]}, HawkConfig(quota="image")).total.tolist() == [2, 1]
+
+
+def test_features_of_which_nothing_is_left_are_refused() -> None:
+    """transformers repeats a video of GLM-4V by the placeholders of videos, of which its prompts have none."""
+    with pytest.raises(InputError, match=r"holds no features of videos .* leave out num_beams"):
+        generate(fresh("glm4v", 0.5), prompt("glm4v", Row(video=(2, 2, 3))), 2, num_beams=2)
 
 
 @pytest.mark.parametrize(("make", "message"), [
