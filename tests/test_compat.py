@@ -6,7 +6,10 @@ A new release that changes one fails here, by its name. No other file than compa
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
+import linecache
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -155,6 +158,45 @@ def test_whether_torch_compile_is_switched_off(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match=dynamo.REFUSED_TO_COMPILE):
         torch.compile(double, backend="eager")(torch.ones(2))
+
+
+def test_texts_of_generated_code_go_with_the_code() -> None:
+    """What Dynamo writes and what a compiler writes anew; a traceback keeps its own, and what others write stays."""
+    names: list[str] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        gm.recompile()
+        assert "sin" in gm.code
+        names.append(type(gm).forward.__code__.co_filename)
+        return gm.forward
+
+    def sine(values: torch.Tensor) -> torch.Tensor:
+        return values.sin()
+
+    graph = fx.symbolic_trace(sine)
+    before = {*dynamo.source_texts}
+    with dynamo.texts_going_with_code():
+        function = dynamo.compile_and_forget(sine, backend=backend, dynamic=False)
+        function(torch.ones(2))
+        graph.recompile()
+        gone = fx.symbolic_trace(torch.nn.Sequential(torch.nn.ReLU()))
+    written = type(gone).forward.__code__.co_filename
+    assert {written, *names} <= dynamo.source_texts.keys() - before
+    with pytest.raises(AttributeError) as caught:
+        graph.forward("no tensor")
+    name = type(graph).forward.__code__.co_filename
+    del graph, gone
+    gc.collect()
+    assert "sin()" in str(traceback.extract_tb(caught.tb)[-1].line) and name in linecache.cache
+    assert written not in dynamo.source_texts and written not in linecache.cache
+    del caught, function
+    gc.collect()
+    assert dynamo.source_texts.keys() == before and not {name, *names} & linecache.cache.keys()
+    later = fx.symbolic_trace(sine)
+    name = type(later).forward.__code__.co_filename
+    del later
+    gc.collect()
+    assert name in dynamo.source_texts
 
 
 class Watching(TorchDispatchMode):

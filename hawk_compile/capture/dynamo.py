@@ -22,6 +22,7 @@ from hawk_compile.compat.dynamo import (
     dynamo_settings,
     shape_settings,
     sizes_named_in_texts,
+    texts_going_with_code,
 )
 from hawk_compile.kernels.compat import check
 
@@ -61,6 +62,7 @@ def capture_settings() -> Iterator[None]:
         ),
         shape_settings(use_duck_shape=False),
         sizes_named_in_texts(),
+        texts_going_with_code(),
     ):
         before = is_capturing()
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import linecache
 import threading
 import types
 import weakref
@@ -24,6 +25,7 @@ from torch._dynamo.guards import CheckFunctionManager, DeletedGuardManagerWrappe
 from torch._dynamo.variables.lazy import LazySymNodeFormatString as SizeInText  # what an f-string has of a size
 from torch._guards import TracingContext
 from torch._higher_order_ops.scan import scan as scan  # (step, state, values): a loop along dimension 0, in graphs too
+from torch.fx import graph_module
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
@@ -131,9 +133,10 @@ WORD = "a symbolic size"
 
 
 class TextsOfThread(threading.local):
-    """Whether f-strings of what a thread captures name their sizes."""
+    """Whether f-strings of what a thread captures name their sizes, and source texts go with the code made of them."""
 
     name_sizes = False
+    go_with_code = False
 
 
 texts = TextsOfThread()
@@ -159,6 +162,40 @@ def sizes_named_in_texts() -> Iterator[None]:
         yield
     finally:
         texts.name_sizes = False
+
+
+TEXT_OF_ONE = "<eval_with_key>"
+"""How the name of a generated file begins that is the text of one code alone; equal graphs may share others."""
+source_texts: dict[str, str] = graph_module._loader.eval_cache
+write_method = graph_module._method_from_src
+
+
+def write_method_and_forget(*args: Any, **kwargs: Any) -> Any:
+    function = write_method(*args, **kwargs)
+    code = function.__code__
+    if texts.go_with_code and code.co_filename.startswith(TEXT_OF_ONE):
+        weakref.finalize(code, forget_text, code.co_filename).atexit = False
+    return function
+
+
+def forget_text(name: str) -> None:
+    source_texts.pop(name, None)
+    linecache.cache.pop(name, None)
+
+
+@contextlib.contextmanager
+def texts_going_with_code() -> Iterator[None]:
+    """The source texts of graphs that this thread generates inside go with the code that was made of them.
+
+    For tracebacks, which hold the code, torch keeps them as long as the process runs: some 60 KB of a tiny prefill.
+    """
+    graph_module._method_from_src = write_method_and_forget
+    before = texts.go_with_code
+    try:
+        texts.go_with_code = True
+        yield
+    finally:
+        texts.go_with_code = before
 
 
 def compiles_all() -> bool:

@@ -26,13 +26,18 @@ import torch
 from transformers import PreTrainedModel
 
 import hawk_compile
+from hawk_compile.compat.dynamo import source_texts
 from hawk_compile.tools.benchmarking.memory import release, resident
 from hawk_compile.tools.environment import measured_on
 from tests import zoo
 from tests.runtime.models import generate, picture
 
-KINDS = ("GraphModule", "FakeTensor", "FakeTensorMode", "SymNode", "GuardManagerWrapper", "CompiledPrefill", "Runtime")
-"""Names of classes."""
+TEXTS = "source texts"
+KINDS = (
+    "GraphModule", "FakeTensor", "FakeTensorMode", "SymNode", "GuardManagerWrapper", "CompiledPrefill", "Runtime",
+    TEXTS,
+)  # fmt: skip
+"""Names of classes, and the texts of generated code that torch keeps."""
 ENOUGH = 400
 GROWTH = 8.0
 """MiB."""
@@ -53,7 +58,7 @@ def cycle(model: PreTrainedModel, name: str, backend: str, leak: bool) -> None:
 def living() -> dict[str, int]:
     """The number of objects of each kind."""
     names = [type(each).__name__ for each in gc.get_objects()]
-    return {kind: names.count(kind) for kind in KINDS}
+    return {**{kind: names.count(kind) for kind in KINDS}, TEXTS: len(source_texts)}
 
 
 def measured(cycles: int, name: str, backend: str, leak: bool, same: bool) -> dict[str, list[float]]:
