@@ -145,6 +145,16 @@ def test_what_torch_compile_was_told_to_leave_uncompiled() -> None:
         assert dynamo.compiles_all()
 
 
+def test_which_stance_is_in_force() -> None:
+    outer = torch.compiler.set_stance("force_eager")
+    assert dynamo.is_in_force(outer)
+    with torch.compiler.set_stance("default"):
+        assert not dynamo.is_in_force(outer)
+    assert dynamo.is_in_force(outer)
+    outer.__exit__(None, None, None)
+    assert not dynamo.is_in_force(outer)
+
+
 def test_whether_torch_compile_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def double(values: torch.Tensor) -> torch.Tensor:
         return values * 2

@@ -7,16 +7,11 @@ ones) is part of what the model computes, and is captured with it.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
+from hawk_compile.capture.inside import Named
 from hawk_compile.compat.modes import global_hooks, hooks_of
 from hawk_compile.errors import UnsupportedCallError
-
-Named = Iterable[tuple[str, nn.Module]]
 
 PART_OF_MODELS = (
     "torch", "transformers", "accelerate", "peft", "bitsandbytes", "compressed_tensors", "optimum", "torchao",
@@ -61,31 +56,19 @@ def refuse_global_hooks() -> None:
         )
 
 
-def modules_of_prefill(model: PreTrainedModel, encodes: bool) -> Named:
-    """The modules that a prefill's graph runs, with their paths: all but the model itself, whose call is around it, and
-    the encoders, which run before it.
-
-    Args:
-        encodes: whether the graph runs encoders too.
-    """
-    base: Any = model.base_model
-    inside = {id(base.get_decoder()), id(model.get_input_embeddings())}
-    outside = {id(model)}
-    if not encodes:
-        for child in base.children():
-            parts = {id(part) for part in child.modules()}
-            outside |= set() if parts & inside else parts
-    return ((path, module) for path, module in model.named_modules() if id(module) not in outside)
-
-
 def is_of_user(hook: Any) -> bool:
-    return unwrapped(hook).__module__.partition(".")[0] not in PART_OF_MODELS
+    return room_of(hook).partition(".")[0] not in PART_OF_MODELS
 
 
 def name_of(hook: Any) -> str:
     """A hook's name and the module of code that it stands in."""
     function = unwrapped(hook)
-    return f"{getattr(function, '__qualname__', type(function).__qualname__)} of {function.__module__}"
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)} of {room_of(function)}"
+
+
+def room_of(hook: Any) -> str:
+    """The module of code that a hook stands in; code that was made from a text may have none."""
+    return getattr(unwrapped(hook), "__module__", None) or "<unknown>"
 
 
 def unwrapped(hook: Any) -> Any:

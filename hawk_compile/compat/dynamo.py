@@ -205,6 +205,11 @@ def compiles_all() -> bool:
     return stance.stance in ("default", "fail_on_recompile") and stance.backend is None
 
 
+def is_in_force(stance: Any) -> bool:
+    """Whether what `torch.compiler.set_stance` returned is the last that was set."""
+    return torch._dynamo.eval_frame._stance is stance.stance
+
+
 def is_transformed() -> bool:
     """Whether this code runs inside a transform of torch.func: vmap, grad, jvp and the like."""
     return torch._C._functorch.peek_interpreter_stack() is not None

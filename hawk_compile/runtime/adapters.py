@@ -3,9 +3,9 @@ Several in one batch are not: PEFT hands them to the modules by hooks that come 
 
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.inside import graph_modules
 from hawk_compile.compat.peft import argument_in_hooks, hooks_ever_put
 from hawk_compile.errors import UnsupportedCallError
-from hawk_compile.runtime.split import graph_modules
 from hawk_compile.runtime.state import Runtime
 
 

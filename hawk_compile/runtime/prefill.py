@@ -12,7 +12,8 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.features import by_argument, feature_count
-from hawk_compile.capture.hooks import modules_of_prefill, refuse_hooks
+from hawk_compile.capture.hooks import refuse_hooks
+from hawk_compile.capture.inside import graph_modules
 from hawk_compile.capture.merging import taking_features
 from hawk_compile.capture.modalities import (
     AUDIO_INPUT,
@@ -144,7 +145,7 @@ def run_graph(
     weights = runtime.weights(inputs.tokens.device)
 
     def check_hooks() -> None:
-        refuse_hooks(modules_of_prefill(model, AUDIO_INPUT in inputs.arguments), "a pruned prefill")
+        refuse_hooks(graph_modules(model, AUDIO_INPUT in inputs.arguments), "a pruned prefill")
 
     def run() -> Any:
         return runtime.prefill.run(

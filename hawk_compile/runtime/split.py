@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hawk_compile.capture.inside import graph_modules
 from hawk_compile.capture.modalities import raw_inputs
 from hawk_compile.capture.patches import is_captured
 from hawk_compile.compat.accelerate import (
@@ -49,19 +50,6 @@ def shards() -> tuple[type, ...]:
     """The classes of what FSDP shards; none where nobody has imported it."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-
-
-def graph_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that run in the prefill's graph, below the model itself: (path, module). All but encoders."""
-    base: Any = model.base_model
-    ends = [base.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    needed = {id(end) for end in ends if end is not None}
-    outside = {
-        id(part) for holder in {base, model} for child in holder.children()
-        if child is not base and not needed & {id(part) for part in child.modules()}
-        for part in child.modules()
-    }  # fmt: skip
-    yield from ((path, part) for path, part in model.named_modules() if part is not model and id(part) not in outside)
 
 
 def check_split(model: PreTrainedModel, config: HawkConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hawk_compile.capture.hooks import refuse_global_hooks
 from hawk_compile.capture.modalities import tokens_of
-from hawk_compile.compat.dynamo import compiles_all, is_switched_off, is_transformed
+from hawk_compile.compat.dynamo import compiles_all, is_in_force, is_switched_off, is_transformed
 from hawk_compile.compat.modes import (
     bars_graphs,
     dispatch_modes,
@@ -134,23 +134,24 @@ def seen_by_watchers() -> Iterator[None]:
 class DefaultStance:
     """Lets torch.compile compile, whatever `torch.compiler.set_stance` says, which is one for the whole process.
 
-    Calls run side by side: the first sets the stance aside and the last puts it back.
+    Calls run side by side: the first sets the stance aside and the last puts it back. One that others set in between is
+    set aside by the next call, and is what is left behind.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Guards the two below."""
         self.users = 0
-        self.change = contextlib.ExitStack()
+        self.ours: Any = None
+        """What set the stance aside, and knows what it was; None where nothing was."""
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         with self.lock:
-            counted = self.users > 0 or not compiles_all()
-            if counted:
-                if self.users == 0:
-                    self.change.enter_context(torch.compiler.set_stance("default"))
-                self.users += 1
+            if not compiles_all():
+                self.ours = torch.compiler.set_stance("default")
+            counted = self.ours is not None
+            self.users += counted
         try:
             yield
         finally:
@@ -158,7 +159,9 @@ class DefaultStance:
                 with self.lock:
                     self.users -= 1
                     if self.users == 0:
-                        self.change.close()
+                        ours, self.ours = self.ours, None
+                        if is_in_force(ours):
+                            ours.__exit__(None, None, None)
 
 
 compiling = DefaultStance()

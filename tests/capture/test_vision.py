@@ -21,6 +21,7 @@ from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.errors import CaptureError, UnsupportedModelError
 from hawk_compile.exporting.encoder import encoder_components
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import generate, picture
 
 MODULES = {"qwen2_5_vl": 1, "qwen3_vl": 1, "llava_onevision": 2}
@@ -34,7 +35,7 @@ def features(model: Any, size: Any, name: str) -> list[Tensor]:
     return tree_leaves([joined[FEATURES], joined.get(LAYER_FEATURES) or []])
 
 
-@pytest.mark.parametrize("name", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("name", ["qwen3_vl", *slow("qwen2_5_vl", "llava_onevision")])
 def test_features_are_the_eager_ones_at_any_size(name: str) -> None:
     model, twin = zoo.build(name, layers=1), zoo.build(name, layers=1)
     hawk_compile.optimize(model, ratio=0.8, backend="eager", compile_vision=True)

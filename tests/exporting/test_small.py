@@ -16,8 +16,8 @@ from hawk_compile.errors import InputError
 from hawk_compile.exporting import openvino
 from hawk_compile.exporting.components import DECODE, PREFILL, Component
 from hawk_compile.exporting.parts import write_part
+from tests.marks import slow
 
-FORMATS = ("aoti", "openvino", "executorch")
 WIDTH = 64
 SIZES = {"prompt": (2, 8, 16), "new": (2, 8, 16), "batch": (1, 2, 3)}
 
@@ -44,7 +44,7 @@ def parts() -> list[Component]:
     ]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*slow("aoti"), "openvino", "executorch"])
 def test_parts_answer_as_pytorch(format: str, tmp_path: Path) -> None:
     target: Any = importlib.import_module(f"hawk_compile.exporting.{format}")
     options = target.options({"sizes": SIZES}) if hasattr(target, "options") else None

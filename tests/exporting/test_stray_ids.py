@@ -12,6 +12,7 @@ from hawk_compile.exporting.encoder import encoder_components
 from hawk_compile.exporting.prefill import prefill_component, prune
 from hawk_compile.settings.config import HawkConfig
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import ROUNDING
 
 NAME = "qwen2_5_vl"
@@ -31,7 +32,7 @@ def prompt(model: Any, stray: bool) -> dict[str, Any]:
     return inputs
 
 
-@pytest.mark.parametrize("exported_from_such", [False, True])
+@pytest.mark.parametrize("exported_from_such", [False, *slow(True)])
 @torch.no_grad()
 def test_an_exported_prefill_takes_a_stray_id_for_text(model: Any, exported_from_such: bool) -> None:
     """As the optimised model does, whether the prompt of the export held one or not."""

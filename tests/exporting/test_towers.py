@@ -21,6 +21,7 @@ from hawk_compile.exporting.modules import Encoder, check_tuple, unnamed
 from hawk_compile.exporting.parts import write_part
 from hawk_compile.tools.survey.tiny import build, prompt, read
 from tests import zoo
+from tests.marks import slow
 from tests.tiny import FOLDER
 
 
@@ -46,7 +47,7 @@ def check_other_sizes(child: Any, component: Component, session: Session) -> Non
             assert (values - expected[key]).abs().max() < 1e-4 * expected[key].abs().max()
 
 
-@pytest.mark.parametrize("name", ["glm4v", "muse_glimmer"])
+@pytest.mark.parametrize("name", ["glm4v", *slow("muse_glimmer")])
 def test_sizes_and_bounds_are_inputs_where_a_tower_reads_them(name: str) -> None:
     """Positions by sizes and bounds; layers that hand on bounds and no longest length, with windows among them."""
     child, component = tower(name)

@@ -9,11 +9,12 @@ import torch
 
 import hawk_compile
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import MAIN, ROUNDING, generate, new_tokens, plain, prompt, pruned
 from tests.zoo import Row, rows
 
 TILES = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next", "smolvlm"))
-LAYOUTS = ("qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "gemma3")), *TILES)
+LAYOUTS = ("qwen3_vl", *slow("qwen2_5_vl", "gemma3"), *TILES)
 """One architecture of each way to hand images over, and of each kind of mask."""
 
 
@@ -53,7 +54,7 @@ def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["llava", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "qwen3_vl")), *TILES],
+    ["llava", *slow("gemma3", "qwen2_5_vl", "qwen3_vl"), *TILES],
 )
 def test_ratio_0_is_the_plain_model(name: str) -> None:
     """Bit for bit: a batch padded on the left through generate; a row, or through forward one padded on the right."""
@@ -75,7 +76,7 @@ def test_ratio_0_is_the_plain_model(name: str) -> None:
         hawk_compile.optimize(model, ratio=0.6, backend="eager")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", *slow("llava", "qwen2_5_vl")])
 def test_ratio_0_beams_are_the_plain_beams(name: str) -> None:
     model = hawk_compile.optimize(pruned(name), ratio=0, backend="eager")
     try:

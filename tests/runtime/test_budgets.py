@@ -17,6 +17,7 @@ from hawk_compile.plan.quotas import quotas
 from tests import eager_reference as reference
 from tests import zoo
 from tests.capture.rewritten import Rewritten
+from tests.marks import slow
 from tests.runtime.models import ROUNDING, fresh, generate, new_tokens, plain, prompt
 from tests.runtime.test_batches import fresh as unread
 from tests.test_architectures import encoded
@@ -32,7 +33,7 @@ def fewest(scores: Tensor, mass: float) -> int:
     return next(n for n in range(1, len(best) + 1) if sum(best[:n]) >= mass * sum(best) * (1 - 1e-6))
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", *slow("gemma3")])
 def test_each_row_keeps_what_holds_the_mass(name: str) -> None:
     """Plain; with features for later layers, whose kept number is read too; with attention both ways.
 
@@ -154,7 +155,7 @@ def one_image(inputs: dict[str, Tensor], places: list[list[int]], which: int) ->
     return alone
 
 
-@pytest.mark.parametrize("normalization", ["l2", "minmax"])
+@pytest.mark.parametrize("normalization", [*slow("l2"), "minmax"])
 def test_images_scored_by_themselves(normalization: str) -> None:
     """normalize_per="image": the scores of each image are those that it has in a prompt of its own."""
     name, settings = "qwen2_5_vl", {"normalization": normalization, "ratio": 0.5}
@@ -172,7 +173,7 @@ def test_images_scored_by_themselves(normalization: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("qwen3_vl")])
 def test_a_video_is_frames_in_generate_too(name: str, options: dict[str, Any]) -> None:
     """Which encodes it before the prefill, and hands on no more how many frames it has."""
     model = fresh(name, 0.9, min_per_image=1)

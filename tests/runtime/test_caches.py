@@ -15,6 +15,7 @@ from hawk_compile.runtime import prefill
 from hawk_compile.runtime.handover import scratch_cache
 from hawk_compile.versions import installed, release
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import (
     MAIN,
     ROUNDING,
@@ -33,7 +34,8 @@ FIRST_FP8 = "5.21"
 """The first transformers whose quantised cache has the backend fp8."""
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "qwen2_5_vl" else pytest.mark.slow) for name in MAIN])  # fmt: skip
 def test_static_cache(name: str) -> None:
     inputs = picture(name)
     out = generate(pruned(name), inputs, 12, cache_implementation="static")
@@ -41,7 +43,7 @@ def test_static_cache(name: str) -> None:
     assert isinstance(out.past_key_values, StaticCache)
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize("name", [*slow("llava"), "gemma3"])
 def test_static_cache_is_of_the_pruned_length(name: str) -> None:
     """What generate asks for less what was removed; a smaller prompt later gets no cache of another size."""
     model, sizes = fresh(name), []
@@ -91,7 +93,7 @@ def test_generate_compiles_the_step_of_a_static_cache(monkeypatch: pytest.Monkey
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("gemma3")])
 def test_own_static_cache_and_two_turns(name: str) -> None:
     inputs = picture(name)
     cache = StaticCache(config=plain(name).config.get_text_config(), max_cache_len=128)
@@ -104,7 +106,7 @@ def test_own_static_cache_and_two_turns(name: str) -> None:
     check_logits(later, by_hand, second)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("gemma3")])
 def test_static_cache_of_a_padded_batch(name: str) -> None:
     inputs = prompt(name, *zoo.sizes(name)[:3])
     out = generate(pruned(name), inputs, 6, cache_implementation="static")
@@ -150,7 +152,7 @@ def test_quantized_cache() -> None:
     assert not torch.allclose(out.logits[-1], unrounded.logits[-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", pytest.param("paligemma", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("llava", "paligemma")])
 def test_without_cache(name: str) -> None:
     """Each step prefills anew; what was generated must not vote, so the same tokens are kept each time."""
     row = zoo.Row(images=zoo.sizes(name)[4].images, tail=None)  # no end of turn keeps generated text from voting
@@ -262,7 +264,7 @@ def test_new_image_needs_plain_layers() -> None:
                  past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("gemma3")])
 def test_decode_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph of the decode step for prompts of any length; the tokens are those of uncompiled decoding."""
     from torch._dynamo.backends import registry

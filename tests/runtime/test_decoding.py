@@ -8,6 +8,7 @@ import torch
 import hawk_compile
 from hawk_compile.errors import InputError, UnsupportedCallError
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import (
     EVERY,
     ROUNDING,
@@ -67,13 +68,13 @@ def test_video(name: str) -> None:
     check_greedy(name, prompt(name, Row(video=VIDEOS[name])), 4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("qwen2_vl", marks=pytest.mark.slow), *FRAMES])
+@pytest.mark.parametrize("name", [*slow("qwen2_vl"), *FRAMES])
 def test_image_and_video(name: str) -> None:
     """Two merges, one for each modality; scored and pruned together."""
     check_greedy(name, prompt(name, Row(images=zoo.sizes(name)[0].images, video=VIDEOS[name])), 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("llava")])
 def test_sampling(name: str) -> None:
     """The same seed draws the same tokens, from the same distributions."""
     inputs = picture(name)
@@ -90,7 +91,7 @@ def test_sampling(name: str) -> None:
             each.feed([token])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("gemma3")])
 def test_beams(name: str) -> None:
     """Every beam's score is that of its tokens, forced through the hand-written loop; the best leads."""
     inputs = picture(name)
@@ -139,7 +140,7 @@ def test_streaming() -> None:
     assert streamer.ended and streamer.ids == out.sequences[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("gemma3")])
 def test_scores_and_hidden_states(name: str) -> None:
     inputs = picture(name)
     out = generate(pruned(name), inputs, 3, output_scores=True, output_hidden_states=True)
@@ -168,7 +169,7 @@ def test_text_only(name: str) -> None:
     assert report.keep_indices[0].tolist() == list(range(inputs["input_ids"].shape[1]))
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", pytest.param("internvl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("llava", "internvl")])
 def test_embeddings_as_prompt(name: str) -> None:
     """Placeholders and the ends of images and turns are known by their embeddings: the same tokens as with ids."""
     inputs = picture(name)
@@ -182,7 +183,7 @@ def test_embeddings_as_prompt(name: str) -> None:
         torch.testing.assert_close(found, wanted, **ROUNDING)
 
 
-@pytest.mark.parametrize("keep", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("keep", [*slow(0), *slow(1), 3])
 def test_logits_to_keep(keep: int) -> None:
     inputs = picture("qwen2_5_vl")
     logits = pruned("qwen2_5_vl")(**inputs, logits_to_keep=keep).logits[0]
@@ -190,7 +191,7 @@ def test_logits_to_keep(keep: int) -> None:
     torch.testing.assert_close(logits, expected, **ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("llava")])
 def test_logits_at_positions(name: str) -> None:
     """Of tokens as they were counted before pruning; those behind the image stand elsewhere now."""
     inputs = picture(name)

@@ -68,6 +68,19 @@ def test_a_hook_from_before_optimize_is_refused_too_and_restored_models_call_it(
     assert lengths == [picture(NAME)["input_ids"].shape[1]]
 
 
+def test_a_hook_whose_code_has_no_module_is_refused_too() -> None:
+    def hook(*args: Any) -> None:
+        pass
+
+    hook.__module__ = None  # type: ignore[assignment]  # as functions are that were made from a text
+    handle = pruned(NAME).lm_head.register_forward_hook(hook)
+    try:
+        with pytest.raises(UnsupportedCallError, match=r"hook of <unknown> of lm_head\)"):
+            logits(pruned(NAME))
+    finally:
+        handle.remove()
+
+
 def test_hooks_on_the_model_and_on_its_encoders_are_called_every_time() -> None:
     """Those of the model see the pruned output, and may change the arguments; forward passes make no backward calls."""
     model = pruned(NAME)

@@ -16,6 +16,7 @@ import hawk_compile
 from hawk_compile.capture import turns
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime import compiled
+from tests.marks import slow
 from tests.runtime.models import fresh, generate, picture, pruned
 
 SECONDS = 120
@@ -101,7 +102,7 @@ def check(results: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llava", *slow("qwen2_5_vl")])
 def test_prefills_overlap(graphs: Graphs, models: int, name: str) -> None:
     used = [fresh(name) for _ in range(models)]
     pairs = [(used[0], 2), (used[-1], 4)]
@@ -111,7 +112,7 @@ def test_prefills_overlap(graphs: Graphs, models: int, name: str) -> None:
     check(results, expected)
 
 
-@pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("models", [1, *slow(2)])
 def test_first_calls_overlap(graphs: Graphs, models: int) -> None:
     """A graph runs without the lock in the call that captured it, too."""
     used = [fresh("llava") for _ in range(models)]
@@ -131,7 +132,7 @@ def test_an_eager_call_beside_a_capture_is_no_capture(monkeypatch: pytest.Monkey
         model.model.get_placeholder_mask(inputs["input_ids"], embeds, image_features=embeds[0, :1])
 
 
-@pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("models", [1, *slow(2)])
 def test_decode_steps_overlap(graphs: Graphs, models: int) -> None:
     used = [fresh("llava", compile_decode=True) for _ in range(models)]
     pairs = [(used[0], 2), (used[-1], 4)]
@@ -198,11 +199,10 @@ def adapted(model: Any) -> None:
     model.set_output_embeddings(torch.nn.Sequential(head))
 
 
-@pytest.mark.parametrize(
-    ("change", "compilations"),
-    [(reset, 1), (adapted, 1), (lambda model: None, 0)],
-    ids=["reset", "adapter", "code"],
-)
+@pytest.mark.parametrize(("change", "compilations"), [
+    pytest.param(reset, 1, marks=pytest.mark.slow, id="reset"), pytest.param(adapted, 1, id="adapter"),
+    pytest.param(lambda model: None, 0, marks=pytest.mark.slow, id="code"),
+])  # fmt: skip
 def test_a_known_call_that_is_compiled_anew_waits_for_an_export(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], compilations: int
 ) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hawk_compile
-from hawk_compile.compat.dynamo import compiles_all
+from hawk_compile.compat.dynamo import compiles_all, is_in_force
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.runtime.surroundings import SWITCH, compiling
@@ -227,6 +227,18 @@ def test_the_stance_is_put_back_by_the_last_of_several_calls() -> None:
         assert compiles_all()
         second.__exit__(None, None, None)
         assert not compiles_all()
+    assert compiles_all()
+
+
+@pytest.mark.parametrize("calls_again", [True, False])
+def test_a_stance_that_is_set_beside_a_call_stays(calls_again: bool) -> None:
+    with torch.compiler.set_stance("eager_on_recompile"):
+        with compiling():
+            later = torch.compiler.set_stance("force_eager")  # as another thread would
+            if calls_again:
+                with compiling():
+                    assert compiles_all()
+        assert is_in_force(later)
     assert compiles_all()
 
 

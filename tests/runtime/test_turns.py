@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache
 
 import hawk_compile
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import (
     EVERY,
     ROUNDING,
@@ -71,7 +72,7 @@ def test_second_turn_of_text(name: str) -> None:
     assert hawk_compile.report(pruned(name)).kept_tokens == kept  # the last prefill of pictures is still the first
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("llava")])
 def test_second_turn_with_a_new_image(name: str) -> None:
     """Only the new image is encoded, scored by the new question and pruned; the first turn stays as it was."""
     first, cache = picture(name), DynamicCache()
@@ -118,7 +119,7 @@ def test_image_after_a_turn_of_text() -> None:
     check_logits(later, reference, whole)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "llava"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", *slow("llava")])
 def test_two_turns_of_a_batch(name: str) -> None:
     """Left-padded rows with unequal visual counts, two turns on one cache."""
     sizes = zoo.sizes(name)
@@ -150,7 +151,7 @@ def test_two_turns_with_ratio_0_are_those_of_the_plain_model(name: str) -> None:
         hawk_compile.optimize(model, ratio=0.6, backend="eager")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v", "llava"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("glm4v", "llava")])
 def test_interleaved_conversations(name: str) -> None:
     """A1 (a picture), B1 (text), C1 (another picture), A2, B2, C2 on one model: as if each were alone.
 
@@ -184,7 +185,7 @@ def test_interleaved_conversations(name: str) -> None:
         torch.testing.assert_close(steps[1].logits, step.logits, **ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("llava")])
 def test_threads(name: str) -> None:
     """Conversations on one model in several threads: results and reports of each are those it has alone."""
     prompts = [picture(name, which) for which in (0, 4, 2, 5)]

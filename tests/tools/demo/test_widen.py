@@ -110,6 +110,7 @@ def test_each_compensation_is_needed(
     assert (logprobs(wide, inputs) - logprobs(narrow, inputs)).abs().max() > 50 * ROUNDING
 
 
+@pytest.mark.slow
 def test_same_tokens_are_kept(narrow: Any, wide: Any, inputs: dict[str, Tensor]) -> None:
     runs: list[list[tuple[Tensor, Any]]] = [[], []]
     for model, run in zip((narrow, wide), runs, strict=True):

@@ -9,7 +9,7 @@ from hawk_compile.tools.survey.tiny import read
 from tests import timm_at_hand
 from tests.tiny import FOLDER
 
-QUICK = ("qwen3_5.linear_first", "mllama")
+QUICK = ("vipllava", "mllama")
 TYPES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
