@@ -1,10 +1,11 @@
 """Private names of modules, and of transformers' models, configurations and generate."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import cached_file, output_capturing
 
@@ -19,8 +20,25 @@ PREFILL = "_prefill"
 """(input_ids, generation_config, model_kwargs, ...): generate's first forward, or several of chunks."""
 CANDIDATES = "_get_candidate_generator"
 """(..., model_kwargs=): what drafts tokens for assisted decoding."""
+SETTLE = "_prepare_generation_config"
+"""(generation_config, **kwargs) -> the settings of a call of generate, from all that may give them, and the rest."""
 
 
+def let_generate_ask(check: Callable[[Any], None]) -> None:
+    """Let every call of generate show its settings, before anything else of it runs.
+
+    Args:
+        check: is given a GenerationConfig; what it raises ends the call.
+    """
+    settle = getattr(GenerationMixin, SETTLE)
+
+    @functools.wraps(settle)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settled = settle(self, *args, **kwargs)
+        check(settled[0])
+        return settled
+
+    setattr(GenerationMixin, SETTLE, checked)
 
 def mask_length_of(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
     """How many positions the attention mask of a call of generate covers, which leaves out one that masks nothing."""

@@ -15,6 +15,7 @@ from torch import fx
 from transformers import GenerationMixin
 
 from hawk_compile.compat.dynamo import backend_of, handed_on, let_compiled_modules_answer, lookup_backend
+from hawk_compile.compat.models import let_generate_ask
 from hawk_compile.compile.pipeline import PASSES, PassOptions, Step, run_passes, source_tag
 from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError, UnsupportedCallError
 from hawk_compile.passes.graph import is_call
@@ -105,7 +106,26 @@ def generate_of_compiled(compiled: Any) -> Callable[..., Any]:
     return generate
 
 
+def refuse_compile_config(settings: Any) -> None:
+    """Refuse `CompileConfig(backend="hawk")`, by which generate compiles its decode steps alone, and not even these on
+    a CPU or with a cache that grows.
+
+    Args:
+        settings: of a call of generate, a GenerationConfig.
+
+    Raises:
+        UnsupportedCallError: they hold such a CompileConfig.
+    """
+    if getattr(getattr(settings, "compile_config", None), "backend", None) in ("hawk", hawk):
+        raise UnsupportedCallError(
+            'compile_config=CompileConfig(backend="hawk") was given to generate, which compiles by it no more than '
+            "single steps behind the prompt, so that nothing would be pruned: call hawk_compile.optimize(model, "
+            "ratio=...), with what stands in options, and generate without it"
+        )
+
+
 let_compiled_modules_answer("generate", generate_of_compiled)
+let_generate_ask(refuse_compile_config)
 
 
 def options_of(config: HawkConfig, **more: Any) -> PassOptions:

@@ -10,6 +10,7 @@ import traceback
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig, GenerationConfig
 
 import hawk_compile
 from hawk_compile.compile.backend import compile_graph, hawk, inner_compiler
@@ -135,6 +136,34 @@ def test_generate_of_what_was_compiled_is_refused_with_the_remedy(backend):
     assert model.generate is len
     del other.generate
     assert other.generate == model.generate and not hasattr(torch.compile(nn.Linear(2, 2), backend="hawk"), "chat")
+
+
+@pytest.mark.parametrize("backend", ["hawk", hawk])
+@pytest.mark.parametrize("given", ["argument", "settings", "model"])
+@pytest.mark.parametrize("optimised", [False, True])
+def test_a_compile_config_of_generate_is_refused_with_the_remedy(backend, given, optimised):
+    """On a CPU generate would pass over it, and answer unpruned; an optimised model by settings that are not these.
+    Others' backends are passed over as ever. Nothing has run."""
+    model = zoo.build("llava", layers=1)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    if optimised:
+        hawk_compile.optimize(model, **OPTIONS)
+    asked = CompileConfig(backend=backend, options=OPTIONS)
+    ways = {"argument": {"compile_config": asked}, "settings": {"generation_config": GenerationConfig()}, "model": {}}
+    ways["settings"]["generation_config"].compile_config = asked
+    model.generation_config.compile_config = asked if given == "model" else None
+    model.base_model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    refused = r"compile_config=.* call hawk_compile\.optimize\(model, ratio=\.\.\.\), .*generate without it"
+    for more in ({}, {"cache_implementation": "static"}, {"num_beams": 2}):
+        with pytest.raises(UnsupportedCallError, match=refused):
+            model.generate(**inputs, max_new_tokens=2, **ways[given], **more)
+
+
+def test_a_compile_config_of_another_backend_is_let_be():
+    model = zoo.build("llava", layers=1)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    plain = model.generate(**inputs, max_new_tokens=2)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=2, compile_config=CompileConfig(backend="eager")), plain)
 
 
 def test_rows_with_unequal_visual_counts_are_refused():
