@@ -27,7 +27,7 @@ from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrai
 from transformers.cache_utils import DynamicIndexedLayer, StaticIndexedLayer
 from transformers.utils import output_capturing
 
-from hawk_compile.compat import accelerate, dynamo, exporters, models, modes, peft
+from hawk_compile.compat import accelerate, dynamo, exporters, models, modes, peft, quantisers
 from hawk_compile.kernels import compat as kernels
 from hawk_compile.passes import compat as passes
 from hawk_compile.versions import SINCE, lacking
@@ -355,6 +355,64 @@ def test_what_peft_hands_to_modules_by_hooks() -> None:
     before = peft.hooks_ever_put()
     model.eval()(torch.ones(1, 2), adapter_names=["default"])
     assert seen == ["adapter_names"] and peft.argument_in_hooks(layer) is None and peft.hooks_ever_put() > before
+
+
+def test_how_peft_reads_a_weight_can_be_followed() -> None:
+    from peft.utils.integrations import dequantize_module_weight
+
+    peft.let_weights_be_read()
+    layer = torch.nn.Linear(2, 3)
+    doubled = torch.compile(lambda: 2 * dequantize_module_weight(layer), backend="eager", fullgraph=True)
+    assert torch.equal(doubled(), 2 * layer.weight)
+    assert dequantize_module_weight(layer) is layer.weight
+
+
+def test_layers_of_compressed_tensors() -> None:
+    library = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    config = library.QuantizationConfig(config_groups={"W8A8": ["Linear"]}, ignore=["1"])
+    library.apply_quantization_config(model, config)
+    assert [quantisers.keeps_compressed(layer) for layer in model] == [True, False]
+
+
+def test_layers_of_quanto() -> None:
+    library = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    for activations in (None, library.qint8):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        assert not quantisers.quantises_outputs(model[0])
+        library.quantize(model, weights=library.qint8, activations=activations)
+        assert quantisers.quantises_outputs(model[0]) == (activations is not None)
+
+
+def test_layers_of_bitsandbytes_pack_their_weights_as_in_a_call() -> None:
+    """Nothing on CPUs for which they do not; what is packed is not packed again, and is saved as it was."""
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = library.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu").eval()
+    weight, asked = layer.weight.data.clone(), layer.support_avx512bf16_for_cpu
+    assert asked in (True, False)
+    for packs in (False, True):
+        layer.support_avx512bf16_for_cpu = packs
+        quantisers.pack_weight(layer)
+        assert getattr(layer.weight.quant_state, "packing_format_for_cpu", False) == packs
+    assert "packing_format_for_cpu" in inspect.getsource(library.nn.Linear4bit.forward)
+    packed = layer.weight.data
+    assert packed.shape != weight.shape
+    quantisers.pack_weight(layer)
+    assert layer.weight.data is packed or torch.equal(layer.weight.data, packed)
+    assert torch.equal(layer.state_dict()["weight"], weight)
+
+
+def test_what_generate_settles_its_settings_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From all that may give them, before anything else of it runs."""
+    monkeypatch.setattr(GenerationMixin, models.SETTLE, getattr(GenerationMixin, models.SETTLE))
+    model, seen = zoo.build("llava", layers=1), []
+    models.let_generate_ask(lambda settings: seen.append(settings.max_new_tokens))
+    inputs = zoo.text_only("llava", model)
+    model.generation_config.max_new_tokens = 2
+    assert model.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 2
+    model.generate(**inputs, max_new_tokens=1)
+    assert seen == [2, 1]
+
 
 
 def test_packages_of_aotinductor() -> None:

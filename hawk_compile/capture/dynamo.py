@@ -24,6 +24,7 @@ from hawk_compile.compat.dynamo import (
     sizes_named_in_texts,
     texts_going_with_code,
 )
+from hawk_compile.compat.peft import let_weights_be_read
 from hawk_compile.kernels.compat import check
 
 CAPTURE_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit, GuardOnDataDependentSymNode)
@@ -64,6 +65,7 @@ def capture_settings() -> Iterator[None]:
         sizes_named_in_texts(),
         texts_going_with_code(),
     ):
+        let_weights_be_read()
         before = is_capturing()
         try:
             thread.captures = True

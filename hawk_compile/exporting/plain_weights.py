@@ -10,6 +10,10 @@ PLAIN = (Tensor, nn.Parameter)
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def is_plain(weight: Tensor) -> bool:
+    return type(weight) in PLAIN and weight.dtype in TYPES
+
+
 def check_weights(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are quantised already, or are no plain tensors for another reason.
 
@@ -17,7 +21,7 @@ def check_weights(model: PreTrainedModel) -> None:
         ExportError: names the first of them.
     """
     for path, weight in model.named_parameters():
-        if type(weight) not in PLAIN or weight.dtype not in TYPES:
+        if not is_plain(weight):
             kind = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
             raise ExportError(
                 f"model.{path} is a {kind}, and an export takes plain floating-point weights: export the model as it "

@@ -17,7 +17,7 @@ from hawk_compile.plan.ids import special_ids
 from hawk_compile.runtime.blocks import block_of
 from hawk_compile.runtime.checks import check_model, check_vision
 from hawk_compile.runtime.conversation import conversation_of, physical_length
-from hawk_compile.runtime.packed import refuse_packed_weights
+from hawk_compile.runtime.packed import refuse_quantised
 from hawk_compile.runtime.records import PrefillRecord, Report
 from hawk_compile.runtime.shadowing import install, replaced_overrides, uninstall
 from hawk_compile.runtime.split import check_split
@@ -66,7 +66,7 @@ def optimize_itself(model: Any, made: HawkConfig) -> None:
     check_model(model, made.modalities)
     check_vision(model, made)
     check_split(model, made)
-    refuse_packed_weights(model)
+    refuse_quantised(model)
     weights = resolve(made.used_head_weights, model)
     ids = special_ids(model, made)
     earlier = model.__dict__.get(RUNTIME)

@@ -38,6 +38,7 @@ from hawk_compile.runtime.gradients import refuse_gradients
 from hawk_compile.runtime.handover import fill_cache, keep_positions, scratch_cache, scratch_layers, shrink
 from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.logits import at_positions, refuse_removed, take_positions
+from hawk_compile.runtime.packed import pack_weights, refuse_quantised
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import (
     refuse_fillers_behind_states,
@@ -144,18 +145,20 @@ def run_graph(
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
 
-    def check_hooks() -> None:
+    def before_capture() -> None:
         refuse_hooks(graph_modules(model, AUDIO_INPUT in inputs.arguments), "a pruned prefill")
+        pack_weights(model)
 
     def run() -> Any:
         return runtime.prefill.run(
-            taking_features(model, forward), taken, inputs.past_mask, plan, weights, inputs.along, check_hooks)
+            taking_features(model, forward), taken, inputs.past_mask, plan, weights, inputs.along, before_capture)
 
     with capturing(model, runtime) as attention:
         try:
             with diagnosed(model):
                 result, keep, valid, scores = run()
         except CaptureError:
+            refuse_quantised(model)  # since optimize, by what others have made of it
             if not adapt(model, runtime):  # to hooks that came on its modules since, or says why that cannot be
                 raise
             with diagnosed(model):

@@ -148,14 +148,21 @@ def test_adapters_everywhere(name: str, options: dict[str, Any], more: dict[str,
 
 
 @pytest.mark.slow
-def test_an_adapter_that_cannot_be_captured_is_refused_until_it_is_merged() -> None:
-    """DoRA looks at the class of the weights that it norms in a way that Dynamo does not follow."""
+def test_an_adapter_that_norms_weights() -> None:
+    """DoRA looks at the class of these weights in a way that Dynamo does not follow by itself."""
     config = adapter(use_dora=True)
     model, other = (put(each, config, "a", 0) for each in (fresh(NAME), zoo.build(NAME, layers=2)))
+    same(model, other.get_base_model())
+
+
+@pytest.mark.slow
+def test_one_that_norms_quantised_weights_is_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao comes with ExecuTorch alone")
+    model = fresh(NAME)
+    quantization.quantize_(model.base_model.get_decoder(), quantization.Int8WeightOnlyConfig())
+    model = put(model, adapter(use_dora=True), "a", 0)
     with pytest.raises(CaptureError, match="cannot be captured as one graph"):
         model(**picture(NAME))
-    model.merge_adapter()
-    same(model, other.get_base_model())
 
 
 @pytest.mark.slow

@@ -223,8 +223,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of dtype, device and sums of the scoring layer's parameters: another checkpoint has others."""
     base: Any = model.base_model
     layer = base.get_decoder().layers[first_with_keys(model)]
-    held = {name: float(value.detach().double().sum()) for name, value in layer.named_parameters()}
+    held = {name: total(value.detach()) for name, value in layer.named_parameters()}
     return hashlib.sha256(json.dumps([str(model.dtype), model.device.type, held]).encode()).hexdigest()
+
+
+def total(value: Any) -> float:
+    """The sum of a tensor's numbers, or of those of its parts where it is made of several, as quantised ones are."""
+    if hasattr(value, "__tensor_flatten__"):
+        return sum(total(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return float(value.double().sum())
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

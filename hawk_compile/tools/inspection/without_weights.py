@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig,
 
 from hawk_compile.compat.models import set_attention
 from hawk_compile.errors import InputError, UnsupportedModelError
+from hawk_compile.exporting.plain_weights import is_plain
 from hawk_compile.runtime.api import restore
 from hawk_compile.tools.absent import reason_of, remedy
 
@@ -23,10 +24,13 @@ META, HERE = torch.device("meta"), torch.device("cpu")
 
 
 def on_meta(source: Any) -> PreTrainedModel:
-    """The model on the meta device, in eval mode and not optimised."""
-    if isinstance(source, PreTrainedModel):
-        return restore(twin(source, lambda held: torch.empty_like(held, device=META))).eval()
+    """The model on the meta device, in eval mode and not optimised; of a quantised one, that of its configuration:
+    quantised weights have no shape that the passes ask for."""
     generation = None
+    if isinstance(source, PreTrainedModel):
+        if all(map(is_plain, source.parameters())):
+            return restore(twin(source, lambda held: torch.empty_like(held, device=META))).eval()
+        generation, source = source.generation_config, source.config
     if isinstance(source, (str, os.PathLike)):
         generation = generation_config(Path(source))
         source = read_config(Path(source))
