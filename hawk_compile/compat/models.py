@@ -40,6 +40,7 @@ def let_generate_ask(check: Callable[[Any], None]) -> None:
 
     setattr(GenerationMixin, SETTLE, checked)
 
+
 def mask_length_of(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
     """How many positions the attention mask of a call of generate covers, which leaves out one that masks nothing."""
     mask = model_kwargs.get("attention_mask")
