@@ -19,6 +19,10 @@ TOKENS = 5
 QUESTION = [60, 61, 62, 63]
 OWN_RATIO = 0.3
 """Of calls with settings of their own."""
+ROUNDING = 2e-5
+"""Of log-probabilities in fp32. Most answers are those of the call alone bit for bit. Not those on a static cache,
+which is as long as an earlier call has needed, nor all of batches, whose graph was captured for the batch that came
+first: the same sums in another order."""
 
 
 @dataclass(frozen=True)

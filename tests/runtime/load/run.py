@@ -17,7 +17,7 @@ import hawk_compile
 from hawk_compile.runtime.generation import Generation, running
 from tests import zoo
 from tests.runtime.load import points
-from tests.runtime.load.calls import Answer, Call, calls
+from tests.runtime.load.calls import ROUNDING, Answer, Call, calls
 from tests.runtime.load.faults import FAULTS, Fault
 from tests.runtime.load.leftovers import attributes, held, held_here, left_in_thread
 from tests.serving.load import growth
@@ -29,10 +29,6 @@ GROWTH = 8.0
 """MiB by which the process may grow over the last half of a run of `ENOUGH` seconds or more; before, caches of bounded
 size fill (those of oneDNN and of Dynamo's guards), and not all kinds of calls have come."""
 ENOUGH = 300.0
-ROUNDING = 2e-5
-"""Of log-probabilities in fp32. Most answers are those of the call alone bit for bit. Not those on a static cache,
-which is as long as an earlier call has needed, nor all of batches, whose graph was captured for the batch that came
-first: the same sums in another order."""
 CONTROLS = ("leak", "lock", "state", "answer")
 
 
