@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import hawk_compile
 from hawk_compile.capture.encode import run_encoders
@@ -32,7 +33,7 @@ def test_tiles_that_a_row_has_as_one_are_taken_apart(name: str) -> None:
     apart = images_apart(model, outputs, None)
     assert image_sizes(model, apart) == {"image": [4, 4, 4, 4]}
     joined = torch.cat(list(outputs["image"].pooler_output))
-    assert torch.cat(apart["image"].pooler_output).equal(joined)
+    assert torch.cat(list(apart["image"].pooler_output)).equal(joined)
     again = images_apart(model, apart, None)
     assert image_sizes(model, again) == {"image": [4, 4, 4, 4]}
     pixels = inputs["pixel_values"].clone()
@@ -41,7 +42,11 @@ def test_tiles_that_a_row_has_as_one_are_taken_apart(name: str) -> None:
     assert image_sizes(model, images_apart(model, outputs, None)) == {"image": [4, 4]}
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("llava_next", [10, 10]), ("internvl", [64, 64]), ("molmo2", [32, 32])])
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("llava_next", [10, 10]), ("internvl", [64, 64]),
+    pytest.param("molmo2", [32, 32], marks=pytest.mark.skipif(
+        not hasattr(transformers, "Molmo2Config"), reason="this release of transformers has no Molmo 2")),
+])  # fmt: skip
 def test_what_an_encoder_puts_together_itself_stays_one(name: str, sizes: list[int]) -> None:
     """Of LLaVA-NeXT a picture with its two tiles, each of five hidden states; of others what they have an entry for."""
     model, _, outputs = encoded(name)
