@@ -73,7 +73,7 @@ def join_features(outputs: dict[str, Any]) -> dict[str, ModelOutput]:
         if output is None:
             continue
         field, parts = field_of(output), {}
-        if not len(features_of(output)):
+        if not isinstance(features_of(output), Tensor) and not features_of(output):
             raise InputError(
                 f"mm_encoder_outputs holds no features of {modality}s when the prefill begins: give what is to be "
                 "encoded, or what an encoder made of it. Where a prompt is repeated, transformers loses features that "

@@ -87,10 +87,10 @@ class CompiledInTurns:
             self.function = compile_alone(self.begun, **self.settings)
         with contextlib.suppress(TurnNeeded), dynamo_settings(**UNCUT) if is_in_ddp() else contextlib.nullcontext():
             return self.function(*args, **kwargs)
-        before_capture()
         try:
             turn.taken = True
             capture_lock.acquire()
+            before_capture()
             with capture_settings():
                 return self.function(*args, **kwargs)
         finally:

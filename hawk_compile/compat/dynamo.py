@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import linecache
 import threading
 import types
 import weakref
@@ -179,8 +178,7 @@ def write_method_and_forget(*args: Any, **kwargs: Any) -> Any:
 
 
 def forget_text(name: str) -> None:
-    source_texts.pop(name, None)
-    linecache.cache.pop(name, None)
+    source_texts.pop(name, None)  # and not of linecache, whose checkcache() fails where an entry goes meanwhile
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+ROWS = 32
+"""A packed weight has a multiple of so many."""
+
 
 def keeps_compressed(module: Any) -> bool:
     """Whether compressed-tensors has this layer: it unpacks a whole model in its first call, and rounds weights and
@@ -27,6 +30,9 @@ def pack_weight(module: nn.Module) -> None:
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None or weight.device.type != "cpu" or getattr(state, "packing_format_for_cpu", False):
+        return
+    rows, columns = state.shape
+    if rows % ROWS or columns % state.blocksize:  # which the layer's own call refuses, if it is ever called
         return
     weight.data, weight.quant_state = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu(
         weight.data, state

@@ -1,5 +1,6 @@
 """The arguments of a prefill, sorted once: what the plan reads, what the cache is told, what the model takes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +78,12 @@ class PromptInputs:
         return self.tokens.shape[1]
 
 
-def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: bool) -> PromptInputs:
+def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: Collection[str]) -> PromptInputs:
     """Encode what is not encoded yet, and sort the arguments of a call that prunes.
 
     Args:
-        per_image: whether sizes of single images are needed. Frames are counted on the host, so only then.
+        per_image: modalities of which the sizes of single images are needed. Frames are counted on the host, so only
+            then.
 
     Raises:
         InputError: an attention mask of another length than the prompt or the conversation.
@@ -96,7 +98,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: boo
     if raw_modalities(model, kwargs):
         kwargs = encoded_inputs(model, kwargs)
     encoded = kwargs["mm_encoder_outputs"]
-    sizes = image_sizes(model, images_apart(model, encoded, frames)) if per_image else {}
+    sizes = image_sizes(model, images_apart(model, {each: encoded.get(each) for each in per_image}, frames))
     features = join_features(encoded)
     refuse_two_kinds_of_layer_features(features)
     rows, length = tokens_of(kwargs).shape[:2]

@@ -277,7 +277,9 @@ def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[s
         encode = runtime.vision.method(self, encode)
     encoded = encode(model_kwargs)
     if runtime is not None and runtime.config.per_image and encoded.get("mm_encoder_outputs"):
-        encoded = {**encoded, "mm_encoder_outputs": images_apart(self, encoded["mm_encoder_outputs"], frames)}
+        outputs = encoded["mm_encoder_outputs"]
+        counted = {name: output for name, output in outputs.items() if name in runtime.config.modalities}
+        encoded = {**encoded, "mm_encoder_outputs": {**outputs, **images_apart(self, counted, frames)}}
     return encoded
 
 

@@ -75,7 +75,7 @@ def run_prefill(model: PreTrainedModel, runtime: Runtime, forward: Callable[...,
             install_recorders(model.base_model.get_decoder())  # type: ignore[operator]
         kwargs = dict(kwargs)
         places = take_positions(kwargs, tokens_of(kwargs).shape[1])
-        inputs = prompt_inputs(model, kwargs, runtime.config.per_image)
+        inputs = prompt_inputs(model, kwargs, runtime.config.modalities if runtime.config.per_image else ())
         chat = runtime.learn_chat(model)
         plan, whole = plan_of(model, runtime, inputs, chat.form, places)
         if inputs.past and (plan.padded or plan.filled):

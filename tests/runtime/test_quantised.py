@@ -157,6 +157,9 @@ def test_weights_that_a_first_call_packs_are_packed_ahead_of_the_graph(
         each for each in model.base_model.get_decoder().modules()
         if isinstance(each, nn.Linear4bit) and each.in_features % 64 == 0
     ]
+    for each in (*model.modules(), *alone.modules()):
+        if isinstance(each, nn.Linear4bit):  # whatever this CPU has
+            each.support_avx512bf16_for_cpu = False
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
         layer.weight.quant_state.plain = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -168,11 +171,12 @@ def test_weights_that_a_first_call_packs_are_packed_ahead_of_the_graph(
 
 def test_layers_that_stay_compressed_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
     model = compressed_tensors(tmp_path, "W8A8", dequantize=False)
-    before = dict(vars(model))
+    before, held = dict(vars(model)), {name: (each.dtype, each.data_ptr()) for name, each in model.state_dict().items()}
     refused = r"q_proj is quantised by compressed-tensors, .*CompressedTensorsConfig\(dequantize=True\)"
     with pytest.raises(UnsupportedModelError, match=refused):
         hawk_compile.optimize(model, ratio=RATIO)
     assert vars(model) == before
+    assert {name: (each.dtype, each.data_ptr()) for name, each in model.state_dict().items()} == held
 
 
 def test_quantised_activations_are_refused_at_optimize_or_at_the_prompt() -> None:
