@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import hawk_compile
 from tests import eager_reference as reference
 from tests import zoo
+from tests.marks import slow
 from tests.zoo import common, rows
 
 RATIOS = (0.3, 0.6, 0.8, 0.9)
@@ -134,7 +135,7 @@ SLOW = ("qwen2_5_vl", "smolvlm", "gemma3")
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_vl", "llava_next", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", ["qwen3_vl", "llava_next", *slow(*SLOW)]
 )
 def test_the_prefill_is_compiled_once_for_ten_shapes(name):
     """And once more for prompts of embeddings, which have the logits of ids, at the positions that ids would have."""

@@ -7,6 +7,7 @@ import pytest
 import hawk_compile
 from hawk_compile.tools.survey.checks import at_ratio_zero, batches, prefill, steps
 from hawk_compile.tools.survey.tiny import build, prompt
+from tests.marks import slow
 from tests.tiny import tiny
 
 CAPS = "paligemma.gemma2"
@@ -17,7 +18,7 @@ SINKS = "inkling2"
 
 @pytest.mark.parametrize("name", [CAPS, pytest.param(SINKS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "check", [prefill, steps, *(pytest.param(check, marks=pytest.mark.slow) for check in (at_ratio_zero, batches))]
+    "check", [prefill, steps, *slow(at_ratio_zero, batches)]
 )
 def test_a_decoder_without_sdpa_equals_the_plain_model_gathered(name, check) -> None:
     check(tiny(name), build(tiny(name)))

@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import hawk_compile
+from tests.marks import slow
 
 GOLDEN = Path(__file__).parent / "golden" / "layer0.safetensors"
 
@@ -57,7 +58,7 @@ def model_of(case, settings, width, vocabulary):
     return model
 
 
-@pytest.mark.parametrize("case", [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])])
+@pytest.mark.parametrize("case", [*CASES[:2], *slow(*CASES[2:])])
 def test_kept_positions_equal_the_reference_implementation(case):
     """Every text position gets an id of its own, whose embedding is the golden hidden state there."""
     settings, hidden, ids = SETTINGS[case], TENSORS[f"{case}.hidden"][0], TENSORS[f"{case}.input_ids"][0]

@@ -12,8 +12,10 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from hawk_compile.capture.encode import positions_of
 from hawk_compile.capture.modalities import read_for_positions, tokens_of
+from hawk_compile.compat.models import PREPARE_POSITIONS
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.conversation import conversation_of
+from hawk_compile.runtime.originals import original
 from hawk_compile.runtime.positions import deltas_kept
 
 NEEDED = (
@@ -53,6 +55,20 @@ def positions_behind(model: PreTrainedModel, cache: Cache, kwargs: dict[str, Any
             "the new tokens, or prefill the whole conversation at once"
         )
     return alone + before + (0 if deltas is None else deltas.to(ids.device))
+
+
+def positions_of_later_turn(model: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Positions of a whole conversation, of which those that a cache holds are not read again: [axes, B, L], with a row
+    of text positions ahead where the model's generate has one."""
+    ids = model_kwargs.get("input_ids")
+    ids = inputs_tensor if ids is None or not ids.shape[1] else ids
+    new = positions_behind(model, model_kwargs["past_key_values"], {**model_kwargs, "input_ids": ids})
+    mask = model_kwargs["attention_mask"].long()
+    text = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[None].to(new.device)
+    whole = torch.cat([text[..., : -new.shape[-1]].expand(new.shape[0], -1, -1), new], -1)
+    with deltas_kept(model):
+        rows = original(model, PREPARE_POSITIONS)(ids[:, :1], {}).shape[0]
+    return whole if rows == len(whole) else torch.cat([text, whole])
 
 
 def new_part(model: PreTrainedModel, kwargs: dict[str, Any], new: int) -> dict[str, Any]:

@@ -36,10 +36,10 @@ from hawk_compile.runtime.conversation import note, physical_length
 from hawk_compile.runtime.drafting import OF_TEXT, begin_behind_prompt, refuse_drafts
 from hawk_compile.runtime.forward import run
 from hawk_compile.runtime.generation import Generation, generating, running
-from hawk_compile.runtime.later_images import positions_behind
+from hawk_compile.runtime.later_images import positions_of_later_turn
 from hawk_compile.runtime.originals import looks_like, original
 from hawk_compile.runtime.parts import HandedOn, class_of, handing_on, text_forward_of, text_part
-from hawk_compile.runtime.positions import deltas_kept, deltas_of
+from hawk_compile.runtime.positions import deltas_of
 from hawk_compile.runtime.prefill import run_prefill
 from hawk_compile.runtime.saving import save_of, upload
 from hawk_compile.runtime.split import placed
@@ -234,20 +234,6 @@ def position_ids_for_generation(self: PreTrainedModel, inputs_tensor: Tensor, mo
         return positions_of_later_turn(self, inputs_tensor, model_kwargs)
     with deltas_of(self, cache):
         return original(self, PREPARE_POSITIONS)(inputs_tensor, model_kwargs)
-
-
-def positions_of_later_turn(model: PreTrainedModel, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-    """Positions of a whole conversation, of which those that a cache holds are not read again: [axes, B, L], with a row
-    of text positions ahead where the model's generate has one."""
-    ids = model_kwargs.get("input_ids")
-    ids = inputs_tensor if ids is None or not ids.shape[1] else ids
-    new = positions_behind(model, model_kwargs["past_key_values"], {**model_kwargs, "input_ids": ids})
-    mask = model_kwargs["attention_mask"].long()
-    text = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[None].to(new.device)
-    whole = torch.cat([text[..., : -new.shape[-1]].expand(new.shape[0], -1, -1), new], -1)
-    with deltas_kept(model):
-        rows = original(model, PREPARE_POSITIONS)(ids[:, :1], {}).shape[0]
-    return whole if rows == len(whole) else torch.cat([text, whole])
 
 
 def prefill_whole(

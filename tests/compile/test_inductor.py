@@ -9,6 +9,7 @@ import torch
 import hawk_compile
 from hawk_compile.tools.survey.tiny import build, prompt
 from tests import zoo
+from tests.marks import slow
 from tests.test_architectures import RATIOS, check, compilations, eager_case, head_weights
 from tests.tiny import tiny
 
@@ -17,7 +18,7 @@ SLOW = ("qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma")
 ways."""
 
 
-@pytest.mark.parametrize("name", ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", ["llava", *slow(*SLOW)])
 def test_inductor_equals_the_hand_gathered_eager_model(name):
     """1e-5 is fp32 rounding over the layers in another order of summation. One layer, since compiling takes its time;
     layers that add features or switch attention get two."""

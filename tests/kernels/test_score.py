@@ -6,6 +6,7 @@ import torch
 from hawk_compile.kernels.score import reference
 from tests.kernels import oracle
 from tests.kernels.cases import SIZES, draw, folded, projected, scattered
+from tests.marks import slow
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 SMALL = SIZES["two KV heads, width 24"]
@@ -42,7 +43,7 @@ def test_sizes_and_normalizations(score, name, normalization):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("name", [FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+@pytest.mark.parametrize("name", [FEW, *slow(*LARGE)])
 def test_arithmetic_is_fp32_for_every_dtype(score, name, dtype):
     """The oracle's tolerance knows only fp32's epsilon: a product or sum rounded to bf16 or fp16 exceeds it."""
     arguments = folded(SIZES[name], dtype, "l2")

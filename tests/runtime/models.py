@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import hawk_compile
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.reference import Conversation
 from tests.zoo import Row
 
@@ -19,7 +19,7 @@ LAYERS = 2
 MAIN = ("qwen2_5_vl", "llava", "gemma3", "qwen3_vl")
 """mRoPE; plain; sliding windows and attention both ways; features for later layers."""
 
-EVERY = (*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in zoo.NAMES if name not in MAIN))
+EVERY = (*MAIN, *slow(*(name for name in zoo.NAMES if name not in MAIN)))
 """All architectures; what the passes make of each is tested in tests/test_architectures.py too."""
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-5}

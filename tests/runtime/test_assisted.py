@@ -17,6 +17,7 @@ import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.forward import behind_cache
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import (
     ROUNDING,
     conversation,
@@ -84,7 +85,7 @@ def check(name: str, inputs: dict[str, Tensor], **options: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow(*OTHERS)])
 def test_prompt_lookup(name: str) -> None:
     check(name, picture(name), **LOOKUP)
 

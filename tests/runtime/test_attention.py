@@ -22,11 +22,12 @@ import hawk_compile
 from hawk_compile.passes.graph import is_call
 from hawk_compile.runtime import compiled
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import LAYERS, RATIO, fresh, generate, new_tokens, picture, plain, prompt
 
 KERNEL = "kernel-of-a-test"
 EAGER = "eager"
-NAMES = ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen2_5_vl"))]
+NAMES = ["llava", *slow("gemma3", "qwen2_5_vl")]
 """Plain; sliding windows and attention both ways; mRoPE."""
 
 calls: list[tuple[int, ...]] = []

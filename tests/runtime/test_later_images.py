@@ -19,12 +19,13 @@ from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.tools.survey.tiny import build
 from hawk_compile.tools.survey.tiny import prompt as inputs_of
 from tests import zoo
+from tests.marks import slow
 from tests.runtime.models import RATIO, conversation, new_tokens, picture, plain, prompt, pruned, rows_alone
 from tests.runtime.test_turns import QUESTION, check_logits, follow_up, turn
 from tests.tiny import tiny
 from tests.zoo import Row
 
-MROPE = ("qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen3_vl", "glm4v")))
+MROPE = ("qwen2_5_vl", *slow("qwen2_vl", "qwen3_vl", "glm4v"))
 IMAGES = zoo.sizes("qwen2_5_vl")
 ONE, TWO = Row(images=IMAGES[2].images, after=4), Row(images=IMAGES[0].images + IMAGES[3].images, between=2)
 VIDEO, BOTH = Row(video=(3, 2, 2)), Row(images=IMAGES[1].images, video=(2, 2, 3))
@@ -43,7 +44,7 @@ def later(name: str, first: dict[str, Tensor], out: Any, *rows: Row) -> tuple[di
 
 
 @pytest.mark.parametrize("name", MROPE)
-@pytest.mark.parametrize("row", [TWO, *(pytest.param(row, marks=pytest.mark.slow) for row in (ONE, VIDEO, BOTH))])
+@pytest.mark.parametrize("row", [TWO, *slow(ONE, VIDEO, BOTH)])
 def test_a_later_turn_with_images(name: str, row: Row) -> None:
     """And a turn of text behind it."""
     if row is BOTH and name in ("qwen3_vl", "glm4v"):

@@ -132,6 +132,7 @@ AROUND: dict[str, Callable[[], Any]] = {
     "profiler": torch.profiler.profile,
 }
 QUICK = ("force_eager",)
+STANCES = ("force_eager", "eager_on_recompile")
 
 
 @pytest.mark.parametrize("name", [
@@ -142,6 +143,8 @@ def test_what_changes_nothing(name: str) -> None:
         with AROUND[name]():
             assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), expected)
+    if name in STANCES:
+        assert model.__dict__[RUNTIME].prefill.compilations == 1
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 import hawk_compile
 from hawk_compile import selectors
 from tests import zoo
+from tests.marks import slow
 from tests.runtime import pickled
 from tests.runtime.models import LAYERS, fresh, generate, picture, pruned
 from tests.runtime.test_optimize import state
@@ -36,7 +37,7 @@ def by_torch(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("through", [
-    by_pickle, *(pytest.param(each, marks=pytest.mark.slow) for each in (by_torch, copy.deepcopy, copy.copy))
+    by_pickle, *slow(by_torch, copy.deepcopy, copy.copy)
 ])
 def test_prunes_alike_and_is_restored(through: Any) -> None:
     model = fresh("llava", head_weights=WEIGHTS)
