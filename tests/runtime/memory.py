@@ -41,6 +41,8 @@ KINDS = (
 ENOUGH = 400
 GROWTH = 8.0
 """MiB."""
+PROGRESS = 50
+"""Cycles between two lines that say how far it is."""
 RATIOS = (0.5, 0.8)
 
 held: list[Any] = []
@@ -65,12 +67,14 @@ def measured(cycles: int, name: str, backend: str, leak: bool, same: bool) -> di
     """MiB in memory, and objects of each kind, behind each cycle."""
     shared = zoo.build(name, layers=2) if same else None
     figures: dict[str, list[float]] = {"MiB": [], **{kind: [] for kind in KINDS}}
-    for _ in range(cycles):
+    for number in range(1, cycles + 1):
         cycle(shared or zoo.build(name, layers=2), name, backend, leak)
         release(torch.device("cpu"))
         figures["MiB"].append(resident("VmRSS") / 2**20)
         for kind, count in living().items():
             figures[kind].append(count)
+        if number % PROGRESS == 0:
+            print(number, *(f"{kind} {values[-1]:.0f}" for kind, values in figures.items()), flush=True)
     return figures
 
 
