@@ -102,15 +102,15 @@ class Load:
         model = points.fragile(zoo.build(self.name, layers=2))
         return hawk_compile.optimize(model, ratio=RATIO, backend=self.backend)
 
-    def run(self, threads: int, seconds: float) -> Outcome:
-        """So many threads for so long; each makes at least one call and one fault."""
+    def run(self, threads: int, seconds: float, least: int = 1) -> Outcome:
+        """So many threads for so long, and until each has made so many calls at least."""
         outcome, lock = Outcome(), threading.Lock()
         begin, stop = threading.Barrier(threads), threading.Event()
         with points.fallible():
             model = self.optimised()
             points.inside_of_graphs[:] = [lambda: self.refuse_locks(model)]
             workers = [
-                threading.Thread(target=self.work, args=(model, number, begin, stop, outcome, lock))
+                threading.Thread(target=self.work, args=(model, number, begin, stop, least, outcome, lock))
                 for number in range(threads)
             ]
             started = time.monotonic()
@@ -140,18 +140,19 @@ class Load:
             raise AssertionError(f"a graph runs while its thread holds {now}")
 
     def work(
-        self, model: Any, number: int, begin: threading.Barrier, stop: threading.Event, outcome: Outcome, lock: Any
-    ) -> None:
+        self, model: Any, number: int, begin: threading.Barrier, stop: threading.Event, least: int, outcome: Outcome,
+        lock: Any,
+    ) -> None:  # fmt: skip
         """One thread."""
         draw = random.Random(1000 * self.seed + number)
         order = list(range(len(FAULTS)))
         draw.shuffle(order)
         begin.wait()
-        first = True
-        while first or not stop.is_set():
+        made = 0
+        while made < least or not stop.is_set():
             place = draw.randrange(len(self.calls))
             try:
-                if not first and draw.random() < SHARE:
+                if made and draw.random() < SHARE:
                     order = order[1:] + order[:1]  # each comes as often
                     self.fail(FAULTS[order[0]], model, self.calls[place], draw, outcome, lock)
                 self.answer(model, place, outcome, lock)
@@ -159,7 +160,7 @@ class Load:
                 where = traceback.format_exc(limit=-12)
                 with lock:
                     outcome.errors.append(f"{self.calls[place].kind}: {type(error).__name__}: {error}\n{where}")
-            first = False
+            made += 1
 
     def answer(self, model: Any, place: int, outcome: Outcome, lock: Any) -> None:
         said = self.calls[place](model)
@@ -175,9 +176,7 @@ class Load:
             if distance > ROUNDING:
                 outcome.errors.append(f"{self.calls[place].kind} differs by {distance:.1e} from the same call alone")
 
-    def fail(
-        self, fault: Fault, model: Any, call: Call, draw: random.Random, outcome: Outcome, lock: Any
-    ) -> None:
+    def fail(self, fault: Fault, model: Any, call: Call, draw: random.Random, outcome: Outcome, lock: Any) -> None:
         came = fault(model, call, draw)
         if self.control == "lock":
             model._hawk_runtime.vision.lock.acquire(blocking=False)
