@@ -30,10 +30,12 @@ def more_than(before: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_nothing_of_a_model_outlives_it(name: str) -> None:
-    memory.cycle(zoo.build(name, layers=2), name, "eager", leak=False)
+    memory.cycle(zoo.build(name, layers=2), name, "eager", 0.5)
     collect()
-    before = memory.living()
-    memory.cycle(zoo.build(name, layers=2), name, "eager", leak=False)
+    before, model = memory.living(), zoo.build(name, layers=2)
+    for ratio in memory.RATIOS:
+        memory.cycle(model, name, "eager", ratio)
+    del model
     assert more_than(before) == {}
 
 

@@ -10,11 +10,11 @@ import traceback
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import hawk_compile
 from hawk_compile.runtime.generation import Generation, running
+from hawk_compile.tools.benchmarking import memory
 from tests import zoo
 from tests.runtime.load import points
 from tests.runtime.load.calls import ROUNDING, Answer, Call, calls
@@ -190,9 +190,8 @@ class Load:
 
 
 def resident() -> float:
-    """MiB of this process in memory."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 2**10
+    """MiB of this process's own in memory: the system may take back pages of files as it likes."""
+    return memory.resident("RssAnon") / 2**20
 
 
 def plot(outcome: Outcome, file: str) -> None:
@@ -204,6 +203,6 @@ def plot(outcome: Outcome, file: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     axes.plot([at / 60 for at, _ in outcome.memory], [size for _, size in outcome.memory], linewidth=1)
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    axes.set(xlabel="minutes", ylabel="memory of the process (RssAnon), MiB", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
