@@ -33,19 +33,28 @@ BEYOND_A_GRAPH = {
 """Settings that only `optimize` can follow, and what they need."""
 
 
-def hawk(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def hawk(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, **others: Any
+) -> Callable[..., Any]:
     """Compile a graph of Dynamo's, pruning visual tokens where it merges them.
 
     Args:
         options: settings of `HawkConfig` by name; `ratio` is the fraction of visual tokens removed. Head weights are
             taken as given ("auto" means equal weights here: a graph does not know its checkpoint).
+        others: what else torch.compile was given for a backend, as `mode`: none is taken.
 
     Raises:
-        ConfigError: a setting that does not exist or is out of range.
+        ConfigError: a setting that does not exist, is out of range, or stands beside `options`.
         GraphError: the graph merges visual features but cannot be pruned.
     """
     try:
         refuse_generate()
+        if others:
+            given = ", ".join(f"{name}={value!r}" for name, value in others.items())
+            raise ConfigError(
+                f'torch.compile(backend="hawk") takes its settings in options alone, got {given}: leave it out (in a '
+                'CompileConfig, mode=None), and name the compiler in options["backend"]'
+            )
         return compile_pruned(gm, example_inputs, dict(options or {}))
     except HawkError as error:
         raise handed_on(error) from error.__cause__

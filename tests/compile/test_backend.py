@@ -211,6 +211,12 @@ def test_bad_options_are_refused_by_name(options, message):
     assert type(travelled) is ConfigError and re.search(message, str(travelled))
 
 
+def test_a_mode_is_refused():
+    """torch hands it on to a backend that is given by name."""
+    with pytest.raises(ConfigError, match="takes its settings in options alone, got mode='reduce-overhead': leave"):
+        torch.compile(nn.Linear(4, 4), backend="hawk", mode="reduce-overhead")(torch.randn(3, 4))
+
+
 def test_head_weights_that_do_not_fit_the_model_are_refused():
     model = zoo.build("llava", layers=1)
     inputs = encoded(model, zoo.Row(images=((1, 1),)))

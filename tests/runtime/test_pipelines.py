@@ -1,14 +1,15 @@
-"""transformers.pipeline with an optimised model: pictures and questions as users give them."""
+"""Other doors of transformers to an optimised model: pipelines, and batches that go on as requests come."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, pipeline
 
 import hawk_compile
 from hawk_compile.tools.demo.scenes import make_scene
+from tests import zoo
 from tests.exporting import demo
 from tests.runtime.reference import Conversation, best, decoder_inputs, scores
 
@@ -51,3 +52,18 @@ def test_a_pipeline_answers_as_the_plain_model_on_kept_tokens() -> None:
         assert said[0]["generated_text"].strip() == by_hand(demo.cut(), chat)
         report = hawk_compile.report(model)
         assert report.kept_visual_tokens < report.visual_tokens
+
+
+def test_a_continuous_batch_answers_as_the_plain_model() -> None:
+    """It takes ids alone, and so text alone."""
+    model, prompts = zoo.build("llava", layers=2), [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
+    settings = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
+
+    def answers() -> list[list[int]]:
+        said = model.generate_batch(prompts, settings, continuous_batching_config=small, progress_bar=False)
+        return [said[each].generated_tokens for each in sorted(said)]
+
+    plain = answers()
+    hawk_compile.optimize(model, ratio=RATIO, backend="eager")
+    assert answers() == plain and [len(each) for each in plain] == [TOKENS] * 2
