@@ -36,8 +36,8 @@ from tests.runtime.models import generate, picture
 
 TEXTS = "source texts"
 KINDS = (
-    "GraphModule", "FakeTensor", "FakeTensorMode", "SymNode", "GuardManagerWrapper", "CompiledPrefill", "Runtime",
-    TEXTS,
+    "GraphModule", "FakeTensor", "FakeTensorMode", "SymNode", "GuardManagerWrapper", "CapturedTraceback",
+    "CompiledPrefill", "Runtime", TEXTS,
 )  # fmt: skip
 """Names of classes, and the texts of generated code that torch keeps."""
 ENOUGH = 400

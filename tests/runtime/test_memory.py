@@ -47,6 +47,18 @@ def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.grown({**figures, "MiB": [float(each) for each in range(memory.ENOUGH)]}) == ["MiB"]
 
 
+def test_nothing_that_torch_counts_of_a_compilation_outlives_it() -> None:
+    """It keeps where each of its measurements was made, and what follows from each guard, without a bound."""
+    edits, implications = dynamo.get_metrics_context()._edits, dynamo.ShapeEnv.get_implications.cache_info
+    function = compile_alone(lambda values: values * values.shape[0], backend="eager")
+    with dynamo.dynamo_settings(assume_static_by_default=False):
+        assert function(torch.ones(3)).tolist() == [3, 3, 3]
+    assert edits
+    del function
+    collect()
+    assert (edits, implications().currsize) == ([], 0)
+
+
 @pytest.mark.slow
 def test_an_optimised_model_that_is_thrown_away() -> None:
     model = fresh("llava")
