@@ -14,7 +14,7 @@ from typing import Any
 
 import hawk_compile
 from hawk_compile.runtime.generation import Generation, running
-from hawk_compile.tools.benchmarking import memory
+from hawk_compile.tools.benchmarking.memory import resident
 from tests import zoo
 from tests.runtime.load import points
 from tests.runtime.load.calls import ROUNDING, Answer, Call, calls
@@ -40,7 +40,7 @@ class Outcome:
         answers: how many, by kind of call. faults: how many came, or were too late, by kind.
         equal: how many of them bit for bit. largest: the largest difference of log-probabilities of the others.
         errors: what was wrong, in words.
-        memory: (seconds, MiB).
+        memory: (seconds, MiB) of the process's own: the system may take back pages of files as it likes.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -117,7 +117,7 @@ class Load:
             for worker in workers:
                 worker.start()
             while (passed := time.monotonic() - started) < seconds:
-                outcome.memory.append((passed, resident()))
+                outcome.memory.append((passed, resident("RssAnon") / 2**20))
                 time.sleep(max(0.02, min(1.0, seconds / 200)))
             stop.set()
             for worker in workers:
@@ -187,11 +187,6 @@ class Load:
             outcome.faults[fault.__name__, came] += 1  # type: ignore[attr-defined]
             outcome.errors += [f"{fault.__name__} in {call.kind} left {each}" for each in left_in_thread(model)]  # type: ignore[attr-defined]
             outcome.errors += [f"{fault.__name__} in {call.kind} left {each} held" for each in held_here(model)]  # type: ignore[attr-defined]
-
-
-def resident() -> float:
-    """MiB of this process's own in memory: the system may take back pages of files as it likes."""
-    return memory.resident("RssAnon") / 2**20
 
 
 def plot(outcome: Outcome, file: str) -> None:
