@@ -18,9 +18,14 @@ FOLDER = str(resources.files("hawk_compile.tools.demo").joinpath("model"))
 SIZES = ((336, 336), (336, 364), (392, 336), (448, 336), (336, 420), (420, 392))
 
 
+def fresh(**options: Any) -> Any:
+    """One of one's own, in float32."""
+    return AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=torch.float32, **options).eval()
+
+
 @functools.cache
 def model() -> Any:
-    return AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="float32").eval()
+    return fresh()
 
 
 def cut(dtype: torch.dtype | str = "auto") -> Any:
