@@ -17,6 +17,7 @@ from transformers import GenerationMixin
 from hawk_compile.compat.dynamo import backend_of, handed_on, let_compiled_modules_answer, lookup_backend
 from hawk_compile.compat.models import let_generate_ask
 from hawk_compile.compile.pipeline import PASSES, PassOptions, Step, run_passes, source_tag
+from hawk_compile.compile.pruned_keys import left_in_a_cache, that_ends_here
 from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError, UnsupportedCallError
 from hawk_compile.passes.graph import is_call
 from hawk_compile.passes.locate_prefill import find_merges
@@ -72,9 +73,10 @@ def refuse_generate() -> None:
     while frame is not None:
         if frame.f_code is generate:
             raise UnsupportedCallError(
-                'generate was called of a model that backend="hawk" compiles (model.compile), whose masks and '
-                "positions would not be those of a pruned prompt: call hawk_compile.optimize(model, ratio=...), with "
-                "what stands in options, on the model as it was, and generate of that"
+                'generate was called of a model that backend="hawk" compiles (model.compile, or torch.compile of a '
+                "part), whose masks and positions would not be those of a pruned prompt: call "
+                "hawk_compile.optimize(model, ratio=...), with what stands in options, on the model as it was, and "
+                "generate of that"
             )
         frame = frame.f_back
 
@@ -92,7 +94,8 @@ def compile_pruned(gm: fx.GraphModule, example_inputs: list[Any], settings: dict
             )
     weights = explicit_weights(config.head_weights)
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
-    return compile_graph(gm, example_inputs, config, settled)
+    places = left_in_a_cache(gm.graph) if holds_prefill(gm) and config.removed else []
+    return that_ends_here(compile_graph(gm, example_inputs, config, settled), places)
 
 
 def generate_of_compiled(compiled: Any) -> Callable[..., Any]:

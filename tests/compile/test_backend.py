@@ -1,5 +1,6 @@
 """The lower door: `torch.compile(model, backend="hawk", options=...)`."""
 
+import copy
 import functools
 import pickle
 import re
@@ -114,13 +115,52 @@ def test_generate_of_a_model_that_is_compiled_in_place_is_refused_with_the_remed
     model = zoo.build("llava", layers=1)
     inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
     model.compile(backend="hawk", options=OPTIONS, dynamic=True)
-    refused = pytest.raises(UnsupportedCallError, match=r"\(model\.compile\), whose .* call hawk_compile\.optimize")
+    refused = pytest.raises(UnsupportedCallError, match=r"\(model\.compile, or .* call hawk_compile\.optimize")
     with refused:
         model.generate(**inputs, max_new_tokens=3)
     with torch.no_grad():
         model(**inputs)
     with refused:
         model.generate(**inputs, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_nothing_goes_on_behind_a_prompt_that_the_graph_alone_has_pruned(attention):
+    """Its cache says how many tokens are left, by which the model as it is, a compiled one and generate would count
+    positions."""
+    model = zoo.build("llava", layers=2)
+    model.set_attn_implementation(attention)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    pruned = torch.compile(model, backend="hawk", options=OPTIONS, dynamic=True)
+    cache = pruned(**inputs).past_key_values
+    assert cache.get_seq_length() < inputs["input_ids"].shape[1]
+    refused = pytest.raises(UnsupportedCallError, match=r"holds a prompt that .* has pruned, .* hawk_compile\.optimize")
+    copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache
+    for step, each in zip((model, pruned, torch.compile(model, backend="eager")), copies, strict=True):
+        with refused:
+            step(input_ids=torch.tensor([[5]]), past_key_values=each)
+
+
+@pytest.mark.slow
+def test_generate_within_a_compiled_function_is_refused_behind_the_prompt():
+    model = zoo.build("llava", layers=1)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    compiled = torch.compile(lambda: model.generate(**inputs, max_new_tokens=3), backend="hawk", options=OPTIONS)
+    with pytest.raises(UnsupportedCallError, match=r"holds a prompt that .* has pruned, .* hawk_compile\.optimize"):
+        compiled()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_nothing_is_held_back_where_nothing_was_removed():
+    model = zoo.build("llava", layers=1)
+    inputs = zoo.inputs("llava", model, rows=[zoo.Row(images=((1, 1),))])
+    step = torch.tensor([[5]])
+    whole = torch.compile(model, backend="hawk", options={**OPTIONS, "ratio": 0.0}, dynamic=True)
+    found = whole(input_ids=step, past_key_values=whole(**inputs).past_key_values).logits
+    expected = model(input_ids=step, past_key_values=model(**inputs).past_key_values).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["hawk", hawk])
