@@ -34,7 +34,7 @@ def hold(case: Case) -> Held:
     """
     Raises:
         Wrong: other tokens kept, or other log-probabilities.
-        Upstream: so does the plain model, of several sequences of a row.
+        Upstream: so does the plain model, of several sequences of a row, or of embeddings in chunks.
         HawkError: what the case asks for is refused.
     """
     config = HawkConfig(**settings_of(case))
@@ -60,8 +60,10 @@ class Holding(Asking):
     def run(self) -> Held:
         try:
             return self.held_to_its_rows()
-        except (Wrong, HawkError) as wrong:
+        except (Wrong, HawkError, RuntimeError) as wrong:
             if self.repeats() > 1 and not self.plain_repeats_rightly():
+                raise Upstream from wrong
+            if self.chunks_of_embeddings() and not self.plain_cuts_embeddings_rightly():
                 raise Upstream from wrong
             raise
 
@@ -70,13 +72,27 @@ class Holding(Asking):
 
     def plain_repeats_rightly(self) -> bool:
         """Whether the plain model gives several sequences of a row the images, videos and audio of that row."""
-        asked = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
-        batch, count = prompts.joined(self.singles, "left"), self.repeats()
+        return self.plain_answers_rows(self.repeats(), do_sample=True, num_return_sequences=self.repeats())
+
+    def chunks_of_embeddings(self) -> bool:
+        """Whether transformers alone prefills embeddings of a text in chunks."""
+        asked = self.call.get("chunk") and self.call.get("embeds")
+        return bool(asked) and not any(line.visual for line in self.lines)
+
+    def plain_cuts_embeddings_rightly(self) -> bool:
+        ids = prompts.joined(self.singles, "left")["input_ids"]
+        embeddings = self.plain.get_input_embeddings()(ids).detach()
+        return self.plain_answers_rows(1, inputs_embeds=embeddings, prefill_chunk_size=self.call["chunk"])
+
+    def plain_answers_rows(self, count: int, **options: Any) -> bool:
+        """Whether the plain model gives `count` sequences of each row what it gives the row alone."""
+        asked = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+        batch = prompts.joined(self.singles, "left")
         try:
-            out = self.plain.generate(**batch, do_sample=True, num_return_sequences=count, **asked).logits[0]
-        except (ValueError, RuntimeError):  # no features are left, or another number than the prompt has places
+            out = self.plain.generate(**{**batch, **asked, **options}).logits[0]
+        except (ValueError, RuntimeError):  # as where features are lost, or another number than the prompt has places
             return False
-        alone = [self.plain.generate(**single, do_sample=False, **asked).logits[0] for single in self.singles]
+        alone = [self.plain.generate(**single, **asked).logits[0] for single in self.singles]
         return float((out - torch.cat(alone).repeat_interleave(count, 0)).abs().max()) < CLOSE
 
     def held_to_its_rows(self) -> Held:

@@ -25,6 +25,13 @@ def frames_with_ids_of_images(case: Case) -> bool:
     return asked and filmed and case["model"]["name"] == "glm4v"
 
 
+def both_kinds_for_later_layers(case: Case) -> bool:
+    """Whether images and a video meet in one call of a model that adds features to later layers."""
+    turns = [turn for row in case["call"]["rows"] for turn in row["turns"]]
+    both = any(turn.get("images") for turn in turns) and any(turn.get("video") for turn in turns)
+    return both and case["model"]["name"] == "qwen3_vl"
+
+
 def features_of_later_layers_exported(case: Case) -> bool:
     return "format" in case["model"] and case["model"]["name"] == "qwen3_vl"
 
@@ -32,6 +39,7 @@ def features_of_later_layers_exported(case: Case) -> bool:
 LEGITIMATE: tuple[tuple[str, Callable[[Case], bool]], ...] = (
     (r"new images on a cache that already holds tokens", seen_later),
     (r"prefill was exported for visual from 2 on, got 1", features_of_later_layers_exported),
+    (r"image and video in one call", both_kinds_for_later_layers),
     (r"min_per_image, quota and normalize_per find the tokens", frames_with_ids_of_images),
 )
 """(what the message begins with, of which cases it is right)."""
