@@ -1,5 +1,6 @@
 """The forward of an optimised model: which calls are pruned, and how the others read a pruned cache."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ from hawk_compile.runtime.tracked import TrackedCache, of_slots, opened, physica
 from hawk_compile.settings.config import MODALITIES
 
 Forward = Callable[..., Any]
+MERGED_BEFORE = "inputs_embeds without visual features: if images are merged into them, they cannot be told from text"
 STEP_REMEDY = "leave compile_decode out (or, where generate asked for it, give generate disable_compile=True)"
 
 
@@ -140,6 +142,12 @@ def run_whole_images(
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """The first prompt of a conversation, without features to prune: it runs whole, and the report says so."""
     record = unpruned(model, runtime, kwargs)
+    if record.reason == MERGED_BEFORE:
+        warnings.warn(
+            f"an optimised model was given {MERGED_BEFORE}, and nothing is pruned: give input_ids, and the images "
+            "beside them",
+            stacklevel=2,
+        )
     if not positions_by_images(model):
         result = step(model, runtime, forward, kwargs)
         runtime.note(record, result, kwargs.get("past_key_values"))
@@ -188,7 +196,7 @@ def unpruned(model: PreTrainedModel, runtime: Runtime, kwargs: dict[str, Any]) -
         asked = runtime.config.modalities
         reason = f"the prompt has {' and '.join(present)} only, which is not among modalities={asked}"
     elif kwargs.get("input_ids") is None:
-        reason = "inputs_embeds without visual features: if images are merged into them, they cannot be told from text"
+        reason = MERGED_BEFORE
     else:
         reason = "the prompt has no visual features"
     awaited = {} if present else awaited_features(model, kwargs.get("input_ids"))

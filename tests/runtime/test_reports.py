@@ -13,7 +13,8 @@ from transformers import DynamicCache
 import hawk_compile
 from hawk_compile.errors import HawkError
 from tests import zoo
-from tests.runtime.models import fresh, generate, picture, plain, pruned
+from tests.runtime.models import ROUNDING, fresh, generate, picture, plain, pruned
+from tests.runtime.reference import decoder_inputs
 
 
 def kept(source: Any) -> list[int]:
@@ -53,6 +54,28 @@ def test_placeholders_without_pictures_are_said() -> None:
     alone = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     reason = hawk_compile.report(generate(pruned("llava"), alone, 2)).reason
     assert reason == "the prompt holds placeholders of image tokens, but no image was given with it"
+
+
+def test_embeddings_that_images_were_merged_into_are_said_to_stay_whole() -> None:
+    """Of what the plain model answers; of a prompt of text given so it is said too, as nothing tells them apart."""
+    model, inputs = fresh("llava"), picture("llava")
+    merged = decoder_inputs(plain("llava"), inputs)["inputs_embeds"]
+    with torch.no_grad(), pytest.warns(UserWarning, match="given inputs_embeds without .* give input_ids, and the"):
+        out = model(inputs_embeds=merged)
+    assert "images are merged into them" in str(hawk_compile.report(out).reason)
+    with torch.no_grad():
+        torch.testing.assert_close(out.logits, plain("llava")(**inputs).logits, **ROUNDING)
+
+
+@torch.no_grad()
+def test_a_part_runs_whole_and_reports_are_of_the_model_alone() -> None:
+    model, inputs = fresh("llava"), picture("llava")
+    model(**inputs)
+    before = kept(model)
+    alone = plain("llava")
+    torch.testing.assert_close(model.model(**inputs)[0], alone.model(**inputs)[0], **ROUNDING)
+    torch.testing.assert_close(type(model).forward(model, **inputs).logits, alone(**inputs).logits, **ROUNDING)
+    assert kept(model) == before
 
 
 def test_a_cache_keeps_its_report_through_beams_copies_and_crops() -> None:
