@@ -142,7 +142,7 @@ def run_whole_images(
 def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """The first prompt of a conversation, without features to prune: it runs whole, and the report says so."""
     record = unpruned(model, runtime, kwargs)
-    if record.reason == MERGED_BEFORE:
+    if record.rule == MERGED_BEFORE:
         warnings.warn(
             f"an optimised model was given {MERGED_BEFORE}, and nothing is pruned: give input_ids, and the images "
             "beside them",
