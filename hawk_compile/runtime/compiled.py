@@ -1,12 +1,12 @@
 """The compiled prefill and decode step. No lock is held while one of them runs: only captures take turns."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.prefill import planned_forward
@@ -33,6 +33,8 @@ class CompiledPrefill:
         compilations: how many graphs were compiled.
         scoring_layer: the decoder layer whose attention scores, counted from 0, once there is a graph.
         watched: the same without generated code, for calls inside modes that are to see every operator.
+        forwards: the classes of the modules in its graphs, with their forwards, which Dynamo has inlined and looks at
+            no more.
     """
 
     def __init__(self, config: HawkConfig, ranks: Ranks | None = None, passes: Sequence[Step] = PASSES):
@@ -42,7 +44,16 @@ class CompiledPrefill:
         self.compilations = 0
         self.scoring_layer = 0
         self.watched: CompiledPrefill | None = None
+        self.forwards: dict[type, Any] = {}
         self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
+
+    def note_forwards(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Remember what a graph of these modules, which is about to be captured, is captured from."""
+        self.forwards = {**self.forwards, **{type(part): type(part).forward for _, part in modules}}
+
+    def outdated(self) -> bool:
+        """Whether the forward of a class has been replaced since."""
+        return any(kind.forward is not forward for kind, forward in self.forwards.items())  # type: ignore[attr-defined]
 
     def compiler(self) -> Callable[..., Any]:
         """What Dynamo keeps beside the graphs, in a place that no garbage collector sees: it must not hold this."""

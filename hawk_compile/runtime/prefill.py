@@ -145,8 +145,13 @@ def run_graph(
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
 
+    if runtime.prefill.outdated():
+        runtime.compile_anew()
+
     def before_capture() -> None:
-        refuse_hooks(graph_modules(model, AUDIO_INPUT in inputs.arguments), "a pruned prefill")
+        modules = [*graph_modules(model, AUDIO_INPUT in inputs.arguments)]
+        refuse_hooks(modules, "a pruned prefill")
+        runtime.prefill.note_forwards(modules)
         pack_weights(model)
 
     def run() -> Any:

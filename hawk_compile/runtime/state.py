@@ -108,6 +108,12 @@ class Runtime:
             if earlier.prefill.options == self.prefill.options:
                 self.prefill = earlier.prefill
 
+    def compile_anew(self) -> None:
+        """Let go of what was compiled, of code that has been replaced."""
+        self.prefill = CompiledPrefill(self.prefill.config, self.ranks)
+        self.vision = CompiledVision(self.settings.backend)
+        self.compiled_steps = {}
+
     def put_aside(self, model: PreTrainedModel) -> None:
         """Keep what was compiled, as long as the model lives, for the next time that it is optimised.
 

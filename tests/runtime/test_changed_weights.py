@@ -141,3 +141,19 @@ def test_an_adapter_merged_and_unmerged_after_optimize(backend: str) -> None:
         getattr(adapted, name)(), getattr(other, name)()
         check(inner, other.base_model.model, name)
     check(adapted.merge_and_unload(), other.merge_and_unload(), "merge_and_unload")
+
+
+def test_a_forward_that_is_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries of kernels do, for the models that are there already too: of a layer's part, and back again."""
+    name = "llava"
+    model, alone = zoo.build(name, layers=1), zoo.build(name, layers=1)
+    hawk_compile.optimize(model, ratio=RATIO, backend="eager")
+    kind = type(layer(model).mlp)
+    before, compiled = kind.forward, []
+    forwards = {"own": before, "halved": lambda self, x: 0.5 * before(self, x), "own again": before}
+    with torch.no_grad():
+        for what, forward in forwards.items():
+            monkeypatch.setattr(kind, "forward", forward)
+            check(model, alone, what)
+            compiled.append(model._hawk_runtime.prefill.compilations)
+    assert len({*compiled}) == 1  # anew each time, and not twice
