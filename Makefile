@@ -19,7 +19,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no
 COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 VLLM_PIP = .venv-vllm/bin/python -m pip --disable-pip-version-check
 
-.PHONY: fuzz demo vllm-env test-vllm test-vllm-kinds test test-quick test-slow test-all test-compat test-compat-low check bench clean
+.PHONY: fuzz fuzz-vllm demo vllm-env test-vllm test-vllm-kinds test test-quick test-slow test-all test-compat test-compat-low check bench clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/hawk-compile demo
@@ -47,6 +47,9 @@ test-compat-low: $(VENV)/.test
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(VENV)/.test
 	$(VENV)/bin/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+fuzz-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m tests.serving.fuzz --prompts 320 $(if $(SEED),--seed $(SEED))
 
 vllm-env: .venv-vllm/.ready
 

@@ -31,11 +31,13 @@ class Held:
 
     Attributes:
         prompts: rows that were prefilled and compared.
+        pruned: those of them that lost visual tokens.
         ties: rows that keep other tokens than by hand, by rounding alone.
         unsure: rows of whose layout nothing says who votes: the product's own rule is asked, of the row alone.
     """
 
     prompts: int = 0
+    pruned: int = 0
     ties: int = 0
     unsure: int = 0
 

@@ -141,6 +141,7 @@ class Holding(Asking):
                 self.by_hand.append(Conversation(self.plain, 0.0))
             self.by_hand[number].gathered(merged, line.ids, single, places)
             self.held.prompts += 1
+            self.held.pruned += len(places) < len(line.ids)
 
     def selected(
         self, line: Line, merged: dict[str, Any], groups: list[Group], keep: Tensor, report: Any, row: int, shift: int

@@ -42,6 +42,7 @@ class Tally:
 
     cases: int = 0
     prompts: int = 0
+    pruned: int = 0
     ties: int = 0
     unsure: int = 0
     upstream: int = 0
@@ -53,9 +54,10 @@ class Tally:
     def __str__(self) -> str:
         seconds = time.monotonic() - self.began
         lines = [
-            f"{self.prompts} prompts in {self.cases} calls of {self.models} models, {seconds:.0f} s, "
-            f"{self.prompts / seconds:.1f} prompts/s; {self.ties} decided by rounding, {self.unsure} by the product's "
-            f"own rule for who votes; {self.upstream} calls that transformers itself answers wrongly; "
+            f"{self.prompts} prompts, {self.pruned} of them pruned, in {self.cases} calls of {self.models} models, "
+            f"{seconds:.0f} s, {self.prompts / seconds:.1f} prompts/s; "
+            f"{self.ties} decided by rounding, {self.unsure} by the product's own rule for who votes; "
+            f"{self.upstream} calls that transformers itself answers wrongly; "
             f"{sum(self.refused.values())} refused, {len(self.found)} findings",
             *(f"  refused {count} times: {kind}" for kind, count in self.refused.most_common()),
             *(f"  FOUND {kind}" for kind, _ in self.found),
@@ -86,6 +88,7 @@ def one(case: Case, tally: Tally) -> None:
         tally.prompts += held
         return
     tally.prompts += held.prompts
+    tally.pruned += held.pruned
     tally.ties += held.ties
     tally.unsure += held.unsure
 
