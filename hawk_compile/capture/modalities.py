@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.signatures import ENCODED, signature_of
 from hawk_compile.compat.models import AUDIO_LENGTHS
 from hawk_compile.errors import InputError
 from hawk_compile.plan.ids import is_any
@@ -85,7 +86,7 @@ def token_kinds(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[str]:
     cache = kwargs.get("past_key_values")
     lengths = {new, new + (0 if cache is None else int(cache.get_seq_length()))}
     return [
-        name for name in inspect.signature(type(model).forward).parameters
+        name for name in signature_of(type(model)).parameters
         if name not in known and isinstance(given := kwargs.get(name), Tensor) and given.ndim == 2
         and given.shape[0] == rows and given.shape[1] in lengths and not given.is_floating_point()
     ]  # fmt: skip
@@ -122,7 +123,7 @@ def classes_of(model: PreTrainedModel) -> tuple[Any, Any]:
 def encoder_name(kind: Any, body: Any, modality: str) -> str | None:
     if hasattr(body, f"get_{modality}_features"):
         return f"get_{modality}_features"
-    taken = inspect.signature(kind.forward).parameters
+    taken = signature_of(kind).parameters
     by_image = modality == "video" and hasattr(body, "get_image_features") and set(taken) & set(RAW_INPUTS["video"])
     return "get_image_features" if by_image else None
 
@@ -152,7 +153,7 @@ def raw_inputs_of(kind: Any, body: Any) -> dict[str, tuple[str, ...]]:
 
 def named_by_forward(kind: Any, modality: str) -> list[str]:
     """The arguments under which a forward takes a modality that is not encoded."""
-    taken = inspect.signature(kind.forward).parameters
+    taken = signature_of(kind).parameters
     return [name for name in taken if name.endswith(RAW_ENDINGS[modality])]
 
 
@@ -163,8 +164,8 @@ def merges_itself(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def merges_in_forward(kind: Any, body: Any) -> bool:
-    taken = inspect.signature(kind.forward).parameters
-    if "mm_encoder_outputs" in taken or any(encoder_name(kind, body, modality) for modality in MODALITIES):
+    taken = signature_of(kind).parameters
+    if ENCODED in taken or any(encoder_name(kind, body, modality) for modality in MODALITIES):
         return False
     return "inputs_embeds" in taken and any(named_by_forward(kind, each) for each in MODALITIES)
 
@@ -176,7 +177,7 @@ def required_arguments(model: PreTrainedModel) -> set[str]:
 
 @functools.cache
 def required_by(kind: Any) -> set[str]:
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    parameters = list(signature_of(kind).parameters.values())[1:]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {each.name for each in parameters if each.default is inspect.Parameter.empty and each.kind in named}
 

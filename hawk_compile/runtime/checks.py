@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hawk_compile.capture.modalities import encoder_of, merges_itself, placeholders_by_modality, takes
-from hawk_compile.compat.models import supports_encoded_images
+from hawk_compile.capture.signatures import ENCODED, leaves_encoded_out, takes_encoded
 from hawk_compile.errors import UnsupportedModelError
 from hawk_compile.runtime.parts import class_of, goes_around_forward, text_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig
@@ -43,7 +43,13 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
             f"{name} cannot generate, so it has no prompt to prune: give the whole model, with its language model head"
         )
     sees = takes(model, "image") or takes(model, "video")
-    if sees and not supports_encoded_images(model) and not merges_itself(model):
+    if sees and leaves_encoded_out(model) and not merges_itself(model):
+        raise UnsupportedModelError(
+            f"the forward of {name} does not take encoded images ({ENCODED}), though the one that it is put above "
+            f"does, so its merge cannot be captured apart from its vision encoder: name {ENCODED} in its signature and "
+            "hand it on, let it take **kwargs and hand these on, or wrap it by functools.wraps"
+        )
+    if sees and not takes_encoded(model) and not merges_itself(model):
         raise UnsupportedModelError(
             f"{name} does not accept encoded images (mm_encoder_outputs), so its merge cannot be captured apart from "
             f"its vision encoder: try a later transformers than {installed('transformers')}, which may have this model "

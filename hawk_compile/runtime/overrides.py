@@ -19,6 +19,7 @@ from hawk_compile.capture.images import images_apart
 from hawk_compile.capture.modalities import modalities_of, placeholder_ids, positions_by_images
 from hawk_compile.capture.patches import body_overrides, definer
 from hawk_compile.capture.segments import name_of_rest
+from hawk_compile.capture.signatures import signature_of
 from hawk_compile.compat.models import (
     CANDIDATES,
     PREFILL,
@@ -96,7 +97,7 @@ def forward_of(kind: type[PreTrainedModel]) -> Callable[..., Any]:
 
     A torch.compile around the whole model leaves it alone: it compiles what can be compiled itself.
     """
-    signature = inspect.signature(kind.forward)
+    signature = signature_of(kind)
     rest = name_of_rest(signature)
 
     @torch.compiler.disable(

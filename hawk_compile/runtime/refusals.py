@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from hawk_compile.capture.features import LAYER_FEATURES
 from hawk_compile.capture.indexers import counts_slots
 from hawk_compile.capture.modalities import asks_for, token_kinds, tokens_of
-from hawk_compile.compat.models import supports_encoded_images
+from hawk_compile.capture.signatures import takes_encoded
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.positions import axes_of
@@ -77,7 +77,7 @@ def refuse_unsupported(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             f"attention_mask must have shape [B, S] for a pruned prefill, got {given}: give the one that the model's "
             "processor returns"
         )
-    if kwargs.get("inputs_embeds") is not None and not supports_encoded_images(model):
+    if kwargs.get("inputs_embeds") is not None and not takes_encoded(model):
         raise UnsupportedCallError(
             f"inputs_embeds were given beside images or audio, which {type(model).__name__} merges into "
             "input_ids only: give input_ids [B, S]"
