@@ -70,7 +70,8 @@ def insert_ranking(
     if not alike or not all(map(same, found.shape, shape_of(scores))):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise GraphError(
-            f"selector {ranking.__name__} must return a float tensor {shape_of(scores)} like `scores`, got {shape}"
+            f"selector {ranking.__name__} must return a float tensor {shape_of(scores)} like `scores`, got {shape}: "
+            "let it return a number for each token"
         )
     ranked = build.call(torch.ops.aten.to.dtype, ranks, torch.float32)
     if located.planned("image") is not None:

@@ -170,7 +170,7 @@ def left_out(passes: Sequence[Step]) -> set[str]:
     if fuel is None:
         return names
     if not fuel.isdecimal():
-        raise ConfigError(f"HAWK_FUEL must be a whole number of optional passes, got {fuel!r}")
+        raise ConfigError(f"HAWK_FUEL must be a whole number of optional passes, 0 or more, got {fuel!r}")
     return names | set([name for name in optional if name not in names][int(fuel) :])
 
 

@@ -255,7 +255,8 @@ def checked(part: Part, session: Session, device: torch.device) -> Session:
             )
             if not fits:
                 raise InputError(
-                    f"{name} of {part.name} must have shape {wanted}, got {list(given.shape)} (sizes: {sizes})"
+                    f"{name} of {part.name} must have shape {wanted}, got {list(given.shape)} (sizes: {sizes}): "
+                    "give what the model's processor returns"
                 )
         for name, least in part.least.items():
             if sizes.get(name, least) < least:

@@ -44,7 +44,8 @@ def mask_of_ids(input_ids: Tensor, real: Tensor, wanted: Any, ids: SpecialIds) -
     questions = list(id_lists(wanted, ids.special))
     if len(questions) != len(input_ids):
         raise InputError(
-            f"question_ids must hold one list of ids for each of the {len(input_ids)} rows, got {len(questions)}"
+            f"question_ids must hold one list of ids for each of the {len(input_ids)} rows, got {len(questions)}: "
+            "give one for every row"
         )
     mask = np.zeros(input_ids.shape, bool)
     for row, (line, there, question) in enumerate(zip(input_ids.numpy(), real.numpy(), questions, strict=True)):

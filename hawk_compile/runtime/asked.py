@@ -63,7 +63,7 @@ class AskedQuestion:
             whole = f", or [{rows}, {earlier + covered}] like the whole conversation" if earlier else ""
             raise InputError(
                 f"question_mask must have shape [{rows}, {covered}] like the prompt{whole}, got "
-                f"{tuple(self.mask.shape)}"
+                f"{tuple(self.mask.shape)}: give one of that shape, 1 where a token is of the question"
             )
         mask = self.mask.cpu()[:, self.mask.shape[1] - covered :]
         return torch.nn.functional.pad(mask, (0, length - covered))
@@ -81,7 +81,13 @@ def take_question(kwargs: dict[str, Any]) -> AskedQuestion | None:
     if ids is not None and mask is not None:
         raise InputError("a call takes either question_ids or question_mask, got both: give one of them")
     if mask is not None and not isinstance(mask, Tensor):
-        raise InputError(f"question_mask must be a tensor [B, S], got {type(mask).__name__}")
+        raise InputError(
+            f"question_mask must be a tensor [B, S], got {type(mask).__name__}: give one, 1 where a token is of the "
+            "question, or question_ids"
+        )
     if ids is not None and not isinstance(ids, (Tensor, list, tuple)):
-        raise InputError(f"question_ids must be [B, T] or a list of ids for each row, got {type(ids).__name__}")
+        raise InputError(
+            f"question_ids must be [B, T] or a list of ids for each row, got {type(ids).__name__}: give the ids of the "
+            "question as they stand in input_ids"
+        )
     return AskedQuestion(ids, mask)

@@ -37,7 +37,10 @@ def take_positions(kwargs: dict[str, Any], length: int) -> Tensor | None:
     elif isinstance(asked, (Tensor, list, tuple)):
         places = torch.as_tensor(asked).cpu()
     else:
-        raise InputError(f"{NAME} must be a number of last tokens or positions [n], got {type(asked).__name__}")
+        raise InputError(
+            f"{NAME} must be a number of last tokens or positions [n], got {type(asked).__name__}: give an int, a "
+            "slice, or a tensor or list of ints"
+        )
     if places.dtype == torch.bool and tuple(places.shape) == (length,):
         places = places.nonzero()[:, 0]
     if places.ndim != 1 or places.is_floating_point() or places.dtype == torch.bool:
@@ -47,7 +50,10 @@ def take_positions(kwargs: dict[str, Any], length: int) -> Tensor | None:
         )
     places = places.to(torch.int64)
     if len(places) and not -length <= int(places.min()) <= int(places.max()) < length:
-        raise InputError(f"{NAME} must hold positions of a prompt of {length} tokens, got {places.tolist()[:SHOWN]}")
+        raise InputError(
+            f"{NAME} must hold positions of a prompt of {length} tokens, got {places.tolist()[:SHOWN]}: give ones from "
+            f"{-length} to {length - 1}"
+        )
     del kwargs[NAME]
     return places % length if length else places
 

@@ -40,7 +40,10 @@ class Adaptive:
                     f"tokens that is kept (a float in (0, 1]), got {bound!r}"
                 )
         if self.max is not None and type(self.min) is type(self.max) and self.min > self.max:
-            raise ConfigError(f"min must not be above max, got min={self.min!r} and max={self.max!r}")
+            raise ConfigError(
+                f"min must not be above max, got min={self.min!r} and max={self.max!r}: give a max of at least "
+                f"{self.min!r}"
+            )
 
     def bounds(self, count: int, most: int) -> tuple[int, int]:
         """(least, most) tokens that a row with `count` visual tokens keeps; `most` if there is no `max`."""

@@ -107,11 +107,11 @@ def fetched(hub_id: str) -> Path:
             errors.RevisionNotFoundError: f"it has no revision {revision}: correct it",
         }
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        why = next((text for kind, text in known.items() if isinstance(error, kind)), None)
-        why = why or f"fetching it failed ({told}): try again, or give a file"
+        why_and_remedy = next((text for kind, text in known.items() if isinstance(error, kind)), None)
+        why_and_remedy = why_and_remedy or f"fetching it failed ({told}): try again, or give a file"
         raise HeadWeightsError(
             f'head_weights names no file here, so it must be a Hugging Face Hub repository with {FILE_NAME}; got '
-            f'"{hub_id}", and {why}'
+            f'"{hub_id}", and {why_and_remedy}'
         ) from None
 
 
@@ -133,15 +133,18 @@ def published() -> dict[str, Any]:
 def read(path: Path) -> Tensor:
     """Weights from a JSON file (a list, or an object with "weights") or a safetensors file (tensor "weights")."""
     rule = "head_weights must be a JSON or safetensors file of one number per query head"
+    remedy = "give a list of them, or {\"weights\": [...]}"
     if path.suffix == ".safetensors":
         return read_tensor(path, rule)
     content = read_json(path, HeadWeightsError, rule)
     if isinstance(content, dict):
         if "weights" not in content:
-            raise HeadWeightsError(f'{rule}; the object in {shown(path)} has no "weights"')
+            raise HeadWeightsError(f'{rule}; the object in {shown(path)} has no "weights": {remedy}')
         content = content["weights"]
     if not isinstance(content, list) or not all(type(weight) in (int, float) for weight in content):
-        raise HeadWeightsError(f"{rule}; {shown(path)} holds {shown(repr(content), 80)}, which is no list of numbers")
+        raise HeadWeightsError(
+            f"{rule}; {shown(path)} holds {shown(repr(content), 80)}, which is no list of numbers: {remedy}"
+        )
     return as_tensor(content)
 
 
@@ -155,24 +158,32 @@ def read_tensor(path: Path, rule: str) -> Tensor:
             names = list(file.keys())
             if "weights" not in names:
                 there = ", ".join(sorted(names)) or "nothing"
-                raise HeadWeightsError(f"{rule}; {shown(path)} holds no tensor 'weights' but {shown(there)}")
+                raise HeadWeightsError(
+                    f"{rule}; {shown(path)} holds no tensor 'weights' but {shown(there)}: save them under that name"
+                )
             part = file.get_slice("weights")
             shape, dtype = part.get_shape(), part.get_dtype()
             if len(shape) != 1 or shape[0] > MOST_HEADS or not dtype.startswith(("F", "BF", "I", "U")):
-                raise HeadWeightsError(f"{rule}; the tensor 'weights' of {shown(path)} is {dtype} of shape {shape}")
+                raise HeadWeightsError(
+                    f"{rule}; the tensor 'weights' of {shown(path)} is {dtype} of shape {shape}: save numbers of shape "
+                    "[H]"
+                )
             return as_tensor(file.get_tensor("weights"))
     except HeadWeightsError:
         raise
     except (SafetensorError, OSError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         # Of the header, of what it says of the file, of types of numbers that torch does not have.
-        raise HeadWeightsError(f"{rule}; {shown(path)} is not a safetensors file: {shown(str(error), 200)}") from None
+        raise HeadWeightsError(
+            f"{rule}; {shown(path)} is not a safetensors file: {shown(str(error), 200)}; give another file"
+        ) from None
 
 
 def as_tensor(weights: Any) -> Tensor:
     if isinstance(weights, Tensor):
         if weights.ndim != 1:
             raise HeadWeightsError(
-                f"head_weights must have shape [H], one weight for each query head; got shape {tuple(weights.shape)}"
+                f"head_weights must have shape [H], one weight for each query head; got shape {tuple(weights.shape)}: "
+                "give a tensor of one dimension"
             )
         return weights.detach().to("cpu", torch.float32)
     numbers = isinstance(weights, Sequence) and all(
@@ -181,23 +192,28 @@ def as_tensor(weights: Any) -> Tensor:
     if not numbers or isinstance(weights, str):
         kind = type(weights).__name__
         raise HeadWeightsError(
-            f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {kind}'
+            f'head_weights must be "auto", "uniform", a Hub id, a path, a tensor or numbers, got {kind}: give '
+            "one of these"
         )
     try:
         return torch.tensor([float(weight) for weight in weights], dtype=torch.float32, device="cpu")
     except OverflowError:
-        raise HeadWeightsError("head_weights must be finite numbers, got one that no float holds") from None
+        raise HeadWeightsError(
+            "head_weights must be finite numbers, got one that no float holds: give smaller ones"
+        ) from None
 
 
 def normalised(values: Tensor, origin: str, heads: int) -> HeadWeights:
     """Checked and divided by their sum."""
     rule = f"head_weights must be {heads} finite numbers >= 0, one for each query head, not all 0"
     if len(values) != heads:
-        raise HeadWeightsError(f"{rule}; got shape {tuple(values.shape)} ({origin})")
+        raise HeadWeightsError(f"{rule}; got shape {tuple(values.shape)} ({origin}): give {heads}")
     if not values.isfinite().all():
-        raise HeadWeightsError(f"{rule}; got {shown(str(values.tolist()))} ({origin})")
+        raise HeadWeightsError(f"{rule}; got {shown(str(values.tolist()))} ({origin}): replace what is not finite")
     if (values < 0).any():
-        raise HeadWeightsError(f"{rule}; got the negative weight {values.min().item():g} ({origin})")
+        raise HeadWeightsError(
+            f"{rule}; got the negative weight {values.min().item():g} ({origin}): give 0 to a head that has no say"
+        )
     if not values.any():
         raise HeadWeightsError(f'{rule}; all are 0 ({origin}); "uniform" weighs all heads equally')
     total = values.sum()

@@ -77,13 +77,15 @@ def checked_option(selector: str, name: str, value: Any, kind: type) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f'{name} of selector "{selector}" must be of type {kind.__name__}, got {value!r}')
+        raise ConfigError(
+            f'{name} of selector "{selector}" must be of type {kind.__name__}, got {value!r}: give such a value'
+        )
     return value
 
 
 def check_option_names(argument: str, options: Any, known: Mapping[str, Any], selector: str) -> None:
     if not isinstance(options, Mapping):
-        raise ConfigError(f"{argument} must map names to values, got {options!r}")
+        raise ConfigError(f"{argument} must map names to values, got {options!r}: give a dict")
     for name in options:
         if name not in known:
             there_are = f"its options are {', '.join(known)}" if known else "it has no options"

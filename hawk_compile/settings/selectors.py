@@ -68,7 +68,7 @@ def options_of(function: RankingFunction) -> dict[str, Any]:
         ConfigError: it is none.
     """
     if not inspect.isfunction(function) or not function.__name__.isidentifier():
-        raise ConfigError(f"ranking must be a function with a name (def), got {function!r}")
+        raise ConfigError(f"ranking must be a function with a name (def), got {function!r}: give one")
     parameters = inspect.signature(function).parameters.values()
     readable = {*READABLE, *FORMER_NAMES}
     unknown = [each.name for each in parameters if each.default is each.empty and each.name not in readable]

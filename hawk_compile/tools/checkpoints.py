@@ -45,7 +45,8 @@ def device_named(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"device must be one that torch has here, such as cpu or cuda, got {name!r}: {reason}"
+            f"device must be one that torch has here, such as cpu or cuda, got {name!r}: {reason}; give cpu, or "
+            "install what it lacks"
         ) from None
     return device
 

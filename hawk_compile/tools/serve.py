@@ -81,7 +81,7 @@ def object_of(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"{OVERRIDES} must be an object of JSON, got {text!r}")
+        raise ConfigError(f"{OVERRIDES} must be an object of JSON, got {text!r}: give one in braces")
     return value
 
 
@@ -92,7 +92,9 @@ def check_checkpoint(checkpoint: str, others: Sequence[str]) -> None:
     if any(argument.partition("=")[0] == "--model" for argument in others):
         raise InputError(f"--model names a second checkpoint beside {checkpoint}: give one, in front")
     if checkpoint.startswith(("/", "./", "../")) and not Path(checkpoint).exists():
-        raise InputError(f"checkpoint must be a folder or a Hub repository, and there is no {checkpoint}")
+        raise InputError(
+            f"checkpoint must be a folder or a Hub repository, and there is no {checkpoint}: give one that exists"
+        )
 
 
 def check_file(others: Sequence[str]) -> None:

@@ -115,7 +115,7 @@ def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Seque
     if made.budget is not None or made.per_image:
         raise ConfigError(
             "budget, min_per_image, quota and normalize_per must be left out of a benchmark, whose other columns keep "
-            "what a ratio leaves"
+            "what a ratio leaves: give ratios alone"
         )
     if made.backend == "inductor" and compiler().startswith("none"):
         raise ConfigError("inductor needs a C++ compiler, and there is none: install g++, or give backend aot_eager")

@@ -25,7 +25,7 @@ def check_sweep(
     several: dict[str, Sequence[Any]] = {"ratios": ratios, "tokens": tokens, "stages": stages}
     for name, values in several.items():
         if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name} must be one or several different values, got {list(values)}")
+            raise ConfigError(f"{name} must be one or several different values, got {list(values)}: give each once")
     for stage in stages:
         check_choice("stages", stage, known)
     check_text(text)

@@ -51,7 +51,7 @@ def run(console: Console, *, questions: int, ratio: float, seed: int, backend: s
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
     if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f"out must be a file in a folder that exists, got {out}")
+        raise InputError(f"out must be a file in a folder that exists, got {out}: make the folder, or name a file")
     if backend == "inductor" and compiler().startswith("none"):
         raise ConfigError(
             "inductor compiles for the CPU with a C++ compiler, and there is none: install g++, or give "

@@ -44,7 +44,10 @@ def demo_samples(name: str, limit: int | None = None) -> list[Sample]:
     """
     split = name.partition(":")[2] or "test"
     if split not in SPLITS:
-        raise InputError(f'data must be "{DEMO}" or "{DEMO}:SPLIT" with a split of {", ".join(SPLITS)}, got {name!r}')
+        raise InputError(
+            f'data must be "{DEMO}" or "{DEMO}:SPLIT" with a split of {", ".join(SPLITS)}, got {name!r}: give '
+            "one of these"
+        )
     pairs = pick_questions(split, QUESTIONS if limit is None else limit, PER_SCENE)
     pictures = {id(scene): scene.pil() for scene, _ in pairs}
     return [

@@ -71,5 +71,8 @@ def methods_of(selectors: "Selectable | Sequence[Selectable] | Methods", config:
 
 def method_of(label: str, config: HawkConfig, settings: Mapping[str, Any]) -> HawkConfig:
     if label == UNPRUNED or "ratio" in settings:
-        raise ConfigError(f'a method must not be called "{UNPRUNED}" nor set ratio, got {label!r}: {dict(settings)}')
+        raise ConfigError(
+            f'a method must not be called "{UNPRUNED}" nor set ratio, got {label!r}: {dict(settings)}; call it '
+            "otherwise, and give ratios beside the methods"
+        )
     return changed(config, settings)

@@ -106,7 +106,9 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
     if isinstance(record, Sample):
         return record
     if not isinstance(record, Mapping):
-        raise InputError(f"{origin} must be an object with {', '.join(FIELDS)}, got {type(record).__name__}")
+        raise InputError(
+            f"{origin} must be an object with {', '.join(FIELDS)}, got {type(record).__name__}: give a dict with these"
+        )
     images = several(record, "image", "images")
     if not images:
         raise InputError(f"{origin}: a question needs an image, got none: give `image` or `images`")
@@ -115,7 +117,7 @@ def of_record(record: Any, folder: Path, origin: str) -> Sample:
             raise InputError(f"{origin}: images must be paths or pictures, got {type(each).__name__}")
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{origin}: question must be text, got {shown(repr(question), 80)}")
+        raise InputError(f"{origin}: question must be text, got {shown(repr(question), 80)}: give one")
     answers = several(record, "answer", "answers")
     if not answers or not all(is_answer(each) for each in answers):
         raise InputError(

@@ -72,7 +72,9 @@ def bench_served(
         ratios, tokens, text, stages, STAGES, requests=(requests, 1), answer=(answer, 2), rounds=(rounds, 1)
     )  # fmt: skip
     if not min(ratios) > 0:
-        raise ConfigError(f"ratios must remove something, got {list(ratios)}: unpruned requests are measured anyway")
+        raise ConfigError(
+            f"ratios must remove something, got {list(ratios)}: leave 0 out, unpruned requests are measured anyway"
+        )
     middle = sorted(ratios)[len(ratios) // 2]
     config = serving_config({**(hawk or {}), "ratio": middle})
     check_installed()

@@ -64,7 +64,10 @@ class Engine:
         try:
             self.llm = LLM(str(folder), **given)
         except TypeError as error:
-            raise InputError(f"--vllm must name arguments of vllm.LLM, got {', '.join(options)}: {error}") from None
+            raise InputError(
+                f"--vllm must name arguments of vllm.LLM, got {', '.join(options)}: {error}; leave out what "
+                "it does not know"
+            ) from None
 
     def close(self) -> None:
         """Give back what the engine holds, so that another may start."""

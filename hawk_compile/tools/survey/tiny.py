@@ -62,7 +62,7 @@ def read(path: Path) -> Tiny:
     if missing := [name for name, kind in FIELDS.items() if not isinstance(held.get(name), kind)]:
         raise InputError(
             f"{path} must describe a tiny model by {', '.join(FIELDS)}, and lacks {', '.join(missing)}, or has "
-            "something else there: see docs/support.md"
+            "something else there: add what is missing, as docs/support.md says"
         )
     modalities, notes = held.get("modalities"), held.get("notes", [])
     return Tiny(
