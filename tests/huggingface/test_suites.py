@@ -19,6 +19,7 @@ from tests.huggingface.suites import (
     run,
     table,
 )
+from tests.messages import texts
 
 ARCHITECTURE = Path(__file__).parents[1] / "architectures/llava.json"
 TESTS = f"""
@@ -84,6 +85,15 @@ def test_no_cause_explains_a_crash() -> None:
     numbers = "AssertionError: Tensor-likes are not close!"
     assert not any(cause.explains("test_loss", numbers) for cause in known_causes())
     assert any(cause.explains("test_loss", numbers) for cause in known_causes(0.5))
+
+
+def test_every_cause_is_of_tests_that_it_names() -> None:
+    """And quotes an error that the package still raises, where it quotes one of ours."""
+    causes = known_causes()
+    assert causes and all(cause.test and cause.error for cause in causes)
+    quoted = [cause.error.partition("Error: ")[2] for cause in causes]
+    ours = [text.removeprefix(".*").strip() for text in quoted if text]
+    assert len(ours) > 2 and [text for text in ours if not any(text in each for each in texts())] == []
 
 
 def test_why_the_tests_are_not_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
