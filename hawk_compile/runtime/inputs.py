@@ -86,7 +86,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: Col
             then.
 
     Raises:
-        InputError: an attention mask of another length than the prompt or the conversation.
+        InputError: an attention mask of another length than the conversation.
         UnsupportedCallError: features that the graph cannot tell apart.
     """
     kwargs = dict(kwargs)
@@ -154,11 +154,6 @@ def split_mask(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(mask of the new tokens [B, S], mask of the cache's slots [B, P] or None if there are none)."""
     if not past:
-        if mask is not None and mask.shape[1] != length:
-            raise InputError(
-                f"attention_mask must have shape [B, {length}] like the prompt, got {tuple(mask.shape)}: give the one "
-                "that the model's processor returns"
-            )
         return mask, None
     assert cache is not None
     whole = physical_mask(cache, mask, length) if isinstance(cache, TrackedCache) else mask

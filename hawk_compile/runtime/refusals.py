@@ -15,6 +15,8 @@ from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.positions import axes_of
 
+OF_TOKENS = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+"""Arguments that say something of every token of the prompt, which models index by one another."""
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Arguments of transformers' models that say where prompts begin within a row."""
 
@@ -42,6 +44,14 @@ def refuse_other_prompt(kwargs: dict[str, Any]) -> None:
             f"attention_mask must have a row for each of the {rows} prompts, got shape {tuple(mask.shape)}: give the "
             "one that the model's processor returns"
         )
+    past, length = physical_length(kwargs.get("past_key_values")), tokens.shape[1]
+    for name in () if past else OF_TOKENS:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] != length:
+            raise InputError(
+                f"{name} must have shape [B, {length}] like the prompt, got {tuple(value.shape)}: give the one that "
+                "the model's processor returns"
+            )
     if positions is not None and not (isinstance(positions, Tensor) and positions.ndim in (2, 3)):
         raise InputError(
             f"position_ids must be [B, S], or [axes, B, S] where positions have axes, got {said(positions)}: leave "

@@ -9,6 +9,7 @@ import hawk_compile
 from hawk_compile.errors import InputError, UnsupportedCallError
 from tests import zoo
 from tests.marks import slow
+from tests.runtime.load.calls import Collected
 from tests.runtime.models import (
     EVERY,
     ROUNDING,
@@ -120,22 +121,8 @@ def test_beams_of_a_padded_batch_equal_those_of_its_rows() -> None:
         torch.testing.assert_close(alone.sequences_scores[0], out.sequences_scores[i], atol=2e-5, rtol=1e-5)
 
 
-class Collector:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.ids += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
-
 def test_streaming() -> None:
-    inputs, streamer = picture("qwen2_5_vl"), Collector()
+    inputs, streamer = picture("qwen2_5_vl"), Collected()
     out = generate(pruned("qwen2_5_vl"), inputs, 8, streamer=streamer)
     assert streamer.ended and streamer.ids == out.sequences[0].tolist()
 

@@ -57,12 +57,13 @@ class Collected(BaseStreamer):
 
     def __init__(self) -> None:
         self.ids: list[int] = []
+        self.ended = False
 
     def put(self, value: Tensor) -> None:
         self.ids += value.flatten().tolist()
 
     def end(self) -> None:
-        pass
+        self.ended = True
 
 
 def said(*outputs: Any) -> Answer:

@@ -29,10 +29,12 @@ from tests.runtime.load.calls import (
     steps,
     with_lookup,
 )
-from tests.runtime.load.points import fuse
+from tests.runtime.load.points import fuse, told_at
 
 SECONDS = 20.0
 """After which an interruption that was lost is given up."""
+OWN = "in the caller's own code"
+"""What a criterion, processor or streamer says that fails."""
 
 
 class Broken(BaseException):
@@ -53,7 +55,7 @@ class Failing(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         self.left -= 1
         if self.left < 0:
-            raise self.error("in the caller's own code")
+            raise self.error(OWN)
         return scores
 
 
@@ -66,7 +68,7 @@ class Stopping(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
         self.left -= 1
         if self.left < 0 and self.error is not None:
-            raise self.error("in the caller's own code")
+            raise self.error(OWN)
         return torch.full((input_ids.shape[0],), self.left < 0)
 
 
@@ -80,7 +82,7 @@ class Deaf(Collected):
     def put(self, value: Tensor) -> None:
         self.left -= 1
         if self.left < 0:
-            raise self.error("in the streamer")
+            raise self.error(OWN)
 
 
 class Full(DynamicCache):
@@ -102,14 +104,14 @@ Fault = Callable[[Any, Call, random.Random], str]
 
 def at(point: str) -> Fault:
     def fault(model: Any, call: Call, draw: random.Random) -> str:
-        fuse.error = draw.choice(ERRORS)
+        fuse.error = wanted = draw.choice(ERRORS)
         fuse.left = draw.randrange(3 if point == "graph" else 2 * TOKENS if "layer" in point or "step" in point else 1)
         fuse.point = point
         try:
             call(model)
         except BaseException as error:
             fuse.point = None
-            return seen(error, fuse.error)
+            return seen(error, wanted, told_at(point))
         fuse.point = None
         return "passed"
 
@@ -117,13 +119,13 @@ def at(point: str) -> Fault:
     return fault
 
 
-def seen(error: BaseException, wanted: type[BaseException]) -> str:
-    """That an error is the one that was thrown, and no other that hides it.
+def seen(error: BaseException, wanted: type[BaseException], text: str) -> str:
+    """That an error is the one that was thrown, by its class and its text, and no other that hides it.
 
     Raises:
         BaseException: it is another.
     """
-    if isinstance(error, wanted) or isinstance(error.__cause__, wanted):
+    if any(isinstance(each, wanted) and str(each) == text for each in (error, error.__cause__)):
         return "came"
     raise error
 
@@ -151,7 +153,7 @@ def by_options(model: Any, call: Call, wanted: type[BaseException], **options: A
     try:
         call(model, **options)
     except BaseException as error:
-        return seen(error, wanted)
+        return seen(error, wanted, OWN)
     return "passed"
 
 
@@ -258,16 +260,24 @@ def full_cache(model: Any, call: Call, draw: random.Random) -> str:
     return "came"
 
 
+def wrong_arguments(inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Each makes a call with images one that contradicts itself."""
+    ids, rows = inputs["input_ids"], len(inputs["input_ids"])
+    short = {name: value[:, :-6] for name, value in inputs.items() if value.shape == ids.shape}
+    return [
+        {"attention_mask": torch.ones(1, 3).long()}, {"attention_mask": torch.ones(rows, 3).long()},
+        {"question_ids": [[0]] * rows, "question_mask": torch.ones(1, 1)}, {"past_key_values": "none"},
+        {"question_mask": torch.ones(1, 1)}, *({name: value} for name, value in short.items()),
+    ]  # fmt: skip
+
+
 def refused(model: Any, call: Call, draw: random.Random) -> str:
-    """A call that is wrong."""
-    wrong: dict[str, Any] = draw.choice([
-        {"attention_mask": torch.ones(1, 3).long()}, {"question_ids": [[0]], "question_mask": torch.ones(1, 1)},
-        {"past_key_values": "none"}, {"input_ids": call.inputs["input_ids"][:, :-6]},
-    ])  # fmt: skip
+    """A call that is wrong: said by an error of ours, unless it is a call that the plain model takes too."""
+    wrong = draw.choice(wrong_arguments(call.inputs))
     try:
         with torch.no_grad():
             model(**call.inputs | wrong)
-    except Exception:
+    except HawkError:
         return "came"
     return "passed"
 

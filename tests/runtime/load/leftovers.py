@@ -30,12 +30,19 @@ def locks(model: Any) -> dict[str, Any]:
     found = {name: value for name, value in globals_of_ours() if isinstance(value, LOCKS)}
     for name, value in globals_of_ours():
         if name.endswith(".LOCKS"):  # of each model's body
-            found |= {f"{name}[{type(body).__name__}]": lock for body, lock in [*value.items()]}
-    runtime = model.__dict__.get("_hawk_runtime")
-    holders = () if runtime is None else (runtime, runtime.prefill, runtime.vision)
-    for holder in holders:
+            bodies = enumerate([*value.items()])
+            found |= {f"{name}[{type(body).__name__} {number}]": lock for number, (body, lock) in bodies}
+    for holder in holders(model):
         found |= {f"{type(holder).__name__}.{name}": v for name, v in vars(holder).items() if isinstance(v, LOCKS)}
     return found
+
+
+def holders(model: Any) -> tuple[Any, ...]:
+    """What an optimised model carries, or the package's modules, that may hold locks of its own."""
+    runtime = model.__dict__.get("_hawk_runtime")
+    carried = () if runtime is None else (runtime, runtime.prefill, runtime.vision)
+    kept = (value for _, value in globals_of_ours() if type(value).__module__.partition(".")[0] == "hawk_compile")
+    return (*carried, *(value for value in kept if hasattr(value, "__dict__") and not isinstance(value, type)))
 
 
 def held(model: Any) -> list[str]:

@@ -34,7 +34,12 @@ def check(point: str) -> None:
     fuse.left -= 1
     if fuse.left < 0:
         fuse.point = None
-        raise fuse.error(f"in {point}")
+        raise fuse.error(told_at(point))
+
+
+def told_at(point: str) -> str:
+    """What is thrown there says."""
+    return f"in {point}"
 
 
 @torch.library.custom_op("hawk_load::passing", mutates_args=())
