@@ -7,14 +7,16 @@ Nothing but JSON, text and safetensors is read as data, and nothing that is read
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import math
 import os
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hawk_compile.errors import HawkError, InputError
 
@@ -64,7 +66,9 @@ def path_of(given: Any, argument: str) -> Path:
         InputError: it is none.
     """
     if not isinstance(given, (str, os.PathLike)):
-        raise InputError(f"{argument} must be a path, a text or an os.PathLike, got {type(given).__name__}")
+        raise InputError(
+            f"{argument} must be a path, a text or an os.PathLike, got {type(given).__name__}: give a path"
+        )
     return Path(given)
 
 
@@ -78,13 +82,19 @@ def shown(path: Any, most: int = 300) -> str:
 @contextlib.contextmanager
 def opened(
     path: "str | os.PathLike[str]", refusal: Refusal, what: str, most: int | None = None
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedReader]:
     """A regular file to read from. Raises `refusal` as `open_regular` does, and where the file cannot be read."""
     with os.fdopen(open_regular(path, refusal, what, most), "rb") as file:
         try:
             yield file
         except OSError as error:
             raise refusal(f"{what}; {shown(path)} cannot be read ({error}): give another file") from None
+
+
+def digest_of(path: "str | os.PathLike[str]", refusal: Refusal, what: str) -> str:
+    """SHA-256 of a file of any size, in hexadecimal. Raises `refusal` as `opened` does."""
+    with opened(path, refusal, what) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bytes(path: "str | os.PathLike[str]", refusal: Refusal, what: str, most: int = MOST_BYTES) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hawk_compile.errors import InputError
-from hawk_compile.files import parse_json, read_bytes, read_json, write_whole
+from hawk_compile.files import digest_of, parse_json, read_bytes, read_json, write_whole
 from tests.hostile import NO_JSON, places, refused
 from tests.test_rooms import sources
 
@@ -39,6 +39,23 @@ def test_a_file_of_more_bytes_than_are_read(tmp_path: Path) -> None:
         read_bytes(tmp_path / "file", InputError, WHAT, 5)
     with pytest.raises(InputError, match="has more than 5 bytes"):  # the system says 0
         read_bytes("/proc/self/status", InputError, WHAT, 5)
+
+
+def test_a_file_that_cannot_be_read_behind_its_opening() -> None:
+    """As one whose disk fails."""
+    with pytest.raises(InputError, match="/proc/self/mem cannot be read"):
+        digest_of("/proc/self/mem", InputError, WHAT)
+
+
+def test_nobody_else_makes_a_file_of_a_descriptor() -> None:
+    """`opened` says what cannot be read."""
+    assert [path for path, text in sources("hawk_compile").items() if "fdopen(" in text] == ["hawk_compile/files.py"]
+
+
+def test_the_digest_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digest_of(tmp_path / "file", InputError, WHAT) == digest
 
 
 def test_what_is_json() -> None:

@@ -1,6 +1,5 @@
 """`manifest.json`: what an exported folder holds, and how to run it."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import torch
 
 from hawk_compile.errors import ManifestError
 from hawk_compile.exporting.schema import Misfit, made_of
-from hawk_compile.files import open_regular, read_json, shown
+from hawk_compile.files import digest_of, read_json, shown
 from hawk_compile.plan.chat import Chat, ChatFormat
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.settings.selectors import SELECTORS, selector_named
@@ -231,8 +230,7 @@ def check_place(folder: Path, name: str) -> None:
 
 
 def file_digest(path: Path) -> str:
-    with os.fdopen(open_regular(path, ManifestError, "a file of an export must be there"), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of(path, ManifestError, "a file of an export must be there")
 
 
 def chat_of_manifest(manifest: Manifest) -> Chat:

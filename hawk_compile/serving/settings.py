@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hawk_compile.errors import ConfigError, HeadWeightsError
-from hawk_compile.files import open_regular
+from hawk_compile.files import digest_of
 from hawk_compile.settings.closest import meant
 from hawk_compile.settings.config import QUESTIONS, HawkConfig, check_choice, check_ratio
 from hawk_compile.settings.head_weights import as_tensor
@@ -122,5 +122,4 @@ def written(weights: str) -> str:
     file = Path(weights)
     if not os.path.isfile(file):
         return weights
-    with os.fdopen(open_regular(file, HeadWeightsError, "head_weights must be a file of weights"), "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return digest_of(file, HeadWeightsError, "head_weights must be a file of weights")

@@ -76,7 +76,7 @@ def serve_pruned(model: Any) -> None:
     """
     settings = serving_config(getattr(model.hf_config, KEY))
     name = model.architecture
-    check_model(model)
+    refuse_unserved(model)
     check_head_weights(settings, model)
     give_axes(model)
     model.multimodal_config.video_pruning_rate = max(float(settings.ratio), 1e-6)
@@ -84,7 +84,7 @@ def serve_pruned(model: Any) -> None:
     LOG.info("hawk: %s is served pruned, with %s", name, getattr(model.hf_config, KEY))
 
 
-def check_model(model: Any) -> None:
+def refuse_unserved(model: Any) -> None:
     """Refuse a checkpoint, or what an engine is asked to do with it, that is not served pruned.
 
     Raises:

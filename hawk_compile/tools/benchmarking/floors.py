@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.benchmarking.timing import Call, seconds
-from hawk_compile.tools.inspection.flops import count_flops, scoring_flops
+from hawk_compile.tools.inspection.flops import count_flops, scoring_flops, work_left
 from hawk_compile.tools.inspection.inspect import Inspection
 from hawk_compile.tools.inspection.without_weights import on_meta
 
@@ -58,10 +58,8 @@ class Floor:
 
     @property
     def flop_ratio(self) -> float | None:
-        """(pruned prefill + scoring) / unpruned prefill."""
-        if not self.flops or self.kept_flops is None:
-            return None
-        return (self.kept_flops + self.scoring_flops) / self.flops
+        """As `work_left` has it."""
+        return work_left(self.flops, self.kept_flops, self.scoring_flops)
 
     @property
     def causal_flop_ratio(self) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from hawk_compile.errors import InputError
-from hawk_compile.files import open_regular, shown
+from hawk_compile.files import opened, shown
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
@@ -62,7 +62,7 @@ def picture(image: Path | Image.Image, origin: str) -> Image.Image:
             return image.convert("RGB")
         except Exception as error:
             raise unreadable(image, origin, error) from None
-    return read(image, origin, lambda opened: opened.convert("RGB"))
+    return read(image, origin, lambda image: image.convert("RGB"))
 
 
 Read = TypeVar("Read")
@@ -72,10 +72,10 @@ def read(path: Path, origin: str, take: Callable[[Image.Image], Read]) -> Read:
     """What is taken of a picture's file, while it is open."""
     if not os.path.lexists(path):
         raise InputError(f"{origin}: there is no image {shown(path)}: correct the path")
-    with os.fdopen(open_regular(path, InputError, f"{origin}: an image must be a file that is one"), "rb") as file:
+    with opened(path, InputError, f"{origin}: an image must be a file that is one") as file:
         try:
-            with Image.open(file, formats=formats()) as opened:
-                return take(opened)
+            with Image.open(file, formats=formats()) as image:
+                return take(image)
         except Exception as error:  # decoders raise whatever the bytes of a file lead them to
             raise unreadable(path, origin, error) from None
 

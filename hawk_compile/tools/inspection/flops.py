@@ -34,3 +34,8 @@ def scoring_flops(form: str, width: int, heads: int, kv_heads: int, depth: int, 
     if form == "folded":
         return 2 * width * heads * depth * 2 + 2 * length * width * heads
     return 2 * length * width * (heads + kv_heads) * depth + 2 * length * heads * depth
+
+
+def work_left(flops: int | None, kept_flops: int | None, scoring_flops: int) -> float | None:
+    """(pruned prefill + scoring) / unpruned prefill; None where either prefill was not counted."""
+    return None if not flops or kept_flops is None else (kept_flops + scoring_flops) / flops

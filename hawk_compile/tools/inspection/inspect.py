@@ -17,7 +17,7 @@ from hawk_compile.runtime.handover import first_with_keys
 from hawk_compile.runtime.wholes import pruned_part
 from hawk_compile.settings.config import MODALITIES, HawkConfig, make_config
 from hawk_compile.tools.inspection.findings import Gathered, described, identifiers
-from hawk_compile.tools.inspection.flops import count_flops, scoring_flops
+from hawk_compile.tools.inspection.flops import count_flops, scoring_flops, work_left
 from hawk_compile.tools.inspection.sample import captured
 from hawk_compile.tools.inspection.without_weights import hollow, keep_layers, on_meta
 
@@ -80,10 +80,8 @@ class Inspection:
 
     @property
     def flop_ratio(self) -> float | None:
-        """(pruned prefill + scoring) / unpruned prefill."""
-        if not self.flops or self.kept_flops is None:
-            return None
-        return (self.kept_flops + self.scoring_flops) / self.flops
+        """As `work_left` has it."""
+        return work_left(self.flops, self.kept_flops, self.scoring_flops)
 
 
 def inspect_model(

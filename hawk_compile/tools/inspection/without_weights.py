@@ -87,7 +87,9 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 def generation_config(path: Path) -> GenerationConfig | None:
     folder = path if path.is_dir() else path.parent
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def keep_layers(model: PreTrainedModel, wanted: int, total: int) -> int:
