@@ -82,6 +82,19 @@ def test_rows_with_adapters_of_their_own_are_refused() -> None:
             call(**inputs, adapter_names=["a", "b"])
 
 
+def test_adapters_of_some_tokens_alone_are_refused() -> None:
+    """aLoRA: from where its words stand on."""
+    model, inputs = fresh(NAME), picture(NAME)
+    words = inputs["input_ids"][0, -3:-1].tolist()
+    of_text = r".*language_model.*\.q_proj"
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=of_text, task_type="CAUSAL_LM", alora_invocation_tokens=words)
+    ).eval()
+    for call in (wrapped, wrapped.generate):
+        with pytest.raises(UnsupportedCallError, match="alora_offsets gives rows or tokens of a call adapters"):
+            call(**inputs)
+
+
 @pytest.mark.slow
 def test_several_adapters_and_those_of_transformers() -> None:
     """set_adapter of one and of several, disable_adapters, delete_adapter: of transformers' own integration."""

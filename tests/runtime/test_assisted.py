@@ -12,9 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation import candidate_generator
 
 import hawk_compile
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.drafting import begin_behind_prompt
 from hawk_compile.runtime.forward import behind_cache
 from tests import zoo
 from tests.marks import slow
@@ -211,6 +213,15 @@ def test_embeddings_as_prompt() -> None:
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), **ROUNDING)
 
 
+def test_what_drafts_from_hidden_states_is_refused_by_its_name() -> None:
+    """By what transformers says that a generator needs; that of Gemma 4's assistants is called SinglePosition..."""
+    kinds = [kind for kind in vars(candidate_generator).values() if getattr(kind, "requires_model_outputs", False)]
+    assert any(kind.__name__.startswith("SinglePosition") for kind in kinds)
+    for kind in kinds:
+        with pytest.raises(UnsupportedCallError, match=f"^{kind.__name__} drafts from the hidden states, or the keys"):
+            begin_behind_prompt(pruned("llava"), kind.__new__(kind), torch.zeros(1, 1), {}, True)
+
+
 def test_what_cannot_draft() -> None:
     for name in ("llava", "qwen2_5_vl"):
         with pytest.raises(AttributeError, match="has no attribute 'num_hidden_layers'"):
@@ -219,6 +230,8 @@ def test_what_cannot_draft() -> None:
             generate(pruned(name), picture(name), 4, assistant_early_exit=1)
     with pytest.raises(UnsupportedCallError, match=r"use_mtp drafts from the hidden states"):
         generate(pruned("llava"), picture("llava"), 4, use_mtp=True)
+    with pytest.raises(UnsupportedCallError, match=r"speculation_type drafts from the hidden states"):
+        generate(pruned("llava"), picture("llava"), 4, speculation_type="dflash", assistant_model=plain("llava"))
     with pytest.raises(UnsupportedCallError, match="needs the generate that optimize has put on the model"):
         type(plain("llava")).generate(pruned("llava"), **picture("llava"), max_new_tokens=4, **LOOKUP)
     with pytest.raises(ValueError, match="not supported with Static cache"):

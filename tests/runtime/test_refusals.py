@@ -313,14 +313,26 @@ def test_prompts_of_text_are_drafted_and_cut_by_generate() -> None:
             torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), **ROUNDING)
 
 
-def test_new_image_on_a_cache_where_images_attend_both_ways() -> None:
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_new_image_on_a_cache_where_images_attend_both_ways(name: str) -> None:
     cache = DynamicCache()
-    generate(pruned("paligemma"), picture("paligemma"), 2, past_key_values=cache)
+    generate(pruned(name), picture(name), 2, past_key_values=cache)
     held = [layer.keys.clone() for layer in cache.layers]
-    inputs = {key: value for key, value in picture("paligemma").items() if key != "attention_mask"}
+    inputs = {key: value for key, value in picture(name).items() if key != "attention_mask"}
     with pytest.raises(UnsupportedCallError, match="cannot attend both ways"):
-        pruned("paligemma")(**inputs, past_key_values=cache)
+        pruned(name)(**inputs, past_key_values=cache)
     assert all(layer.keys.equal(keys) for layer, keys in zip(cache.layers, held, strict=True))
+
+
+def test_a_pass_that_is_needed_and_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at the first prompt, of which nothing stays; without the switch the same model prunes."""
+    model = fresh("llava")
+    monkeypatch.setenv("HAWK_DISABLE", "insert_scoring")
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"^HAWK_DISABLE names 'insert_scoring', without which this"):
+        model(**picture("llava"))
+    monkeypatch.delenv("HAWK_DISABLE")
+    with torch.no_grad():
+        assert torch.equal(model(**picture("llava")).logits, pruned("llava")(**picture("llava")).logits)
 
 
 def test_layers_that_hold_other_numbers_of_keys() -> None:

@@ -118,9 +118,19 @@ def default_device() -> Iterator[None]:
         torch.set_default_device(None)
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 AROUND: dict[str, Callable[[], Any]] = {
     "device": lambda: torch.device("cpu"),
     "default_device": default_device,
+    "deterministic": deterministic,
     "debug": DebugMode,
     "force_eager": lambda: torch.compiler.set_stance("force_eager"),
     "eager_on_recompile": lambda: torch.compiler.set_stance("eager_on_recompile"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -240,11 +240,29 @@ def test_other_weights_for_a_call_and_other_modes() -> None:
     check(model)
 
 
+def test_tools_of_a_module_that_holds_a_model_are_refused(tmp_path: Path) -> None:
+    """Before anything is written."""
+    wrapper, processor = Wrapper(vlm=plain(NAME)), None
+    tools: dict[str, Callable[[], Any]] = {
+        "evaluate": lambda: hawk_compile.evaluate(wrapper, processor, "demo"),
+        "calibrate": lambda: hawk_compile.calibrate(wrapper, processor, "demo"),
+        "export": lambda: hawk_compile.export(wrapper, picture(NAME), tmp_path / "out", format="onnx", ratio=RATIO),
+    }
+    for name, tool in tools.items():
+        with pytest.raises(HawkError, match=r"^model must be a transformers\.PreTrainedModel, got Wrapper: give the"):
+            tool()
+        assert not list(tmp_path.iterdir()), name
+    with pytest.raises(HawkError, match=r"^give a checkpoint folder, a config\.json, a config or a model, got Wrapper"):
+        hawk_compile.inspect(wrapper)  # type: ignore[arg-type]
+
+
 def test_what_traces_is_refused() -> None:
     model, inputs = fresh(NAME), picture(NAME)
     pixels = inputs.pop("pixel_values")
     with pytest.raises(UnsupportedCallError, match=r"torch.func \(vmap, grad, jvp\) was asked of a pruned prefill"):
         torch.vmap(lambda images: model(**inputs, pixel_values=images).logits)(pixels[None])
+    with pytest.raises(UnsupportedCallError, match=r"torch.func \(vmap, grad, jvp\) was asked of a pruned prefill"):
+        torch.func.grad(lambda images: model(**inputs, pixel_values=images).logits.sum())(pixels)
     with pytest.raises(UnsupportedCallError, match=r"torch\.jit\.trace was asked of a pruned prefill"):
         torch.jit.trace(lambda images: model(**inputs, pixel_values=images).logits, pixels)
     with pytest.raises(UnsupportedCallError, match=r"torch\.export was asked of a pruned prefill"):
