@@ -5,11 +5,16 @@ find, and one with FlexAttention builds its masks for lengths that pruning chang
 that the model uses SDPA, in its attention and in the masks that it builds; encoders, decode steps and every other call
 go on with what the user chose. Decoders without SDPA are captured with transformers' eager attention.
 
+SDPA is put in the place of what computes the same alone: transformers' own functions, and kernels that it takes from
+the Hub. A function that others have registered, under a name of their own or of transformers', may compute anything: it
+is captured as it stands, with the masks that are registered for it.
+
 What tells it is the property of transformers' configurations that all of that code asks. It answers otherwise in the
 thread that captures alone, and is put back with the last model that needs it.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +22,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hawk_compile.capture.while_used import WhileUsed
 from hawk_compile.compat.models import attention_of, let_configs_answer, put_answer, supports_sdpa
@@ -28,9 +35,31 @@ captures = threading.local()
 
 
 @torch.compiler.assume_constant_result
-def attention_of_capture() -> str | None:
-    """None where nothing is captured, or nothing else is asked for. Asked while tracing, it is a constant."""
-    return getattr(captures, "attention", None)
+def attention_of_capture(used: str | None) -> str | None:
+    """What stands for an attention in captures: None where nothing is captured, nothing else is asked for, or nothing
+    else computes the same. Asked while tracing, it is a constant."""
+    asked: str | None = getattr(captures, "attention", None)
+    return asked if asked is not None and is_of_transformers(used) else None
+
+
+def is_of_transformers(name: str | None) -> bool:
+    """Whether an attention is one that comes with transformers, with masks that come with it; a name with a slash is a
+    kernel's of the Hub, which transformers alone registers."""
+    if name is None or "/" in name:
+        return True
+    registered = [table.get(name) for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
+    return all(function is None or room_of(function) == "transformers" for function in registered)
+
+
+def room_of(function: Any) -> str:
+    """The package whose code a function is; one that wraps another is of the package that wraps, but for decorators of
+    torch's, as `no_grad`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    known = getattr(function, "__globals__", None)
+    name: str = type(function).__module__ if known is None else known.get("__name__", "")
+    room = name.partition(".")[0]
+    return room_of(function.__wrapped__) if room == "torch" and hasattr(function, "__wrapped__") else room
 
 
 class AnsweredForCaptures(WhileUsed):
@@ -67,10 +96,11 @@ class Use:
 
 def attention_of_prefill(model: PreTrainedModel) -> Attention:
     used = attention_of(model.config.get_text_config()) or EAGER
-    if used == SDPA:
-        return Attention(SDPA, SDPA)
+    if used == SDPA or not is_of_transformers(used):
+        return Attention(used, used)
     decoder: Any = model.base_model
-    return Attention(SDPA if supports_sdpa(decoder.get_decoder()) else EAGER, used)
+    takes_sdpa = supports_sdpa(decoder.get_decoder()) and is_of_transformers(SDPA)
+    return Attention(SDPA if takes_sdpa else EAGER, used)
 
 
 @contextlib.contextmanager

@@ -78,11 +78,6 @@ def image_text_types() -> set[str]:
     return set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def supports_encoded_images(model: PreTrainedModel) -> bool:
-    """Whether the model's forward takes `mm_encoder_outputs`."""
-    return model._supports_mm_encoder_outputs()  # type: ignore[operator]
-
-
 def run_encoders_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments with images and videos encoded, by the method that generate has for it."""
     return getattr(model, PREPARE_ENCODERS)(kwargs)
@@ -113,13 +108,16 @@ def supports_sdpa(module: PreTrainedModel) -> bool:
     return bool(module._supports_sdpa)
 
 
-def let_configs_answer(ask: Callable[[], str | None]) -> property:
-    """Let configurations name the attention that `ask` gives, where it gives one. Returns what answered before."""
+def let_configs_answer(ask: Callable[[Any], str | None]) -> property:
+    """Let configurations name the attention that `ask` gives for what they would name, where it gives one. Returns what
+    answered before."""
     before: property = vars(PretrainedConfig)["_attn_implementation"]
+    own_answer: Callable[[Any], Any] = before.fget  # type: ignore[assignment]
 
     def attention(self: PretrainedConfig) -> Any:
-        asked = ask()
-        return before.fget(self) if asked is None else asked  # type: ignore[misc]
+        own = own_answer(self)  # read in any case: a graph is guarded by it
+        asked = ask(own)
+        return own if asked is None else asked
 
     put_answer(property(attention, before.fset))
     return before

@@ -32,7 +32,7 @@ class Report:
         scoring_layer: the decoder layer whose queries and keys scored, counted from 0: the first with attention that
             has keys. Layers before it, which keep states, ran at S.
         prefill_attention: the attention implementation that this prefill ran with: "sdpa" where tokens could be pruned,
-            or "eager" for a decoder that has no SDPA.
+            "eager" for a decoder that has no SDPA, or a function's own name that others than transformers registered.
         attention: the one that the model uses elsewhere, in decode steps and prompts without images.
     """
 

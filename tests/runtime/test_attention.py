@@ -1,7 +1,8 @@
 """Models loaded with another attention than SDPA: the prefill is captured with SDPA, everything else keeps the model's.
 
 `KERNEL` stands for an attention that no graph can show, as FlashAttention's or one of the Hub's: a name in
-transformers' table, with masks [B, L] as FlashAttention takes them.
+transformers' table, with masks [B, L] as FlashAttention takes them. Functions that others have registered are tested in
+tests/runtime/test_own_attention.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests import zoo
 from tests.marks import slow
 from tests.runtime.models import LAYERS, RATIO, fresh, generate, new_tokens, picture, plain, prompt
 
-KERNEL = "kernel-of-a-test"
+KERNEL = "kernels-of/a-test"
 EAGER = "eager"
 NAMES = ["llava", *slow("gemma3", "qwen2_5_vl")]
 """Plain; sliding windows and attention both ways; mRoPE."""
@@ -61,9 +62,14 @@ def loaded(name: str, attention: str, ratio: float = RATIO, **settings: Any) -> 
     """An optimised model whose decoder attends by another implementation; its encoder by SDPA, so that features are
     the same."""
     model = zoo.build(name, layers=LAYERS)
-    model.set_attn_implementation({"text_config": attention})
-    assert model.config.get_text_config()._attn_implementation == attention
+    use(model.config.get_text_config(), attention)
     return hawk_compile.optimize(model, ratio=ratio, backend="eager", **settings)
+
+
+def use(config: Any, attention: str) -> None:
+    """As set_attn_implementation, which would load a kernel from the Hub."""
+    config._attn_implementation = attention
+    assert config.get_text_config()._attn_implementation == attention
 
 
 def prefill(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -151,7 +157,7 @@ def test_compiled_decode_steps_keep_it() -> None:
 
 def test_encoders_keep_the_model_s_own() -> None:
     model = zoo.build("llava", layers=LAYERS)
-    model.set_attn_implementation(KERNEL)
+    use(model.config, KERNEL)
     seen = []
     tower = model.base_model.vision_tower
     tower.register_forward_hook(lambda *_: seen.append(tower.config._attn_implementation))
@@ -163,7 +169,7 @@ def test_an_implementation_set_later_is_followed() -> None:
     model = fresh("llava")
     inputs = picture("llava")
     expected = prefill(model, inputs)
-    model.set_attn_implementation({"text_config": KERNEL})
+    use(model.config.get_text_config(), KERNEL)
     assert torch.equal(prefill(model, inputs), expected)
     assert hawk_compile.report(model).attention == KERNEL
     model.set_attn_implementation({"text_config": "sdpa"})
