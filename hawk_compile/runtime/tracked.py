@@ -21,6 +21,8 @@ class TrackedCache(Cache):
     """Mixed into the class of a cache whose conversation counts otherwise than its slots."""
 
     hawk_conversation: Conversation
+    hawk_sealed = False
+    """Whether it is of a `sealed_class`."""
 
     @property
     def hawk_slots(self) -> Slots:
@@ -79,6 +81,15 @@ class TrackedCache(Cache):
         super().crop(tokens_to_remove)
         note(self, slots=slots)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """How copy, pickle and torch.save take it apart: as the cache that it was, which is tracked again behind them,
+        since its class is made while the program runs and has no name to be found by."""
+        make, arguments, *state = super().__reduce_ex__(protocol)
+        own = type(self)
+        plain = self.hawk_conversation.plain
+        by = sealed_class if own.hawk_sealed else tracked_class
+        return put_together, (by, make, tuple(plain if each is own else each for each in arguments)), *state
+
     def reset(self) -> None:
         """Empty the cache. Layers that were allocated for a pruned prompt are allocated anew, for one of any kind."""
         super().reset()
@@ -93,7 +104,20 @@ class TrackedCache(Cache):
 
 @functools.cache
 def tracked_class(plain: type[Cache]) -> type[TrackedCache]:
-    return type(f"Tracked{plain.__name__}", (TrackedCache, plain), {"__doc__": TrackedCache.__doc__})
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Cache:
+        return plain(*args, **kwargs)  # of which nothing is known, as `type(cache)()` asks for
+
+    methods = {"__doc__": TrackedCache.__doc__, "__new__": new}
+    return type(f"Tracked{plain.__name__}", (TrackedCache, plain), methods)
+
+
+def put_together(
+    by: Callable[[type[Cache]], type[TrackedCache]], make: Callable[..., Cache], arguments: tuple[Any, ...]
+) -> Cache:
+    """A tracked cache without attributes, which copy or pickle gives it."""
+    cache = make(*arguments)
+    cache.__class__ = by(type(cache))
+    return cache
 
 
 @functools.cache
@@ -101,7 +125,8 @@ def sealed_class(plain: type[Cache]) -> type[TrackedCache]:
     """What a tracked cache is of while no optimised model's forward runs on it."""
     tracked = tracked_class(plain)  # type: ignore[arg-type]
     methods = {name: refusing(getattr(tracked, name)) for name in USED_BY_MODELS if hasattr(tracked, name)}
-    return type(f"Sealed{plain.__name__}", (tracked,), {"__doc__": TrackedCache.__doc__, **methods})
+    attributes = {"__doc__": TrackedCache.__doc__, "hawk_sealed": True, **methods}
+    return type(f"Sealed{plain.__name__}", (tracked,), attributes)
 
 
 def refusing(method: Callable[..., Any]) -> Callable[..., Any]:
