@@ -30,6 +30,11 @@ class AskedQuestion:
         """The ids of all rows."""
         return set() if self.ids is None else {number for row in id_lists(self.ids, ()) for number in row}
 
+    def arguments(self) -> dict[str, Any]:
+        """As a call is given it."""
+        return {name: value for name, value in zip(QUESTION_ARGUMENTS, (self.ids, self.mask), strict=True)
+                if value is not None}  # fmt: skip
+
     def repeated(self, rows: int) -> "AskedQuestion":
         """For `rows` rows, among which generate repeats those it was given (beams, several sequences)."""
         asked = self.ids if self.mask is None else self.mask

@@ -20,6 +20,8 @@ from transformers.generation.candidate_generator import (
 )
 
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.asked import AskedQuestion
+from hawk_compile.runtime.state import RUNTIME
 
 OF_TEXT = ("attention_mask", "use_cache", "logits_to_keep")
 """The arguments of a target that its assistant is given, whatever it is; images and positions it gets of its own."""
@@ -58,13 +60,15 @@ def from_states(name: str) -> UnsupportedCallError:
 
 
 def begin_behind_prompt(
-    model: PreTrainedModel, generator: Any, prompt: Tensor, inputs: dict[str, Any], shown: bool
+    model: PreTrainedModel, generator: Any, prompt: Tensor, inputs: dict[str, Any], question: AskedQuestion | None,
+    shown: bool,
 ) -> None:
     """Let a candidate generator draft nothing in its first round, and begin behind the prompt in the second.
 
     Args:
         prompt: [1, S].
         inputs: the arguments of generate by name, its images not encoded.
+        question: what the call says of who votes.
         shown: whether an assistant may be shown the images among them: those of all of the prompt's placeholders.
 
     Raises:
@@ -81,13 +85,15 @@ def begin_behind_prompt(
     def behind(input_ids: Tensor, **kwargs: Any) -> Any:
         generator.get_candidates = draft
         if isinstance(generator, AssistedCandidateGenerator):
-            read_prompt(model, generator, prompt, inputs if shown else {})
+            read_prompt(model, generator, prompt, inputs if shown else {}, question)
         return draft(input_ids, **kwargs)
 
     generator.get_candidates = nothing
 
 
-def read_prompt(model: PreTrainedModel, generator: Any, prompt: Tensor, inputs: dict[str, Any]) -> None:
+def read_prompt(
+    model: PreTrainedModel, generator: Any, prompt: Tensor, inputs: dict[str, Any], question: AskedQuestion | None
+) -> None:
     """Let the model that drafts read the prompt, once, on the cache that it goes on with.
 
     One with another tokenizer reads it as the generator translates it, one that exits early as its first draft.
@@ -105,6 +111,8 @@ def read_prompt(model: PreTrainedModel, generator: Any, prompt: Tensor, inputs: 
     named = inspect.signature(type(assistant).forward).parameters
     given = {**arguments, **(images_for(assistant, inputs) if alike(model, assistant, inputs) else {})}
     taken = {name: value for name, value in given.items() if name in named}
+    if question is not None and RUNTIME in vars(assistant):
+        taken |= question.arguments()
     assistant(**{**taken, "input_ids": prompt.to(assistant.device), "past_key_values": cache, "use_cache": True})
     arguments["past_key_values"] = cache
 

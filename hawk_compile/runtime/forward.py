@@ -26,10 +26,11 @@ from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime.adapters import refuse_mixed_adapters
 from hawk_compile.runtime.asked import take_question
 from hawk_compile.runtime.conversation import conversation_of, note, physical_length
-from hawk_compile.runtime.generation import running
+from hawk_compile.runtime.generation import running, step_options
 from hawk_compile.runtime.later_images import positions_behind
 from hawk_compile.runtime.positions import deltas_after, deltas_of, next_positions
 from hawk_compile.runtime.prefill import run_prefill
+from hawk_compile.runtime.recognised import refuse_rebuilt
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import refuse_other_cache
 from hawk_compile.runtime.split import placed
@@ -53,6 +54,7 @@ def run(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict
     """
     refuse_other_cache(kwargs.get("past_key_values"))
     refuse_spoiled(kwargs.get("past_key_values"))
+    refuse_rebuilt(kwargs.get("past_key_values"), runtime.moved)
     generation = running.get()
     if generation is not None and generation.repeats:
         kwargs = behind_cache(kwargs)
@@ -173,8 +175,7 @@ def run_text(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs:
 
 def step(model: PreTrainedModel, runtime: Runtime, forward: Forward, kwargs: dict[str, Any]) -> Any:
     """A call without pruning: compiled if it is a decode step and the settings or generate ask for that."""
-    generation = running.get()
-    options = None if generation is None else generation.step_options
+    options = step_options.get()
     if options is None and runtime.config.compile_decode:
         options = {"backend": runtime.config.backend}
     cache = kwargs.get("past_key_values")

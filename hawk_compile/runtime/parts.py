@@ -76,7 +76,7 @@ def class_of(model: PreTrainedModel) -> Any:
     return type(model)
 
 
-@dataclass(frozen=True)
+@dataclass
 class HandedOn:
     """A call of generate under way that lets a language model generate from embeddings.
 
@@ -85,12 +85,15 @@ class HandedOn:
         part: its language model.
         input_ids: [B, S] of the prompt.
         prefill: (arguments) -> output of the model's own forward, pruned.
+        begun: whether its prompt was prefilled: another one behind that is of a logits processor or the like, unless
+            every step is a prefill.
     """
 
     model: PreTrainedModel
     part: PreTrainedModel
     input_ids: Tensor
     prefill: Callable[[dict[str, Any]], Any]
+    begun: bool = False
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """One call of the language model's forward.
@@ -101,6 +104,8 @@ class HandedOn:
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         refuse_spoiled(cache)
         if physical_length(cache) == 0:
+            if self.begun and kwargs.get("use_cache") is not False:
+                return forward(**kwargs)
             return self.first(kwargs, embeds)
         if isinstance(cache, TrackedCache):
             kwargs = by_slots(self.part, cache, with_positions(kwargs))
@@ -120,6 +125,7 @@ class HandedOn:
         ids = ids.repeat_interleave(embeds.shape[0] // ids.shape[0], dim=0).to(embeds.device)
         left = {name: value for name, value in kwargs.items() if name not in ("inputs_embeds", "input_ids")}
         result = self.prefill({**left, "input_ids": ids, "mm_encoder_outputs": encoded_in(self.model, ids, embeds)})
+        self.begun = True
         return CausalLMOutputWithPast(logits=result["logits"], past_key_values=kwargs.get("past_key_values"))
 
 

@@ -39,6 +39,7 @@ from hawk_compile.runtime.handover import fill_cache, keep_positions, scratch_ca
 from hawk_compile.runtime.inputs import PromptInputs, prompt_inputs
 from hawk_compile.runtime.logits import at_positions, refuse_removed, take_positions
 from hawk_compile.runtime.packed import pack_weights, refuse_quantised
+from hawk_compile.runtime.recognised import moved_keys
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.runtime.refusals import (
     refuse_fillers_behind_states,
@@ -173,11 +174,15 @@ def run_graph(
         origin, runtime.prefill.scoring_layer, attention.here, attention.elsewhere)
     runtime.static_length = shrink(inputs.cache, inputs.length - keep.shape[1], runtime.static_length)
     keep_positions(scratch, keep, inputs.past, inputs.length)
+    recognised_by = moved_keys(
+        scratch, model.config.get_text_config(), keep, valid if plan.filled else None, inputs.mask, inputs.past)
     with spoiled_by_failure(inputs.cache):
         with opened(inputs.cache):
             cache = fill_cache(model, inputs.cache, scratch, inputs.past, inputs.use_cache)
         if cache is not None:
             track(cache, keep, valid if plan.filled else None, inputs.past, inputs.length, inputs.deltas)
+    if cache is not None and keep.shape[1] < inputs.length:
+        runtime.remember(recognised_by)
     return with_cache(result, cache), record
 
 

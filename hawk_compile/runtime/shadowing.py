@@ -16,8 +16,9 @@ from hawk_compile.compat.accelerate import FORWARD, hooked_module
 from hawk_compile.runtime.overrides import attribute_of, overrides_of
 from hawk_compile.runtime.split import put_hooks_back
 from hawk_compile.runtime.state import RUNTIME
+from hawk_compile.runtime.within_generate import PREPARE_INPUTS
 
-WRAPPED_OFTEN = ("generate", "save_pretrained")
+WRAPPED_OFTEN = ("generate", "save_pretrained", PREPARE_INPUTS)
 """Public methods that others replace by their own on purpose; pruning does not need ours."""
 
 MOST_WRAPPERS = 1000
@@ -41,6 +42,8 @@ def install(model: PreTrainedModel, originals: dict[str, Any]) -> tuple[dict[str
         there = owner.__dict__.get(attribute)
         if there is not None and reaches(there, method.__func__):
             continue
+        if name == PREPARE_INPUTS and there is not None:
+            continue  # its arguments are asked for; what is not seen of it, see `Generation.tells`
         if hooked_module(there) is owner:  # beneath the hooks, which see inputs first; their removal leaves ours
             attribute = FORWARD
             there = owner.__dict__[FORWARD]

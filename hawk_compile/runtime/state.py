@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -21,6 +22,7 @@ from hawk_compile.plan.template import chat_of_settings
 from hawk_compile.runtime.compiled import CompiledPrefill, CompiledStep
 from hawk_compile.runtime.conversation import note
 from hawk_compile.runtime.generation import running
+from hawk_compile.runtime.recognised import MOST, MovedKeys
 from hawk_compile.runtime.records import PrefillRecord
 from hawk_compile.settings.checkpoint import checkpoint_of
 from hawk_compile.settings.config import HawkConfig
@@ -51,6 +53,7 @@ class Runtime:
         originals: name of an attribute that is shadowed -> what lay there before; none where it was the class's.
         chat: what surrounds a user's text, once that is learned (`chat_known`).
         last: what the model's last prefill did, whichever thread ran it.
+        moved: what the last pruned prefills left, to recognise their keys by.
         hook: the hook of accelerate's on the model that was last looked at; None where it had none.
         hooks_seen: how many hooks the process had put anywhere when this model's were last looked at.
         device: where inputs of the decoder belong, if hooks place the model; None elsewhere.
@@ -77,6 +80,7 @@ class Runtime:
         self.static_length = 0
         self.scratch_layers: tuple[Any, ...] | None = None
         self.weights_on: dict[torch.device, Tensor] = {}
+        self.moved: deque[MovedKeys] = deque(maxlen=MOST)
         self.hook: Any = None
         self.hooks_seen = -1
         self.device: torch.device | None = None
@@ -101,6 +105,7 @@ class Runtime:
         asked = (self.config.processor, self.ids.end_of_turn, self.config.end_of_turn_token_id)
         if asked == (earlier.config.processor, earlier.ids.end_of_turn, earlier.config.end_of_turn_token_id):
             self.chat, self.chat_known = earlier.chat, earlier.chat_known
+        self.moved = earlier.moved
         if earlier.config.backend == self.config.backend:
             self.compiled_steps = earlier.compiled_steps
             self.static_length = earlier.static_length
@@ -142,6 +147,10 @@ class Runtime:
         if filled is not None:
             note(filled, record=record)
         return filled
+
+    def remember(self, moved: MovedKeys | None) -> None:
+        if moved is not None:
+            self.moved.append(moved)
 
     def learn_chat(self, model: PreTrainedModel) -> Chat:
         """What the chat template puts around a user's text: learned once, when there is a prompt to prune.

@@ -84,7 +84,8 @@ class TrackedCache(Cache):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """How copy, pickle and torch.save take it apart: as the cache that it was, which is tracked again behind them,
         since its class is made while the program runs and has no name to be found by."""
-        make, arguments, *state = super().__reduce_ex__(protocol)
+        taken: Any = super().__reduce_ex__(protocol)
+        make, arguments, *state = taken
         own = type(self)
         plain = self.hawk_conversation.plain
         by = sealed_class if own.hawk_sealed else tracked_class

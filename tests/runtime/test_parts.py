@@ -109,6 +109,23 @@ def test_the_language_model_alone_is_what_it_was(blip):
     assert torch.equal(blip.language_model.generate(ids, max_new_tokens=3), plain.generate(ids, max_new_tokens=3))
 
 
+def test_what_a_logits_processor_asks_while_the_language_model_generates(blip):
+    """The language model by itself, with embeddings as many as the prompt's, and the whole model."""
+    inputs = prompt(tiny("blip-2"), rows=1)
+    embeds = torch.ones(1, inputs["input_ids"].shape[1], blip.language_model.config.hidden_size)
+
+    @torch.no_grad()
+    def ask() -> tuple[Any, ...]:
+        return blip.language_model(inputs_embeds=embeds).logits, blip(**inputs).logits
+
+    alone, found = ask(), []
+    expected = blip.generate(**inputs, max_new_tokens=3)
+    processor = lambda ids, scores: found.append(ask()) or scores  # noqa: E731
+    assert blip.generate(**inputs, max_new_tokens=3, logits_processor=[processor]).equal(expected) and found
+    for logits in found:
+        assert all(map(torch.equal, logits, alone))
+
+
 def test_images_without_ids_are_refused(blip):
     inputs = prompt(tiny("blip-2"), rows=1)
     with pytest.raises(UnsupportedCallError, match=r"without input_ids \[B, S\]"):
