@@ -120,6 +120,12 @@ def body_overrides(model: PreTrainedModel) -> dict[str, types.MethodType]:
     return {method.__name__: types.MethodType(method, base) for method in methods}
 
 
+def put_on_body(model: PreTrainedModel) -> None:
+    """Put these on a body that took the place of the one that was optimised; what lies there stays."""
+    for name, method in body_overrides(model).items():
+        model.base_model.__dict__.setdefault(name, method)
+
+
 @contextlib.contextmanager
 def overridden(model: PreTrainedModel) -> Iterator[None]:
     """Put on the methods of a body inside, whether the model is optimised and has them, or not."""

@@ -1,6 +1,7 @@
 """What lies beneath the methods that an optimised model shadows, and looks like theirs."""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ def original(model: PreTrainedModel, name: str) -> Any:
     return getattr(type(model), name).__get__(model)
 
 
+made: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()
+"""What `looks_like` has made: a model whose class was changed since has that of its class before."""
+
+
 def looks_like(function: Callable[..., Any], shadowed: Callable[..., Any]) -> Callable[..., Any]:
     """A function with the name, the text and the signature of the method that it shadows.
 
@@ -26,4 +31,5 @@ def looks_like(function: Callable[..., Any], shadowed: Callable[..., Any]) -> Ca
         setattr(function, name, getattr(shadowed, name))
     function.__signature__ = inspect.signature(shadowed)  # type: ignore[attr-defined]
     function.__dict__.pop("__wrapped__", None)
+    made.add(function)
     return function

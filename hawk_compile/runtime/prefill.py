@@ -25,7 +25,7 @@ from hawk_compile.capture.modalities import (
     tokens_of,
     visual_places,
 )
-from hawk_compile.capture.patches import install_recorders
+from hawk_compile.capture.patches import install_recorders, put_on_body
 from hawk_compile.errors import CaptureError
 from hawk_compile.plan.chat import ChatFormat
 from hawk_compile.plan.ids import is_any, read_ids
@@ -152,6 +152,7 @@ def run_graph(
     def before_capture() -> None:
         modules = [*graph_modules(model, AUDIO_INPUT in inputs.arguments)]
         refuse_hooks(modules, "a pruned prefill")
+        put_on_body(model)
         runtime.prefill.note_forwards(modules)
         pack_weights(model)
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hawk_compile.compat.accelerate import FORWARD, hooked_module
+from hawk_compile.runtime.originals import made
 from hawk_compile.runtime.overrides import attribute_of, overrides_of
 from hawk_compile.runtime.split import put_hooks_back
 from hawk_compile.runtime.state import RUNTIME
@@ -67,7 +68,7 @@ def uninstall(model: PreTrainedModel, originals: dict[str, Any]) -> None:
             there = owner.__dict__[FORWARD]
         while isinstance(there, types.MethodType):  # accelerate binds a bound method once more when it unwraps a model
             there = there.__func__
-        if there is not method.__func__:
+        if there is not method.__func__ and there not in made:
             continue
         if name in originals:
             owner.__dict__[attribute] = originals[name]
@@ -91,12 +92,17 @@ def reaches(callable_: Any, function: Any) -> bool:
     seen: set[int] = set()
     while waiting and len(seen) < MOST_WRAPPERS:
         current = waiting.pop()
-        if current is function:
+        if current is function or (isinstance(current, types.FunctionType) and alike(current, function)):
             return True
         if id(current) not in seen and callable(current) and not isinstance(current, (type, nn.Module)):
             seen.add(id(current))
             waiting += wrapped_by(current)
     return False
+
+
+def alike(current: types.FunctionType, function: Any) -> bool:
+    """Whether both are ours for one name, of a class and of the one that the model had before."""
+    return current.__name__ == function.__name__ and current in made and function in made
 
 
 def wrapped_by(wrapper: Any) -> list[Any]:

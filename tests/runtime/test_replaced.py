@@ -185,3 +185,28 @@ def test_a_forward_that_makes_up_attributes_is_told_from_ours() -> None:
     model.forward = unittest.mock.MagicMock()
     with pytest.raises(HawkError, match="forward was replaced"):
         hawk_compile.report(model)
+
+
+@torch.no_grad()
+def test_another_class_and_another_body() -> None:
+    """Given after `optimize`: the new ones are run, pruned and reported, and nothing of ours stays behind `restore`."""
+    model = fresh("llava", RATIO)
+    kind: Any = type(model)
+
+    class Halved(kind):
+        @functools.wraps(kind.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits / 2
+            return output
+
+    expected = model(**picture("llava")).logits
+    model.__class__ = Halved
+    torch.testing.assert_close(model(**picture("llava")).logits, expected / 2)
+    assert hawk_compile.report(model).kept_tokens == expected.shape[1]
+    model.model = copy.deepcopy(plain("llava").model)
+    torch.testing.assert_close(model(**picture("llava")).logits, expected / 2)
+    assert hawk_compile.report(model).kept_tokens == expected.shape[1]
+    hawk_compile.restore(model)
+    assert {*state(model)} == {*state(zoo.build("llava", layers=2))}
+    assert not prunes(model)
