@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import hawk_compile
+from hawk_compile.capture.modalities import positions_by_images
 from hawk_compile.errors import UnsupportedCallError
 from hawk_compile.runtime import recognised
+from hawk_compile.runtime.positions import axes_of
 from tests import zoo
 from tests.marks import slow
 from tests.runtime.models import ROUNDING, fresh, generate, picture, plain, prompt, pruned
@@ -96,28 +99,32 @@ def test_rows_and_later_settings() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_what_was_not_pruned_goes_on(name: str) -> None:
-    """The same prompt by the plain model, padded or not; the text in front of an image, cut off a pruned cache; and a
-    row of text alone."""
+    """The same prompt by the plain model, padded or not; and the text in front of an image, cut off a pruned cache."""
     model, inputs = pruned(name), picture(name)
     out = turn(model, inputs, DynamicCache())
-    token = torch.tensor([[60]])
+    axes = axes_of(model) if positions_by_images(model) else 1
+
+    def step(of: Any, cache: Any, mask: Tensor) -> Tensor:
+        """With positions, for which models of mRoPE would take the offset of the last prompt that they saw."""
+        place = mask.sum(1, keepdim=True) - 1
+        places = place.expand(axes, -1, -1) if axes > 1 else place
+        ids = torch.full_like(place, 60)
+        return of(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits
+
     for given in (inputs, prompt(name, zoo.sizes(name)[4], zoo.sizes(name)[0])):
         cache = generate(plain(name), given, 1, past_key_values=DynamicCache()).past_key_values
-        rows = token.expand(len(given["input_ids"]), 1)
         mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
-        found = model(input_ids=rows, attention_mask=mask, past_key_values=cloned(cache)).logits
-        if name == "llava":  # others remember an offset of the last prompt, each model its own
-            expected = plain(name)(input_ids=rows, attention_mask=mask, past_key_values=cache).logits
-            torch.testing.assert_close(found, expected, **ROUNDING)
+        found = step(model, cloned(cache), mask)
+        torch.testing.assert_close(found, step(plain(name), cache, mask), **ROUNDING)
     moved = int(model._hawk_runtime.moved[-1].slots[0])
     assert 0 < moved < len(hawk_compile.report(out).keep_indices[0])
     for first, refused in ((moved, False), (moved + 1, True)):
-        pairs = [(layer.keys[:, :, :first], layer.values[:, :, :first]) for layer in out.past_key_values.layers]
-        if not refused:
-            model(input_ids=token, past_key_values=DynamicCache(pairs))
-        else:
-            with pytest.raises(UnsupportedCallError, match=REBUILT):
-                model(input_ids=token, past_key_values=DynamicCache(pairs))
+        cache = DynamicCache([
+            (layer.keys[:, :, :first], layer.values[:, :, :first]) for layer in out.past_key_values.layers
+        ])
+        mask = torch.ones(1, first + 1, dtype=torch.int64)
+        with pytest.raises(UnsupportedCallError, match=REBUILT) if refused else contextlib.nullcontext():
+            step(model, cache, mask)
 
 
 @torch.no_grad()
