@@ -53,6 +53,10 @@ class ExportedPrefill:
         self.scoring_layer = first_with_keys(model)
         self.inputs = {each.name: each for each in part.inputs}
 
+    def outdated(self) -> bool:
+        """Never: no class's forward is read any more."""
+        return False
+
     def run(
         self, forward: Any, inputs: dict[str, Any], past_mask: Tensor | None, plan: Plan, head_weights: Tensor,
         along: tuple[str, ...] = (), before_capture: Any = None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hawk_compile
-from hawk_compile.runtime.generation import Generation, running
+from hawk_compile.runtime.generation import Generation, under_way
 from hawk_compile.tools.benchmarking.memory import resident
 from tests import zoo
 from tests.runtime.load import points
@@ -181,7 +181,7 @@ class Load:
         if self.control == "lock":
             model._hawk_runtime.vision.lock.acquire(blocking=False)
         if self.control == "state":
-            running.set(Generation())
+            under_way.set(Generation(model))
         gc.collect(0)
         with lock:
             outcome.faults[fault.__name__, came] += 1  # type: ignore[attr-defined]
