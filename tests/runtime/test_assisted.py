@@ -219,7 +219,7 @@ def test_what_drafts_from_hidden_states_is_refused_by_its_name() -> None:
     assert any(kind.__name__.startswith("SinglePosition") for kind in kinds)
     for kind in kinds:
         with pytest.raises(UnsupportedCallError, match=f"^{kind.__name__} drafts from the hidden states, or the keys"):
-            begin_behind_prompt(pruned("llava"), kind.__new__(kind), torch.zeros(1, 1), {}, True)
+            begin_behind_prompt(pruned("llava"), kind.__new__(kind), torch.zeros(1, 1), {}, None, True)
 
 
 def test_what_cannot_draft() -> None:
