@@ -14,7 +14,6 @@ thread that captures alone, and is put back with the last model that needs it.
 """
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hawk_compile.capture.hooks import unwrapped
 from hawk_compile.capture.while_used import WhileUsed
 from hawk_compile.compat.models import attention_of, let_configs_answer, put_answer, supports_sdpa
 
@@ -54,8 +54,7 @@ def is_of_transformers(name: str | None) -> bool:
 def room_of(function: Any) -> str:
     """The package whose code a function is; one that wraps another is of the package that wraps, but for decorators of
     torch's, as `no_grad`."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = unwrapped(function)
     known = getattr(function, "__globals__", None)
     name: str = type(function).__module__ if known is None else known.get("__name__", "")
     room = name.partition(".")[0]

@@ -95,7 +95,8 @@ def compile_pruned(gm: fx.GraphModule, example_inputs: list[Any], settings: dict
     weights = explicit_weights(config.head_weights)
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
     places = left_in_a_cache(gm.graph) if holds_prefill(gm) and config.removed else []
-    return that_ends_here(compile_graph(gm, example_inputs, config, settled), places)
+    compiled = compile_graph(gm, example_inputs, config, settled)
+    return that_ends_here(compiled, places) if places else compiled
 
 
 def generate_of_compiled(compiled: Any) -> Callable[..., Any]:
