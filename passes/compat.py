@@ -1,5 +1,6 @@
 """The private names of torch that passes use. A new release of torch fails in tests/test_compat.py, by name."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ GUARDS = "_guards_fn"
 
 TO_COPY, UNSAFE_VIEW, ATEN_SOFTMAX = "_to_copy", "_unsafe_view", "_softmax"
 """Operators of ATen: `to`, and `view` of what nobody else holds."""
+
+
+TORCH = Path(torch.__file__).parent
+DYNAMO = TORCH / "_dynamo"
+RUNS_OPERATORS = "run_node"
+"""The function by which Dynamo runs an operator on fake values."""
+
+
+def asked_by_code(guard: Any) -> bool:
+    """Whether a condition on sizes comes from a branch of Python code that was traced, and not from an operator."""
+    asked = guard.sloc.framework_loc
+    file = Path(getattr(asked, "filename", ""))
+    return not file.is_relative_to(TORCH) or (file.is_relative_to(DYNAMO) and asked.name != RUNS_OPERATORS)
 
 
 def schema_of(operator: OpOverload) -> Any:

@@ -38,6 +38,7 @@ from hawk_compile.passes.graph import (
     value,
     written_by,
 )
+from hawk_compile.passes.places import where_fixed
 from hawk_compile.passes.position import PADDING_MASK, both_before_position
 from hawk_compile.passes.site import Located, find, note
 from hawk_compile.passes.slots import find_position_chain
@@ -188,8 +189,15 @@ def counts_data(node: fx.Node) -> bool:
 
 
 def check_length(graph: fx.Graph, merged: fx.Node, length: Any) -> None:
-    """A specialised S is told from other sizes by its number, which must then be no other size of the graph."""
-    if isinstance(length, SymInt) and not expr(length).is_number:  # type: ignore[union-attr]
+    """A specialised S is told from other sizes by its number, which must then be no other size of the graph. One that
+    was symbolic, and was made a number by code that reads it, may be part of other numbers."""
+    if isinstance(length, SymInt):
+        if expr(length).is_number:  # type: ignore[union-attr]
+            raise ShapeError(
+                f"the model makes a number of the length of its prompt{where_fixed(tensor(merged), int(length))}, so "
+                f"that its graph holds {int(length)} where fewer tokens are kept: compute with the length as a size "
+                "(torch.arange, a mean, a product), or call hawk_compile.restore(model) to run the model whole"
+            )
         return
     fixed = {int(length)} & {int(size) for size in shape_of(merged)[2:]}
     for node in graph.nodes:

@@ -22,6 +22,7 @@ from hawk_compile.passes.graph import (
     tensor,
     value,
 )
+from hawk_compile.passes.places import where
 from hawk_compile.passes.site import Budgeted, Gathered, Located, Split, read
 
 
@@ -51,7 +52,7 @@ def refresh_values(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMod
         pruned, expected = expr(value(node).shape[-2]), at_length(full, located.length, kept)
         if pruned != expected:
             raise ShapeError(
-                f"{node.name} still runs over {pruned} positions instead of {expected}: call "
+                f"{node.name}{where(node)} still runs over {pruned} positions instead of {expected}: call "
                 "hawk_compile.restore(model) to run the model whole"
             )
     return gm
@@ -70,6 +71,6 @@ def run(node: fx.Node) -> Any:
     except Exception as error:
         shapes = [tuple(found.shape) if (found := tensor(arg)) is not None else arg for arg in node.args]
         raise ShapeError(
-            f"{node.name} = {node.target} cannot run at the pruned length (inputs {shapes}): {error}; call "
-            "hawk_compile.restore(model) to run the model whole"
+            f"{node.name} = {node.target}{where(node)} cannot run at the pruned length (inputs {shapes}): {error}; "
+            "call hawk_compile.restore(model) to run the model whole"
         ) from error

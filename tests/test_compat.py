@@ -51,6 +51,25 @@ def test_what_operators_use() -> None:
         kernels.check(False)
 
 
+def test_what_tells_branches_of_code_from_what_operators_ask() -> None:
+    """A condition on a size: by a branch, and by an operator that works out shapes."""
+    asked = []
+
+    def take(gm: fx.GraphModule, _: Any) -> Any:
+        env = next(node.meta["example_value"].node.shape_env for node in gm.graph.nodes if node.op == "placeholder")
+        asked.extend((passes.asked_by_code(guard), str(guard.sloc.maybe_user_loc)) for guard in env.guards)
+        return gm.forward
+
+    def branch(values: torch.Tensor) -> torch.Tensor:
+        if values.shape[0] > 5:
+            values = values.reshape(-1, 4)
+        return values
+
+    torch.compile(branch, backend=take, dynamic=True, fullgraph=True)(torch.zeros(8, 2))
+    assert {code for code, place in asked if "shape[0] > 5" in place} == {True}
+    assert {code for code, place in asked if "reshape" in place} == {False}
+
+
 def test_what_passes_use() -> None:
     leaves, _ = passes.tree_flatten({"a": [1, 2], "b": 3})
     assert leaves == [1, 2, 3]

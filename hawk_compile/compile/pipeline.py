@@ -34,6 +34,7 @@ from hawk_compile.passes.insert_scoring import Ranks, insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
+from hawk_compile.passes.refuse_branches import refuse_branches
 from hawk_compile.passes.remove_assertions import remove_assertions
 from hawk_compile.passes.remove_unread_rows import remove_unread_rows
 from hawk_compile.passes.replace_masked_add import replace_masked_add
@@ -67,6 +68,7 @@ PRUNING = (
     Step(split_at_merge, "order the graph: full length first, pruned length behind"),
     Step(insert_scoring, "score every visual token", ("normalization", "head_weights", "query", "ranks")),
     Step(insert_budget, "count how many visual tokens every row keeps", ("removed", "mass")),
+    Step(refuse_branches, "refuse branches on the prompt's length that differ at the pruned length"),
     Step(insert_ranking, "let a selector rank the visual tokens", ("ranking", "ranking_options")),
     Step(insert_quotas, "let every image keep its floor of visual tokens"),
     Step(insert_selection, "choose the positions that every row keeps"),

@@ -29,6 +29,7 @@ def test_the_passes_read_as_one_list():
         "split_at_merge",
         "insert_scoring",
         "insert_budget",
+        "refuse_branches",
         "insert_ranking",
         "insert_quotas",
         "insert_selection",

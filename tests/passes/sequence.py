@@ -10,6 +10,7 @@ from hawk_compile.passes.insert_scoring import insert_scoring
 from hawk_compile.passes.insert_selection import insert_selection
 from hawk_compile.passes.locate_prefill import locate_prefill
 from hawk_compile.passes.refresh_values import refresh_values
+from hawk_compile.passes.refuse_branches import refuse_branches
 from hawk_compile.passes.remove_unread_rows import remove_unread_rows
 from hawk_compile.passes.replace_masked_add import replace_masked_add
 from hawk_compile.passes.split_at_merge import split_at_merge
@@ -24,6 +25,7 @@ PASSES = (
     split_at_merge,
     insert_scoring,
     insert_budget,
+    refuse_branches,
     insert_ranking,
     insert_quotas,
     insert_selection,

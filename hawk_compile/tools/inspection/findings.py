@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hawk_compile.capture.modalities import placeholders_by_modality
 from hawk_compile.passes.graph import ancestors, dependents, in_order, is_call, same, tensor
+from hawk_compile.passes.places import module_path
 from hawk_compile.passes.site import Gathered as Gathering
 from hawk_compile.passes.site import Located, Selected, read
 from hawk_compile.plan.ids import SpecialIds
@@ -74,13 +75,6 @@ def why(located: Located, keep: fx.Node) -> str:
     modules = dict.fromkeys(module_path(node) for node in between)
     names = [path for path in modules if path and path != module_path(located.attention)] or list(located.between)
     return f"{', '.join(names)} between projection and position, so the keys of all tokens are made"
-
-
-def module_path(node: fx.Node) -> str:
-    """Where in the model the node was traced, without the path to the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()), ("", None))[0] if stack else ""
-    return path.split("__self__", 1)[-1].lstrip(".").replace("['", ".").replace("']", "")
 
 
 def width_of(located: Located) -> int:
