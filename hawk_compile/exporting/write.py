@@ -91,9 +91,9 @@ def export(
     """
     place, target = path_of(path, "path"), target_of(format, to_write=True)
     made, options = settings_of(target, format, config, settings)
-    check_exporters()
     model = pruned_part(model)
     check_model(model, made.modalities)
+    check_exporters()
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"inputs must be a mapping of the forward's arguments, got {type(inputs).__name__}: give what the model's "
