@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, CompressedTensorsConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
 
 import hawk_compile
 from hawk_compile.errors import UnsupportedModelError
+from hawk_compile.settings.selectors import SELECTORS
 from tests import zoo
-from tests.runtime.models import ROUNDING, generate, new_tokens
+from tests.runtime.models import ROUNDING, generate, new_tokens, rows_alone
 from tests.runtime.reference import Conversation
 
 NAME, RATIO = "qwen2_5_vl", 0.6
@@ -53,6 +60,16 @@ def bitsandbytes(folder: Path, kind: str) -> Any:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     options = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
     return saved(folder)(quantization_config=BitsAndBytesConfig(**options))
+
+
+def by_torchao(folder: Path, kind: str) -> Any:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao comes with ExecuTorch alone")
+    return saved(folder)(quantization_config=TorchAoConfig(getattr(quantization, kind)()))
+
+
+def by_quanto(folder: Path, kind: str) -> Any:
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    return saved(folder)(quantization_config=QuantoConfig(weights=kind))
 
 
 LARGEST = {"W8A8": 127, "W4A16": 7, "FP8_DYNAMIC": 448}
@@ -129,6 +146,7 @@ def check(model: Any, alone: Any, inputs: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("load", "kind"), [
     *((bitsandbytes, kind) for kind in ("int8", "nf4", "fp4")),
     *((compressed_tensors, scheme) for scheme in LARGEST),
+    (by_torchao, "Int8WeightOnlyConfig"), (by_quanto, "int8"),
 ])  # fmt: skip
 def test_loaded_quantised_it_answers_as_the_quantised_model_on_kept_tokens(
     load: Any, kind: str, tmp_path: Path
@@ -195,17 +213,23 @@ def test_quantised_activations_are_refused_at_optimize_or_at_the_prompt() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("selector", ["uniform", "hawk_each", "fastv", "idpruner", "qapruner", "norm", "stride"])
-def test_selectors_keep_as_many_of_a_padded_batch(selector: str) -> None:
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_selectors_keep_of_a_padded_batch_what_they_keep_of_its_rows(selector: str) -> None:
     """Each row as if it were alone."""
     model = zoo.build(NAME, layers=2)
     torchao(model, "Int8WeightOnlyConfig")
     hawk_compile.optimize(model, ratio=RATIO, backend="eager", selector=selector)
-    sizes = zoo.sizes(NAME)
-    generate(model, zoo.inputs(NAME, model, rows=[sizes[4], sizes[2]]), tokens=1)
-    report = hawk_compile.report(model)
-    kept = report.kept_visual_tokens.tolist()
-    assert kept == [-(-zoo.visual_count(NAME, size) * 4 // 10) for size in (sizes[4], sizes[2])]
+    rows = [zoo.sizes(NAME)[4], zoo.sizes(NAME)[2]]
+    batch = zoo.inputs(NAME, model, rows=rows)
+    generate(model, batch, tokens=1)
+    together = hawk_compile.report(model)
+    kept = together.kept_visual_tokens.tolist()
+    assert kept == [-(-zoo.visual_count(NAME, size) * 4 // 10) for size in rows]
+    for row, single in enumerate(rows_alone(NAME, batch, rows)):
+        generate(model, single, tokens=1)
+        padding = batch["input_ids"].shape[1] - single["input_ids"].shape[1]
+        alone = hawk_compile.report(model).keep_indices[0]
+        assert together.keep_indices[row].tolist() == (alone + padding).tolist()
 
 
 def test_layers_of_torchs_own_quantisation_are_refused_and_nothing_is_changed() -> None:
