@@ -32,15 +32,13 @@ TO_COPY, UNSAFE_VIEW, ATEN_SOFTMAX = "_to_copy", "_unsafe_view", "_softmax"
 
 TORCH = Path(torch.__file__).parent
 DYNAMO = TORCH / "_dynamo"
-RUNS_OPERATORS = "run_node"
-"""The function by which Dynamo runs an operator on fake values."""
 
 
 def asked_by_code(guard: Any) -> bool:
-    """Whether a condition on sizes comes from a branch of Python code that was traced, and not from an operator."""
-    asked = guard.sloc.framework_loc
-    file = Path(getattr(asked, "filename", ""))
-    return not file.is_relative_to(TORCH) or (file.is_relative_to(DYNAMO) and asked.name != RUNS_OPERATORS)
+    """Whether a condition on sizes comes from Python code that was traced (a branch, a number made of a comparison),
+    and not from what works out an operator's shapes."""
+    file = Path(getattr(guard.sloc.framework_loc, "filename", ""))
+    return not file.is_relative_to(TORCH) or file.is_relative_to(DYNAMO)
 
 
 def schema_of(operator: OpOverload) -> Any:

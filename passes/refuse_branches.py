@@ -1,18 +1,19 @@
-"""Refuse code that branches on the prompt's length where the pruned length takes the other branch.
+"""Refuse code that branches on the prompt's length, or its visual tokens, where the pruned ones take the other branch.
 
     if hidden.shape[1] < 40: ...      traced at S = 47; the graph holds what is done then, and runs at S' = 28
 
 Before and after: the graph is unchanged. Python's branches are no nodes of it: what is left of them are the conditions
-on sizes under which it is right, which whoever compiles it tests at each call. Here each condition on S is tested for
-S' too (and V' in the place of V), by which it becomes one more condition on S': a later call whose S' lies on the other
-side is captured anew, and refused or not by its own lengths. What operators ask of sizes is asked again where shapes
+on sizes under which it is right, which whoever compiles it tests at each call. Here each condition on S or V is tested
+for S' and V' too, by which it becomes one more condition on these: a later call whose S' lies on the other side is
+captured anew, and refused or not by its own lengths. What operators ask of sizes is asked again where shapes
 are worked out anew (`refresh_values`). Of the model's own conditions all count, since what follows from one that was
 met is not asked again; so code in front of the merge, where S is right, is refused too if its branch differs.
 """
 
 from typing import Any
 
-from torch import SymInt, fx
+from sympy import Expr, Symbol
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from hawk_compile.passes.compat import asked_by_code
@@ -33,25 +34,31 @@ def refuse_branches(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMo
     """
     located, budgeted = read(gm, Located), read(gm, Budgeted)
     build = Builder(gm, read(gm, Split).boundary)
-    length = expr(located.length)
-    if build.fake_mode is None or build.fake_mode.shape_env is None or not getattr(length, "is_symbol", False):
+    if build.fake_mode is None or build.fake_mode.shape_env is None:
         return gm
     env = build.fake_mode.shape_env
-    sizes = [(located.length, budgeted.kept_length)]
-    if len(located.visual) == 1:
-        sizes.append((located.visual[0], budgeted.kept_visual))
-    pruned = {expr(size): expr(value(kept) if isinstance(kept, fx.Node) else kept) for size, kept in sizes
-              if isinstance(size, SymInt)}  # fmt: skip
+    names: dict[Symbol, str] = {}
+    pruned: dict[Symbol, Expr] = {}
+    for name, size, kept in (
+        ("length of its prompt", located.length, budgeted.kept_length),
+        ("number of its visual tokens", sum(located.visual), budgeted.kept_visual),
+    ):
+        whole, smaller = expr(size), expr(value(kept) if isinstance(kept, fx.Node) else kept)
+        if isinstance(whole, Expr) and len(whole.free_symbols) == 1:
+            symbol = next(iter(whole.free_symbols))
+            names[symbol] = f"{name}, {whole} = {smaller}"
+            pruned[symbol] = symbol + smaller - whole
     for guard in list(env.guards):
         condition = env.simplify(guard.expr)
-        if length not in condition.free_symbols or not is_of_code(guard):
+        asked_of = next((symbol for symbol in pruned if symbol in condition.free_symbols), None)
+        if asked_of is None or not is_of_code(guard):
             continue
         if not guard_or_false(env.create_symboolnode(condition.subs(pruned))):
             raise ShapeError(
-                f"the model branches on the length of its prompt{in_words(guard.sloc)}: {condition}, where {length} is "
-                f"the length, is true of the whole prompt, and not of the {pruned[length]} tokens that are kept (or it "
-                "cannot be known), so the graph holds the wrong branch for these. Compute it from the length without "
-                "a branch, let it not depend on the length, or call hawk_compile.restore(model) to run the model whole"
+                f"the model branches on the {names[asked_of]} when pruned{in_words(guard.sloc)}: {condition} is true "
+                "of the whole prompt, and not of what is kept of it (or it cannot be known), so the graph holds the "
+                "wrong branch for that. Compute it from the size without a branch, let it not depend on it, or call "
+                "hawk_compile.restore(model) to run the model whole"
             )
     return gm
 

@@ -513,21 +513,30 @@ def test_what_recorders_of_hidden_states_ask(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_sizes_in_texts_of_captured_code() -> None:
-    """A message fixes no size where that is asked for, in this thread and inside; elsewhere it does."""
-    named = len(dynamo.WORD)
+    """A sentence fixes no size where that is asked for, in this thread and inside; elsewhere it does. A name or a key
+    does anywhere."""
+    named = len(f"{dynamo.WORD} rows")
 
-    def function(values: torch.Tensor) -> torch.Tensor:
+    def of_a_sentence(values: torch.Tensor) -> torch.Tensor:
+        return values * len(f"{values.shape[0]} rows")
+
+    def of_a_name(values: torch.Tensor) -> torch.Tensor:
+        return values * len(f"rows_{values.shape[0]}")
+
+    def of_a_number(values: torch.Tensor) -> torch.Tensor:
         return values * len(f"{values.shape[0]}")
 
-    def lengths() -> list[int]:
+    def lengths(function: Any) -> list[int]:
         compiled = torch.compile(function, backend="eager", dynamic=True, fullgraph=True, isolate_recompiles=True)
         return [int(compiled(torch.ones(rows))[0]) for rows in (3, 12)]
 
     with dynamo.sizes_named_in_texts():
-        assert lengths() == [named, named]
+        assert lengths(of_a_sentence) == [named, named]
+        assert lengths(of_a_name) == [6, 7]
+        assert lengths(of_a_number) == [1, 2]
         with ThreadPoolExecutor(1) as other:
-            assert other.submit(lengths).result() == [1, 2]
-    assert lengths() == [1, 2]
+            assert other.submit(lengths, of_a_sentence).result() == [6, 7]
+    assert lengths(of_a_sentence) == [6, 7]
 
 
 def test_files_that_are_not_there_are_none(tmp_path: Path) -> None:

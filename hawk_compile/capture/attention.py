@@ -6,14 +6,15 @@ that the model uses SDPA, in its attention and in the masks that it builds; enco
 go on with what the user chose. Decoders without SDPA are captured with transformers' eager attention.
 
 SDPA is put in the place of what computes the same alone: transformers' own functions, and kernels that it takes from
-the Hub. A function that others have registered, under a name of their own or of transformers', may compute anything: it
-is captured as it stands, with the masks that are registered for it.
+the Hub. A function that others have registered, under a name of their own or of transformers', or put into a model's
+file, may compute anything: it is captured as it stands, with the masks that are registered for it.
 
 What tells it is the property of transformers' configurations that all of that code asks. It answers otherwise in the
 thread that captures alone, and is put back with the last model that needs it.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from hawk_compile.capture.while_used import WhileUsed
 from hawk_compile.compat.models import attention_of, let_configs_answer, put_answer, supports_sdpa
 
 SDPA, EAGER = "sdpa", "eager"
+EAGER_FUNCTION = "eager_attention_forward"
+"""By this name every file of a model in transformers has the attention that is registered nowhere."""
 
 captures = threading.local()
 """`attention`: what this thread's captures attend by, if not by what the configuration says."""
@@ -95,11 +98,19 @@ class Use:
 
 def attention_of_prefill(model: PreTrainedModel) -> Attention:
     used = attention_of(model.config.get_text_config()) or EAGER
-    if used == SDPA or not is_of_transformers(used):
+    eager = eager_of(model) if used == EAGER else None
+    if used == SDPA or not is_of_transformers(used) or (eager is not None and room_of(eager) != "transformers"):
         return Attention(used, used)
     decoder: Any = model.base_model
     takes_sdpa = supports_sdpa(decoder.get_decoder()) and is_of_transformers(SDPA)
     return Attention(SDPA if takes_sdpa else EAGER, used)
+
+
+def eager_of(model: PreTrainedModel) -> Any:
+    """The function by which a decoder attends where it is told to by "eager": that of its own file, where it may have
+    been replaced; None where the file has none."""
+    decoder = model.base_model.get_decoder()  # type: ignore[operator]
+    return getattr(sys.modules.get(type(decoder).__module__), EAGER_FUNCTION, None)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ NOT_THE_MODEL = (
 """Folders whose lines are no lines of a model: torch, this package, and what exports by torch."""
 OF_THE_CALLER = (torch.OutOfMemoryError, MemoryError)
 """What who calls may wait for, to go on with less, whether or not there was something to compile."""
+TRACES = str(Path(torch.__file__).parent / "_dynamo/symbolic_convert.py")
+"""Where Dynamo goes through a function line by line."""
 GENERATED = "<eval_with_key>"
 """How the files of a graph's code are called, which is no model's either."""
 LONGEST_REASON = 300
@@ -57,12 +59,21 @@ def diagnosed(model: nn.Module, what: str = "", remedy: str = RESTORE) -> Iterat
     handled = sys.exception()
     try:
         yield
-    except CAPTURE_FAILURES as error:
+    except Exception as error:
+        if not isinstance(error, CAPTURE_FAILURES) and not ended_a_trace(error):
+            raise
         if (raised := raised_inside(error, handled)) is not None:
             raise raised from raised.__cause__
         what = what or f"the forward of {type(model).__name__}"
         told = compile_error if isinstance(error, CompilerFailed) else capture_error
         raise told(error, model, what, remedy) from shown(error)
+
+
+def ended_a_trace(error: BaseException) -> bool:
+    """Whether Dynamo could not go on with a line, and does not say so by an error of its own."""
+    if isinstance(error, (HawkError, *OF_THE_CALLER)):
+        return False
+    return any(frame.filename == TRACES for frame in traceback.extract_tb(error.__traceback__))
 
 
 def raised_inside(error: BaseException | None, handled: BaseException | None) -> BaseException | None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import linecache
+import re
 import threading
 import types
 import weakref
@@ -134,7 +136,10 @@ def handed_on(error: Exception) -> Exception:
 
 
 WORD = "a symbolic size"
-"""What f-strings hold of sizes that are not to be fixed."""
+"""What sentences hold of sizes that are not to be fixed."""
+PUTS_TEXT_TOGETHER = "BUILD_STRING"
+"""The method, of what Dynamo traces a function by, that puts an f-string together; `inst` is its instruction."""
+IN_BRACES = re.compile(r"\{[^{}]*\}")
 
 
 class TextsOfThread(threading.local):
@@ -148,15 +153,32 @@ texts = TextsOfThread()
 
 
 def text_of_size(size: SizeInText) -> str:
-    return WORD if texts.name_sizes else number_in_text(size)
+    return WORD if texts.name_sizes and is_in_a_sentence() else number_in_text(size)
 
 
 number_in_text = SizeInText.__repr__
 
 
+def is_in_a_sentence() -> bool:
+    """Whether the f-string that is being put together has blanks. One without any is a name or a key, by which code may
+    choose what it does."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != PUTS_TEXT_TOGETHER:
+        frame = frame.f_back
+    if frame is None:
+        return False
+    place, file = frame.f_locals["inst"].positions, frame.f_locals["self"].f_code.co_filename
+    lines = [*linecache.getlines(file)[place.lineno - 1 : place.end_lineno]]
+    if not lines:
+        return True
+    lines[-1] = lines[-1][: place.end_col_offset]
+    lines[0] = lines[0][place.col_offset :]
+    return any(" " in IN_BRACES.sub("", line.strip()) for line in lines)
+
+
 @contextlib.contextmanager
 def sizes_named_in_texts() -> Iterator[None]:
-    """F-strings of code that this thread captures inside hold a word for a symbolic size.
+    """Sentences in f-strings of code that this thread captures inside hold a word for a symbolic size.
 
     A number would fix the size in the graph, though it is only part of a message that nobody sees. What other threads
     compile is as it was.

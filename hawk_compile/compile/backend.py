@@ -6,12 +6,13 @@ A graph that merges visual features into token embeddings is rewritten by the pa
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import SymInt, fx
 from transformers import GenerationMixin
 
 from hawk_compile.compat.dynamo import backend_of, handed_on, let_compiled_modules_answer, lookup_backend
@@ -21,6 +22,7 @@ from hawk_compile.compile.pruned_keys import left_in_a_cache, that_ends_here
 from hawk_compile.errors import ConfigError, HawkError, MergeNotFoundError, UnsupportedCallError
 from hawk_compile.passes.graph import is_call
 from hawk_compile.passes.locate_prefill import find_merges
+from hawk_compile.passes.site import Located, find
 from hawk_compile.settings.config import HawkConfig, make_config
 
 log = logging.getLogger("hawk_compile")
@@ -96,7 +98,22 @@ def compile_pruned(gm: fx.GraphModule, example_inputs: list[Any], settings: dict
     settled = replace(options_of(config, head_weights=weights, removed=config.removed), query=config.used_query)
     places = left_in_a_cache(gm.graph) if holds_prefill(gm) and config.removed else []
     compiled = compile_graph(gm, example_inputs, config, settled)
+    if config.removed:
+        warn_of_fixed_length(gm)
     return that_ends_here(compiled, places) if places else compiled
+
+
+def warn_of_fixed_length(gm: fx.GraphModule) -> None:
+    """Say where a prefill was captured for a length that is a number: what code does by it, no graph shows."""
+    located = find(gm, Located)
+    if located is not None and not isinstance(located.length, SymInt):
+        warnings.warn(
+            "a pruned prompt was captured for its own length alone (torch.compile without dynamic=True), where a "
+            "branch of the model's code on the length of its prompt cannot be seen, which may differ at the pruned "
+            "length: give torch.compile dynamic=True, by which such branches are refused and one graph serves every "
+            "length",
+            stacklevel=2,
+        )
 
 
 def generate_of_compiled(compiled: Any) -> Callable[..., Any]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.attention import eager_of
 from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn, nothing
 from hawk_compile.compat.dynamo import REFUSED_TO_COMPILE
@@ -35,6 +37,7 @@ class CompiledPrefill:
         watched: the same without generated code, for calls inside modes that are to see every operator.
         forwards: the classes of the modules in its graphs, with their forwards, which Dynamo has inlined and looks at
             no more.
+        eager: the eager attention of the model's file, when a graph was captured.
     """
 
     def __init__(self, config: HawkConfig, ranks: Ranks | None = None, passes: Sequence[Step] = PASSES):
@@ -45,14 +48,19 @@ class CompiledPrefill:
         self.scoring_layer = 0
         self.watched: CompiledPrefill | None = None
         self.forwards: dict[type, Any] = {}
+        self.eager: Any = None
         self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
 
-    def note_forwards(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    def note_forwards(self, model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Remember what a graph of these modules, which is about to be captured, is captured from."""
         self.forwards = {**self.forwards, **{type(part): type(part).forward for _, part in modules}}
+        self.eager = eager_of(model)
 
-    def outdated(self) -> bool:
-        """Whether the forward of a class has been replaced since."""
+    def outdated(self, model: PreTrainedModel) -> bool:
+        """Whether the forward of a class, or the eager attention in whose place another one was captured, has been
+        replaced since."""
+        if self.forwards and self.eager is not eager_of(model):
+            return True
         return any(kind.forward is not forward for kind, forward in self.forwards.items())  # type: ignore[attr-defined]
 
     def compiler(self) -> Callable[..., Any]:

@@ -146,14 +146,14 @@ def run_graph(
     taken = dict(sorted(taken.items()))  # the graph is guarded by their order
     weights = runtime.weights(inputs.tokens.device)
 
-    if runtime.prefill.outdated():
+    if runtime.prefill.outdated(model):
         runtime.compile_anew()
 
     def before_capture() -> None:
         modules = [*graph_modules(model, AUDIO_INPUT in inputs.arguments)]
         refuse_hooks(modules, "a pruned prefill")
         put_on_body(model)
-        runtime.prefill.note_forwards(modules)
+        runtime.prefill.note_forwards(model, modules)
         pack_weights(model)
 
     def run() -> Any:

@@ -89,9 +89,10 @@ def refuse_rebuilt(cache: Any, known: "deque[MovedKeys]") -> None:
     """
     if not known or isinstance(cache, TrackedCache) or not isinstance(cache, Cache):
         return
-    if getattr(cache, "hawk_conversation", None) is not None or not physical_length(cache):
+    known_of = getattr(cache, "hawk_conversation", None)
+    if (known_of is not None and known_of.slots is None) or not physical_length(cache):
         return
-    if holds(cache, tuple(known)):
+    if known_of is not None or holds(cache, tuple(known)):
         raise UnsupportedCallError(
             "past_key_values holds keys of a prompt that was pruned, in a cache that others have made of them, by "
             "which the conversation's tokens would be counted wrongly: hand on the cache itself that the call returned "

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -83,6 +84,17 @@ def test_a_model_given_pixels_and_no_positions():
         expected = logits_of(model, inputs)
         assert torch.equal(pruned(inputs), expected)
         assert expected.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_a_length_that_is_a_number_is_told_with_the_remedy():
+    """Branches on it leave nothing in the graph."""
+    inputs = zoo.inputs("llava", zoo.build("llava", layers=1), rows=[zoo.sizes("llava")[0]])
+    for dynamic in (None, False):
+        with pytest.warns(UserWarning, match=r"without dynamic=True.*: give torch.compile dynamic=True"):
+            behind_the_door(zoo.build("llava", layers=1), dynamic=dynamic)(inputs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a pruned prompt was captured")
+        behind_the_door(zoo.build("llava", layers=1), dynamic=True)(inputs)
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils import torch_compilable_check
 
 import hawk_compile
-from hawk_compile.errors import ShapeError
+from hawk_compile.errors import CaptureError, ShapeError
 from tests import zoo
 from tests.runtime.models import LAYERS, RATIO, ROUNDING, picture
 from tests.runtime.reference import Conversation
@@ -62,6 +63,29 @@ def divides(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     return mlp(hidden.sum(1, keepdim=True) / hidden.shape[1] + hidden * (hidden.shape[1] / 30))
 
 
+def number_of_a_comparison(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return mlp(hidden * (1 + int(hidden.shape[1] < 40)))
+
+
+def as_often_as_it_is_long(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    for _ in range(int(hidden.shape[1] >= 40)):
+        hidden = hidden * 0.5
+    return mlp(hidden)
+
+
+def by_a_key(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return mlp(hidden) * SCALES.get(f"scale_{hidden.shape[1]}", 1.0)
+
+
+def by_a_sentence(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    torch_compilable_check(hidden.shape[1] > 2, f"{hidden.shape[1]} tokens are too few")
+    return mlp(hidden)
+
+
+def one_of_two(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return mlp([hidden, hidden * 0.5][hidden.shape[1] >= 40])
+
+
 def by_logarithm(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     return mlp(hidden * math.log(hidden.shape[1]))
 
@@ -75,6 +99,7 @@ def as_long_as_the_prompt(mlp: Callable[[Tensor], Tensor], hidden: Tensor) -> Te
 
 
 TABLE, LONG = torch.ones(200, 1), 47
+SCALES = {"scale_47": 0.5}
 
 
 def line_of(change: Change, more: int = 1) -> str:
@@ -85,10 +110,10 @@ def prompt_of(after: int) -> dict[str, Tensor]:
     return zoo.inputs(NAME, zoo.build(NAME, layers=1), rows=[Row(images=zoo.sizes(NAME)[4].images, after=after)])
 
 
-@pytest.mark.parametrize(("change", "length"), [(halves_long, 47), (doubles_short, 47)])
-def test_a_branch_that_differs_at_the_pruned_length_is_refused(change: Change, length: int) -> None:
+@pytest.mark.parametrize("change", [halves_long, doubles_short, number_of_a_comparison, as_often_as_it_is_long])
+def test_a_branch_that_differs_at_the_pruned_length_is_refused(change: Change) -> None:
     inputs = picture(NAME)
-    assert inputs["input_ids"].shape[1] == length
+    assert inputs["input_ids"].shape[1] == LONG
     with pytest.raises(ShapeError, match="branches on the length of its prompt") as raised:
         prefill(optimized(change), inputs)
     assert line_of(change) in str(raised.value)
@@ -115,11 +140,34 @@ def test_a_layer_in_front_of_the_cut_is_held_to_it_too() -> None:
         prefill(optimized(halves_long, layer=0), picture(NAME))
 
 
-def test_lengths_that_are_computed_with_follow() -> None:
-    check(optimized(divides), divides, picture(NAME))
+@pytest.mark.parametrize("change", [divides, by_a_sentence])
+def test_lengths_that_are_computed_with_follow(change: Change) -> None:
+    """Those in a message nobody sees."""
+    check(optimized(change), change, picture(NAME))
 
 
-@pytest.mark.parametrize("change", [by_logarithm, by_linspace])
+def test_a_line_that_dynamo_cannot_go_on_with_is_named() -> None:
+    with pytest.raises(CaptureError, match="cannot be captured as one graph") as raised:
+        prefill(optimized(one_of_two), picture(NAME))
+    assert line_of(one_of_two) in str(raised.value)
+
+
+def test_a_branch_on_the_number_of_visual_tokens_behind_the_merge_is_refused() -> None:
+    """What later layers add to the visual tokens is as many as are kept."""
+    model = zoo.build("qwen3_vl", layers=LAYERS)
+    decoder = model.base_model.get_decoder()
+    beneath = decoder._deepstack_process
+
+    def process(hidden: Tensor, mask: Tensor, features: Tensor) -> Any:
+        return beneath(hidden, mask, features * (1.0 if features.shape[0] < 12 else 5.0))
+
+    decoder._deepstack_process = process
+    hawk_compile.optimize(model, ratio=RATIO, backend="eager")
+    with pytest.raises(ShapeError, match="branches on the number of its visual tokens"):
+        prefill(model, picture("qwen3_vl"))
+
+
+@pytest.mark.parametrize("change", [by_logarithm, by_linspace, by_a_key])
 def test_a_length_that_becomes_a_number_is_refused_with_its_line(change: Change) -> None:
     with pytest.raises(ShapeError, match="makes a number of the length of its prompt") as raised:
         prefill(optimized(change), picture(NAME))

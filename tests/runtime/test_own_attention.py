@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.llama import modeling_llama
 
 import hawk_compile
-from hawk_compile.capture.attention import is_of_transformers
+from hawk_compile.capture.attention import EAGER_FUNCTION, is_of_transformers
 from hawk_compile.errors import AttentionNotFoundError
 from tests import zoo
 from tests.marks import slow
@@ -138,6 +139,19 @@ def test_one_that_stands_in_the_place_of_sdpa() -> None:
         torch.testing.assert_close(eager(**inputs).logits[0], expected, **ROUNDING)
     assert hawk_compile.report(eager).prefill_attention == "eager"
     holds(hawk_compile.optimize(built("llava", "sdpa"), ratio=RATIO, backend="eager"), built("llava", "sdpa"))
+
+
+def test_an_eager_attention_that_was_replaced_in_the_model_s_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first prompt and behind one, and put back: no registry knows it."""
+    model = hawk_compile.optimize(built("llava", "eager"), ratio=RATIO, backend="eager")
+    file, shipped = modeling_llama, modeling_llama.eager_attention_forward
+    assert holds(model, built("llava", "eager")).prefill_attention == "sdpa"
+    monkeypatch.setattr(file, EAGER_FUNCTION, lambda *args, **kwargs: half(*args, **kwargs))
+    assert holds(model, built("llava", "eager")).prefill_attention == "eager"
+    other = hawk_compile.optimize(built("llava", "eager"), ratio=RATIO, backend="eager")
+    assert holds(other, built("llava", "eager")).prefill_attention == "eager"
+    monkeypatch.setattr(file, EAGER_FUNCTION, shipped)
+    assert holds(model, built("llava", "eager")).prefill_attention == "sdpa"
 
 
 def test_masks_of_one_s_own_are_captured() -> None:

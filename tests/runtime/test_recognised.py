@@ -96,6 +96,15 @@ def test_rows_and_later_settings() -> None:
             model(input_ids=torch.full((len(rows), 1), 60), past_key_values=new)
 
 
+def test_a_pruned_cache_that_was_given_its_old_class_back() -> None:
+    name = "llava"
+    model = fresh(name)
+    cache = turn(model, prompt(name, zoo.Row(images=zoo.sizes(name)[4].images)), DynamicCache(), 2).past_key_values
+    cache.__class__ = DynamicCache
+    with pytest.raises(UnsupportedCallError, match=REBUILT):
+        model(input_ids=torch.full((1, 1), 60), past_key_values=cache)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_what_was_not_pruned_goes_on(name: str) -> None:
