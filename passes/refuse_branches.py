@@ -40,8 +40,8 @@ def refuse_branches(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMo
     names: dict[Symbol, str] = {}
     pruned: dict[Symbol, Expr] = {}
     for name, size, kept in (
-        ("length of its prompt", located.length, budgeted.kept_length),
-        ("number of its visual tokens", sum(located.visual), budgeted.kept_visual),
+        ("length", located.length, budgeted.kept_length),
+        ("number of visual tokens", sum(located.visual), budgeted.kept_visual),
     ):
         whole, smaller = expr(size), expr(value(kept) if isinstance(kept, fx.Node) else kept)
         if isinstance(whole, Expr) and len(whole.free_symbols) == 1:
@@ -55,10 +55,10 @@ def refuse_branches(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphMo
             continue
         if not guard_or_false(env.create_symboolnode(condition.subs(pruned))):
             raise ShapeError(
-                f"the model branches on the {names[asked_of]} when pruned{in_words(guard.sloc)}: {condition} is true "
-                "of the whole prompt, and not of what is kept of it (or it cannot be known), so the graph holds the "
-                "wrong branch for that. Compute it from the size without a branch, let it not depend on it, or call "
-                "hawk_compile.restore(model) to run the model whole"
+                f"the model branches on a size of its prompt{in_words(guard.sloc)}: {condition} (the {names[asked_of]} "
+                "when pruned) is true of the whole prompt, and not of what is kept of it, or it cannot be known, so "
+                "that the graph would hold the wrong branch. Compute it from the size without a branch, let it not "
+                "depend on it, or call hawk_compile.restore(model) to run the model whole"
             )
     return gm
 
