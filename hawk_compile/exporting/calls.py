@@ -53,7 +53,7 @@ class ExportedPrefill:
         self.scoring_layer = first_with_keys(model)
         self.inputs = {each.name: each for each in part.inputs}
 
-    def outdated(self) -> bool:
+    def outdated(self, model: PreTrainedModel) -> bool:
         """Never: no class's forward is read any more."""
         return False
 
