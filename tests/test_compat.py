@@ -27,7 +27,7 @@ from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrai
 from transformers.cache_utils import DynamicIndexedLayer, StaticIndexedLayer
 from transformers.utils import output_capturing
 
-from hawk_compile.compat import accelerate, dynamo, exporters, models, modes, peft, quantisers
+from hawk_compile.compat import accelerate, dynamo, exporters, guards, models, modes, peft, quantisers
 from hawk_compile.kernels import compat as kernels
 from hawk_compile.passes import compat as passes
 from hawk_compile.versions import SINCE, lacking
@@ -124,6 +124,61 @@ def test_settings_of_torch_compile_hold_inside_and_in_this_thread_alone() -> Non
     ):
         assert total(torch.tensor([1, 2])).shape == (3,)
     assert "item" in seen[0]
+
+
+def test_guards_say_what_they_ask_and_where() -> None:
+    """A filter may leave out any of them."""
+    seen: dict[tuple[str, str], guards.Guard] = {}
+
+    def keep(given: list[guards.Guard]) -> list[bool]:
+        seen.update({(guard.guard_type, guards.place_of(guard)): guard for guard in given})
+        return [guard.guard_type != guards.NO_HOOKS for guard in given]
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+            self.second.weight, self.factor, self.shape = self.first.weight, 3, (1, 2)
+
+        def forward(self, values: Any) -> Any:
+            values = values.view(self.shape) if not hasattr(self, "gate") else values
+            return self.second(self.first(values)) * self.factor
+
+    model = Tied()
+    options = {guards.GUARD_FILTER: keep}
+    compiled = torch.compile(lambda *args: args[0](args[1]), backend="eager", fullgraph=True, options=options)
+    compiled(model.forward, torch.ones(1, 2))
+    first, second = (f"{guards.OWNER}._modules['{name}']" for name in ("first", "second"))
+    assert seen[guards.CLASS, first].value is model.first
+    assert guards.CHILD.match(first.removeprefix(guards.OWNER))[1] == "first"  # type: ignore[index]
+    weight = f"{first}._parameters['weight']"
+    assert seen[guards.TENSOR, weight].value is model.first.weight
+    assert guards.HELD.fullmatch(weight.removeprefix(first)).groups() == ("_parameters", "weight")  # type: ignore[union-attr]
+    pair = next(guard for (kind, _), guard in seen.items() if kind == guards.ONE)
+    assert {guards.place_of(pair), guards.twin_of(pair)} == {weight, f"{second}._parameters['weight']"}
+    assert any((kind, f"{guards.OWNER}.factor") in seen for kind in guards.VALUE)
+    assert {kind for kind, place in seen if place == f"{guards.OWNER}.shape"} <= {*guards.VALUE, *guards.OF_ANY_VALUE}
+    assert guards.attribute_of(seen[guards.WHETHER, guards.OWNER]) == "gate"
+    lacking_one = [guard for (kind, place), guard in seen.items() if kind == guards.NO_ATTRIBUTE and place == first]
+    assert all(guards.attribute_of(guard) not in vars(model.first) for guard in lacking_one)
+    assert lacking_one
+    without = [guard for (kind, _), guard in seen.items() if kind == guards.NO_KEY]
+    assert all(guards.key_of(guard) not in guard.value for guard in without)  # type: ignore[operator]
+    assert any(kind == guards.NO_HOOKS for kind, _ in seen)
+
+
+def test_tensors_are_told_from_others_all_at_once() -> None:
+    known = [torch.nn.Parameter(torch.ones(2, 3)), torch.ones(4)]
+    fit = guards.as_they_are(known)
+    assert fit(*known)
+    assert fit(torch.nn.Parameter(torch.zeros(2, 3)), torch.zeros(4))
+    others = [
+        torch.ones(2, 3), torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3).half()),
+        torch.nn.Parameter(torch.ones(2, 3), requires_grad=False), torch.nn.Parameter(torch.ones(3, 2).T), None,
+    ]  # fmt: skip
+    assert not any(fit(other, known[1]) for other in others)
+    assert not guards.as_they_are([torch.ones(2), torch.ones(2)])(*[known[1][:2]] * 2)
+    assert guards.as_they_are([])()
 
 
 def test_backends_errors_and_trees_of_torch_compile() -> None:
@@ -471,6 +526,7 @@ def test_a_module_holds_its_parts_where_we_look() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
     assert getattr(module, models.MODULES) == {"0": module[0]}
     assert set(getattr(module[0], models.PARAMETERS)) == {"weight", "bias"}
+    assert {"running_mean", "running_var"} <= set(getattr(module[0], models.BUFFERS))
     held = {name for name, value in vars(module[0]).items() if models.is_tensors_or_hooks(name)}
     assert {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"} <= held
     others = {name: value for name, value in vars(module[0]).items() if name not in held}

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -104,7 +105,18 @@ def read_for_positions(model: PreTrainedModel) -> set[str]:
     With position_ids at hand they are not read again.
     """
     work_out = getattr(model.base_model, WORK_OUT_POSITIONS, None)
-    return set() if work_out is None else {*inspect.signature(work_out).parameters}
+    return set() if work_out is None else taken_by(work_out)
+
+
+def taken_by(method: Callable[..., Any]) -> set[str]:
+    """The names of what a method takes; worked out once for each function that lives."""
+    function = getattr(method, "__func__", method)
+    if function not in TAKEN:
+        TAKEN[function] = {*inspect.signature(method).parameters}
+    return TAKEN[function]
+
+
+TAKEN: "weakref.WeakKeyDictionary[Callable[..., Any], set[str]]" = weakref.WeakKeyDictionary()
 
 
 def encoder_of(model: PreTrainedModel, modality: str) -> Callable[..., Any] | None:

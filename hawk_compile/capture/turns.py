@@ -20,6 +20,7 @@ from torch import fx
 
 from hawk_compile.capture.dynamo import UNCUT, capture_lock, capture_settings, compile_alone
 from hawk_compile.compat.dynamo import dynamo_settings, is_compiled, is_in_ddp, while_traced
+from hawk_compile.compat.guards import GUARD_FILTER
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -58,9 +59,12 @@ class CompiledInTurns:
     Where the graph of a call breaks (only a decode step's may), what lies behind the break is captured without a turn.
     """
 
-    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], guards: Callable[..., list[bool]] | None = None, **settings: Any
+    ) -> None:
         """
         Args:
+            guards: which of a graph's guards Dynamo asks; None: all. Dynamo holds it, as it does a backend.
             settings: of `torch.compile`. A backend that is wrapped by `ending_turn` lets other threads capture as soon
                 as the graph runs, another one when the call is over.
         """
@@ -70,8 +74,12 @@ class CompiledInTurns:
             return function(*args, **kwargs)
 
         begun.__name__ = getattr(function, "__name__", type(function).__name__)
-        self.begun, self.settings = begun, settings
-        self.function = compile_alone(begun, **settings)
+        self.begun, self.guards, self.settings = begun, guards, settings
+        self.function = self.compiled()
+
+    def compiled(self) -> Callable[..., Any]:
+        options = {} if self.guards is None else {"options": {GUARD_FILTER: self.guards}}
+        return compile_alone(self.begun, **options, **self.settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(nothing, *args, **kwargs)
@@ -84,7 +92,7 @@ class CompiledInTurns:
                 call.
         """
         if not is_compiled(self.function):  # torch.compile was switched off when this was made
-            self.function = compile_alone(self.begun, **self.settings)
+            self.function = self.compiled()
         with contextlib.suppress(TurnNeeded), dynamo_settings(**UNCUT) if is_in_ddp() else contextlib.nullcontext():
             return self.function(*args, **kwargs)
         try:

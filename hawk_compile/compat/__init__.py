@@ -1,6 +1,7 @@
 """Every private name of torch, transformers, accelerate, PEFT and quantisers that is used, behind one that says why.
 
     dynamo.py      torch.compile: settings while a prefill is captured, backends, errors, AOTInductor's packages
+    guards.py      what torch.compile's guards ask, and where
     models.py      transformers' models and caches, and the methods by which generate prepares a prompt
     accelerate.py  accelerate's hooks on a model's modules
     modes.py       what a call may run inside of: modes that see operators, tracers; hooks of every module

@@ -34,6 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves as tree_leaves  # the tensors in nested lists and dicts
 from torch.utils._sympy.value_ranges import bound_sympy as bound_sympy  # the least and largest value of an expression
 
+from hawk_compile.compat.guards import GUARD_FILTER
+
 mark_static = torch._dynamo.mark_static
 """mark_static(tensor, dims=all): these sizes are part of every graph that reads it."""
 
@@ -51,7 +53,8 @@ def compile_and_forget(function: Callable[..., Any], taken: bool = False, **sett
         taken: whether the backend takes its graph to where the symbols of its sizes are read later on.
     """
     symbols: list[weakref.ref[ShapeEnv]] = []
-    if not taken and not {"mode", "options"} & {name for name, value in settings.items() if value is not None}:
+    handed_on = settings.get("mode") is not None or {*(settings.get("options") or ())} - {GUARD_FILTER}
+    if not taken and not handed_on:
         backend = settings["backend"]
         compiler = lookup_backend(backend) if isinstance(backend, str) else backend
         settings = {**settings, "backend": noting_symbols(compiler, symbols)}

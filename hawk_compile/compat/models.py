@@ -58,13 +58,13 @@ COMMIT = "_commit_hash"
 
 REPLICATE = "_replicate_for_data_parallel"
 """() -> a shallow copy of a module, which nn.DataParallel fills with weights of another device."""
-MODULES, PARAMETERS = "_modules", "_parameters"
-"""The attributes of a module that hold its children and its own weights by name."""
+MODULES, PARAMETERS, BUFFERS = "_modules", "_parameters", "_buffers"
+"""The attributes of a module that hold its children, and its own weights and buffers, by name."""
 
 
 def is_tensors_or_hooks(attribute: str) -> bool:
     """Whether a module holds its parameters, buffers or hooks by this name."""
-    return attribute in (PARAMETERS, "_buffers") or attribute.endswith("_hooks") or "_hooks_" in attribute
+    return attribute in (PARAMETERS, BUFFERS) or attribute.endswith("_hooks") or "_hooks_" in attribute
 
 
 def file_of(checkpoint: str, name: str) -> str | None:

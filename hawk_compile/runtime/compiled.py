@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import eager_of
 from hawk_compile.capture.prefill import planned_forward
+from hawk_compile.capture.states import CompiledByState
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn, nothing
 from hawk_compile.compat.dynamo import REFUSED_TO_COMPILE
 from hawk_compile.compile.backend import compile_graph, inner_compiler, options_of
@@ -49,7 +50,7 @@ class CompiledPrefill:
         self.watched: CompiledPrefill | None = None
         self.forwards: dict[type, Any] = {}
         self.eager: Any = None
-        self.function = CompiledInTurns(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
+        self.function = CompiledByState(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
 
     def note_forwards(self, model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Remember what a graph of these modules, which is about to be captured, is captured from."""
