@@ -8,6 +8,7 @@ state, and is asked once for all of them (`conditions.py`, `at_once.py`); Dynamo
 above all. A model that is in no known state any more is in a new one, for which its graphs are captured anew.
 """
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from hawk_compile.capture.at_once import Asked
 from hawk_compile.capture.conditions import Conditions
 from hawk_compile.capture.turns import CompiledInTurns
 from hawk_compile.compat.guards import OWNER, Guard, place_of
+
+log = logging.getLogger("hawk_compile")
 
 MOST = 16
 """States whose graphs are kept; of more, the oldest go."""
@@ -76,6 +79,12 @@ class CompiledByState:
             state = holding(self.states[len(states) :], model) if len(self.states) > len(states) else None
             if state is None:
                 state = State(self.function, self.settings)
+                if len(self.states) == MOST:
+                    log.warning(
+                        "the model has been in more than %d states, and graphs of the oldest go: where a number or a "
+                        "switch of a module changes at each call, each call is compiled anew",
+                        MOST,
+                    )
                 self.states = (*self.states[-MOST + 1 :], state)
             return state
 

@@ -258,13 +258,17 @@ def test_threads_that_come_first_share_a_state() -> None:
     assert len(counted.by_state.states) == 2
 
 
-def test_no_more_states_are_kept_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_states_are_kept_than_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a number that changes at each call the user is told."""
     monkeypatch.setattr(states, "MOST", 3)
     counted = Counted(1)
     for scale in (1.0, 2.0, 3.0, 4.0, 4.0, 5.0):
         counted.model.layers[0].scale = scale
         counted()
     assert (counted.graphs, len(counted.by_state.states)) == (5, 3)
+    assert caplog.text.count("more than 3 states") == 2
 
 
 def test_a_method_of_no_module_is_compiled_all_the_same() -> None:
