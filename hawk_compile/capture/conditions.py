@@ -80,13 +80,16 @@ class Conditions:
         return self.of_held(root, place, guard, constants)
 
     def of_module(self, path: Path, module: nn.Module, guard: Guard) -> bool:
-        kind = guard.guard_type
-        if kind == kinds.CLASS:
+        if guard.guard_type == kinds.CLASS:
             self.classes[path] = type(module)
-        elif kind == kinds.NO_ATTRIBUTE and kinds.attribute_of(guard) not in vars(module):
-            self.absent[Place(path, "", kinds.attribute_of(guard))] = None
-        elif kind == kinds.WHETHER:
-            self.has(path, module, kinds.attribute_of(guard))
+            return True
+        name = kinds.attribute_of(guard)
+        if name is None:
+            return False
+        if guard.guard_type == kinds.NO_ATTRIBUTE and name not in vars(module):
+            self.absent[Place(path, "", name)] = None
+        elif guard.guard_type == kinds.WHETHER:
+            self.has(path, module, name)
         else:
             return False
         return True
@@ -103,8 +106,9 @@ class Conditions:
             self.absent |= {Place(path, each, name): None for each in ("", *CONTAINERS)}
 
     def of_container(self, path: Path, module: nn.Module, guard: Guard, container: str) -> bool:
-        if guard.guard_type == kinds.NO_KEY and kinds.key_of(guard) not in container_of(module, container):
-            self.absent[Place(path, container, kinds.key_of(guard))] = None
+        key = kinds.key_of(guard)
+        if guard.guard_type == kinds.NO_KEY and key is not None and key not in container_of(module, container):
+            self.absent[Place(path, container, key)] = None
         elif guard.guard_type != kinds.CLASS or type(guard.value) is not dict:
             return False
         self.containers[path, container] = None
@@ -121,7 +125,7 @@ class Conditions:
         elif kind == kinds.TENSOR and place.container and type(value) in WEIGHTS:
             self.weights[place] = None
         elif kind == kinds.ONE:
-            other = parsed(kinds.twin_of(guard))
+            other = parsed(kinds.twin_of(guard) or "")
             twin = None if other is None else place_of(*other)
             if twin is None or at(root, twin) is not value:
                 return False

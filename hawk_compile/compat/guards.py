@@ -42,8 +42,8 @@ def place_of(guard: Guard) -> str:
     return guard.orig_guard.name
 
 
-def attribute_of(guard: Guard) -> str:
-    """The attribute that NO_ATTRIBUTE and WHETHER ask for."""
+def attribute_of(guard: Guard) -> str | None:
+    """The attribute that NO_ATTRIBUTE and WHETHER ask for; None, as below, if it is said in another way."""
     return argument_of(guard, "attr")  # type: ignore[no-any-return]
 
 
@@ -52,13 +52,13 @@ def key_of(guard: Guard) -> Any:
     return argument_of(guard, "key")
 
 
-def twin_of(guard: Guard) -> str:
+def twin_of(guard: Guard) -> str | None:
     """The other place, of ONE."""
-    return argument_of(guard, "source_b").name  # type: ignore[no-any-return]
+    return getattr(argument_of(guard, "source_b"), "name", None)
 
 
 def argument_of(guard: Guard, name: str) -> Any:
-    return guard.orig_guard.create_fn.keywords[name]  # type: ignore[attr-defined]
+    return getattr(guard.orig_guard.create_fn, "keywords", {}).get(name)
 
 
 def as_they_are(tensors: Sequence[Tensor]) -> Callable[..., bool]:
