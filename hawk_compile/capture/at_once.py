@@ -63,14 +63,14 @@ class Asked:
             return False
 
     def held_by(self, root: nn.Module) -> bool:
-        level: Sequence[nn.Module] = (root,)
-        spaces = [vars(root)]
-        modules, here = [*level], spaces
+        modules = [root]
+        here: list[Any] = [vars(root)]
+        spaces = [*here]
         for parents, names in self.levels:
             level = [*map(getitem, parents([*map(CHILDREN, here)]), names)]
             here = [*map(vars, level)]
             modules += level
-            spaces = spaces + here
+            spaces += here
         if [*map(type, self.known(modules))] != self.classes:
             return False
         if any(any(chain.from_iterable(map(names, of(spaces)))) for of, names in self.hooks):
@@ -136,5 +136,3 @@ def levels_of(paths: Sequence[Path]) -> list[tuple[Callable[[Sequence[Any]], Seq
         levels.append((picked([number[path[:-1]] for path in here]), [path[-1] for path in here]))
         before = here
     return levels
-
-

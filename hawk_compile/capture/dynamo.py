@@ -7,6 +7,7 @@ graph is captured, and only then.
 import contextlib
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,19 @@ def compile_alone(function: Callable[..., Any], **settings: Any) -> Callable[...
     """
     ours = {"dynamic": True, "recompile_limit": RECOMPILE_LIMIT}
     return compile_and_forget(with_own_code(function), **{**ours, **settings})
+
+
+def without_holding(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls a method of an object that lives elsewhere, and does not keep it alive: Dynamo holds what it is given
+    in a place that no garbage collector sees."""
+    living = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        called = living()
+        assert called is not None  # a call of the object's own is under way
+        return called(*args)
+
+    return call
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

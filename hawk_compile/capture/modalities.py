@@ -108,15 +108,16 @@ def read_for_positions(model: PreTrainedModel) -> set[str]:
     return set() if work_out is None else taken_by(work_out)
 
 
+TAKEN: "weakref.WeakKeyDictionary[Callable[..., Any], set[str]]" = weakref.WeakKeyDictionary()
+"""The names of what a function takes, for as long as it lives."""
+
+
 def taken_by(method: Callable[..., Any]) -> set[str]:
     """The names of what a method takes; worked out once for each function that lives."""
     function = getattr(method, "__func__", method)
     if function not in TAKEN:
         TAKEN[function] = {*inspect.signature(method).parameters}
     return TAKEN[function]
-
-
-TAKEN: "weakref.WeakKeyDictionary[Callable[..., Any], set[str]]" = weakref.WeakKeyDictionary()
 
 
 def encoder_of(model: PreTrainedModel, modality: str) -> Callable[..., Any] | None:

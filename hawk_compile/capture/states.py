@@ -10,7 +10,6 @@ above all. A model that is in no known state any more is in a new one, for which
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from hawk_compile.capture.at_once import Asked
 from hawk_compile.capture.conditions import Conditions
+from hawk_compile.capture.dynamo import without_holding
 from hawk_compile.capture.turns import CompiledInTurns
 from hawk_compile.compat.guards import OWNER, Guard, place_of
 
@@ -34,13 +34,7 @@ class State:
         self.conditions = Conditions()
         self.asked: Asked | None = None
         """None until there is a graph."""
-        living = weakref.WeakMethod(self.take)
-
-        def take(guards: Sequence[Guard]) -> list[bool]:
-            take = living()  # Dynamo holds this function where no garbage collector looks
-            return [True] * len(guards) if take is None else take(guards)
-
-        self.compiled = CompiledInTurns(function, guards=take, **settings)
+        self.compiled = CompiledInTurns(function, guards=without_holding(self.take), **settings)
 
     def take(self, guards: Sequence[Guard]) -> list[bool]:
         """Which conditions of a new graph Dynamo is to ask itself."""

@@ -1,6 +1,5 @@
 """The compiled prefill and decode step. No lock is held while one of them runs: only captures take turns."""
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import eager_of
+from hawk_compile.capture.dynamo import without_holding
 from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.capture.states import CompiledByState
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn, nothing
@@ -50,7 +50,8 @@ class CompiledPrefill:
         self.watched: CompiledPrefill | None = None
         self.forwards: dict[type, Any] = {}
         self.eager: Any = None
-        self.function = CompiledByState(planned_forward, backend=ending_turn(self.compiler()), fullgraph=True)
+        compiler = ending_turn(without_holding(self.compile))
+        self.function = CompiledByState(planned_forward, backend=compiler, fullgraph=True)
 
     def note_forwards(self, model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Remember what a graph of these modules, which is about to be captured, is captured from."""
@@ -63,17 +64,6 @@ class CompiledPrefill:
         if self.forwards and self.eager is not eager_of(model):
             return True
         return any(kind.forward is not forward for kind, forward in self.forwards.items())  # type: ignore[attr-defined]
-
-    def compiler(self) -> Callable[..., Any]:
-        """What Dynamo keeps beside the graphs, in a place that no garbage collector sees: it must not hold this."""
-        living = weakref.WeakMethod(self.compile)
-
-        def compile_graph(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            compile_for = living()
-            assert compile_for is not None  # its own call is under way
-            return compile_for(gm, example_inputs)
-
-        return compile_graph
 
     def compile(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1

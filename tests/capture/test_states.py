@@ -19,7 +19,6 @@ from hawk_compile.compat.guards import Guard, place_of
 class Block(nn.Module):
     """With every kind of thing that a graph takes from a module."""
 
-    scale: float
     kind = "plain"
 
     def __init__(self, width: int = 4) -> None:
@@ -66,7 +65,6 @@ class Counted:
     def __init__(self, layers: int = 3) -> None:
         torch.manual_seed(0)
         self.model, self.graphs = Model(layers).eval(), 0
-        self.left: list[Guard] = []
         self.by_state = CompiledByState(run, backend=self.compile, fullgraph=True)
 
     def compile(self, gm: torch.fx.GraphModule, _: Any) -> Any:
@@ -75,7 +73,7 @@ class Counted:
 
     def __call__(self, rows: int = 3) -> None:
         """A call, which must be the model's own."""
-        values = torch.linspace(-1, 1, 4 * rows).view(rows, 4)
+        values = torch.linspace(-1, 1, 4 * rows, dtype=self.model.head.weight.dtype).view(rows, 4)
         with torch.no_grad():
             torch.manual_seed(1)
             found = self.by_state.call(lambda: None, self.model.forward, values)
@@ -136,7 +134,8 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
     "attribute_over_its_class": lambda model: setattr(layer(model), "kind", "other"),
     "attribute_that_was_not": lambda model: setattr(layer(model), "gate", 1),
     "buffer_that_was_not": lambda model: layer(model).register_buffer("gate", torch.ones(1)),
-    "dtype": lambda model: model.double().float().layers[1].linear.half() and layer(model).linear.float(),
+    "dtype": lambda model: model.double(),
+    "dtype_and_back": lambda model: model.double().float(),
     "requires_grad": lambda model: layer(model).linear.weight.requires_grad_(False),
     "replaced": replaced,
     "own_forward": own_forward,
@@ -147,7 +146,7 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
     "fewer_layers": lambda model: model.layers.__delitem__(2),
     "in_another_order": lambda model: setattr(model, "layers", nn.ModuleList([model.layers[2], *model.layers[:2]])),
 }
-SAME = {"dtype", "in_another_order"}
+SAME = {"dtype_and_back", "in_another_order"}
 """What leaves the model as it was, as far as a graph knows it: its weights are inputs."""
 
 
