@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hawk_compile.kernels.errors import OperandError
-from hawk_compile.kernels.greedy import reference
+from hawk_compile.kernels.greedy import lazy, reference
 
 if find_spec("triton") is not None:
     from hawk_compile.kernels.greedy.triton_kernel import launch_greedy_order
@@ -18,7 +18,8 @@ def greedy_order(
 ) -> Tensor:
     """The order in which a greedy rule takes the visual tokens of every row, as scores that fall with it.
 
-    O(k V D) for k tokens taken, and O(k^2 V) more with "dpp", which keeps [B, k, S] float32. No V x V matrix is made.
+    O(k V D) for k tokens taken, and O(k^2 V) more with "dpp", which keeps [B, k, S] float32; O(V^2 D) for the first of
+    "max_min". No V x V matrix is made.
 
     Args:
         features: [B, S, D], any float dtype; read at visual tokens only, compared by cosine similarity.
@@ -59,7 +60,8 @@ def greedy_order(
     with torch.autocast(features.device.type, enabled=False):
         if features.is_cuda and find_spec("triton") is not None:
             return launch_greedy_order(features, importance, visual_mask, budget, rule, weight)
-        return reference.greedy_order(features, importance, visual_mask, budget, rule, weight)
+        by = lazy if features.device.type == "cpu" else reference  # elsewhere each look at a number would wait for it
+        return by.greedy_order(features, importance, visual_mask, budget, rule, weight)
 
 
 @greedy_order.register_fake

@@ -8,7 +8,8 @@ With cosine similarity c(u, v) of features, importance m(v), and T the tokens ta
     max_min  argmin of max over T of c(v, t); first, the token whose nearest other token is farthest
              (DivPrune, arXiv 2503.02175)
     mmr      argmax of w * m(v) - (1 - w) * max over T of c(v, t); first, argmax of m(v) (IDPruner, arXiv 2602.13315)
-    dpp      argmax of det of the kernel m(u) c(u, v) m(v) over T and v (CDPruner, NeurIPS 2025)
+    dpp      argmax of det of the kernel m(u) c(u, v) m(v) over T and v (CDPruner, NeurIPS 2025), while it grows: where
+             it would fall to `ROUNDING` of itself or less, the rest by m(v)
 
 Importance is scaled to [0, 1] over a row's visual tokens first (`mmr`, `dpp`). Ties go to the lower position.
 """
@@ -38,6 +39,10 @@ def greedy_order(
     return RULES[rule](unit, scaled, visual_mask, steps, weight, gain)
 
 
+ROUNDING = 1e-6
+"""Gains of "dpp", which are in [0, 1], that fp32 cannot tell from none: D features have D at most that are greater."""
+
+
 def first_gain(rule: str, unit: Tensor, scaled: Tensor, mask: Tensor) -> Tensor:
     """[B, S]: what taking each token first gains; "max_min" alone reads features of length 1; "dpp": the diagonal."""
     if rule == "max_min":
@@ -62,23 +67,35 @@ def dpp(unit: Tensor, scaled: Tensor, mask: Tensor, steps: int, weight: float, g
         kernel = scaled * similar * scaled.gather(1, best)
         before = factor[:, :step]  # [B, step, S]
         own = before.gather(2, best.unsqueeze(1).expand(-1, step, -1))  # [B, step, 1]
-        scale = gain.gather(1, best).clamp_min(SMALLEST).sqrt()
+        scale = gain.gather(1, best).sqrt()
         factor[:, step] = (kernel - (own * before).sum(1)) / scale
         return gain - factor[:, step].square()
 
-    return take(unit, mask, steps, gain, update)
+    order = take(unit, mask, steps, gain, update, least=ROUNDING)
+    return rest_by_importance(order, scaled, mask, steps)
+
+
+def rest_by_importance(order: Tensor, scaled: Tensor, mask: Tensor, steps: int | Tensor) -> Tensor:
+    """The order, with what it lacks of `steps` tokens behind it: those of the largest importance [B, S]."""
+    left = mask & (order == 0)
+    by_importance = scaled.masked_fill(~left, -1.0).argsort(dim=1, descending=True, stable=True)
+    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    rank = torch.empty_like(by_importance).scatter_(1, by_importance, position)
+    lacking = steps - (order > 0).sum(1, keepdim=True)
+    return torch.where(left, (lacking - rank).clamp_min(0).to(order.dtype), order)
 
 
 Update = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(step, token taken [B, 1], similarity to it [B, S], gain before [B, S]) -> gain of taking each token next."""
 
 
-def take(unit: Tensor, mask: Tensor, steps: int, gain: Tensor, update: Update) -> Tensor:
-    """[B, S]: the order in which tokens of the largest gain [B, S] are taken."""
+def take(unit: Tensor, mask: Tensor, steps: int, gain: Tensor, update: Update, least: float = -torch.inf) -> Tensor:
+    """[B, S]: the order in which tokens of the largest gain [B, S] are taken, while it is above `least`."""
     left, order = mask.clone(), torch.zeros(mask.shape, device=mask.device)
     for step in range(steps):
         best = gain.masked_fill(~left, -torch.inf).argmax(1, keepdim=True)  # [B, 1]
-        order.scatter_add_(1, best, (steps - step) * left.gather(1, best).float())
+        takes = left.gather(1, best) & (gain.gather(1, best) > least)
+        order.scatter_add_(1, best, (steps - step) * takes.float())
         left.scatter_(1, best, False)
         taken = unit.gather(1, best.unsqueeze(2).expand(-1, -1, unit.shape[2]))  # [B, 1, D]
         similar = torch.matmul(unit, taken.transpose(1, 2)).squeeze(2)
@@ -97,9 +114,6 @@ def by_closest(gain_of: Callable[[Tensor], Tensor]) -> Update:
 
     return update
 
-
-SMALLEST = 1e-12
-"""Least gain that is divided by: beyond it a row's kernel has no rank left, and what is taken adds nothing."""
 
 RULES = {"max_min": max_min, "mmr": mmr, "dpp": dpp}
 

@@ -18,7 +18,7 @@ BLOCK, WIDTH = 16, 256  # tokens and elements of their features in flight
 STEPS = 16  # rows of the Cholesky factor in flight
 NONE = tl.constexpr(2147483647)
 MAX_MIN, MMR, DPP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SMALLEST = tl.constexpr(reference.SMALLEST)
+ROUNDING = tl.constexpr(reference.ROUNDING)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _take(
         found = tl.load(values + now + lane, mask=lane < PARTS, other=float("-inf"), cache_modifier=".cg")
         where = tl.load(places + now + lane, mask=lane < PARTS, other=0, cache_modifier=".cg")
         top = tl.max(found)
-        left = top > float("-inf")
+        left = top > (ROUNDING if RULE == DPP else float("-inf"))
         winner = tl.where(left, tl.min(tl.where(found == top, where, NONE)), 0)
         tl.store(order + winner, (steps - step).to(tl.float32), mask=left & (part == 0))
         own = tl.load(inverse + winner)
@@ -126,7 +126,7 @@ def _take(
                     ours = tl.load(factor + j.to(tl.int64)[:, None] * size + s[None, :],
                                    mask=(j < step)[:, None] & live[None, :], other=0.0)  # fmt: skip
                     value -= tl.sum(ours * theirs[:, None], 0)
-                value = value / tl.sqrt(tl.maximum(top, SMALLEST))
+                value = value / tl.sqrt(top)
                 tl.store(line + s, value, mask=live)
                 after = before - value * value
             else:
@@ -194,4 +194,4 @@ def launch_greedy_order(
         # All programs must be there when they wait for one another.
         **({"launch_cooperative_grid": True} if device.type == "cuda" else {}),
     )
-    return order
+    return reference.rest_by_importance(order, scaled, visual_mask, budget.amax()) if rule == "dpp" and rows else order

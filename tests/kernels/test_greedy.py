@@ -5,16 +5,16 @@ import pytest
 import torch
 
 import hawk_compile.kernels.greedy.op  # noqa: F401  registers the operator
-from hawk_compile.kernels.greedy import reference
+from hawk_compile.kernels.greedy import lazy, reference
 
 SHAPES = [(1, 1, 3), (1, 7, 5), (2, 33, 17), (3, 40, 8)]
 
 
-@pytest.fixture(params=["reference", "kernel"])
+@pytest.fixture(params=["reference", "lazy", "kernel"])
 def greedy_order(request, launch, device):
-    """Either implementation; a kernel of several programs a row where they run at once, on CUDA."""
-    if request.param == "reference":
-        return reference.greedy_order
+    """Each implementation; a kernel of several programs a row where they run at once, on CUDA."""
+    if request.param != "kernel":
+        return {"reference": reference, "lazy": lazy}[request.param].greedy_order
     return lambda *arguments: launch(
         "greedy.launch_greedy_order", *arguments, programs=None if device == "cuda" else 1, block=16
     )
@@ -98,6 +98,65 @@ def test_rows_without_visual_tokens_and_features_without_length(greedy_order):
     for rule in reference.RULES:
         order = greedy_order(features, importance, mask, torch.tensor([3, 3]), rule, 0.5)
         assert order[0].count_nonzero() == 0 and order.isfinite().all()
+
+
+def test_where_the_determinant_cannot_grow_importance_says_what_is_next(greedy_order):
+    """Of 4 features 4 tokens say all; and of tokens that are all alike the first."""
+    features, importance, mask = case(1, 30, 4)
+    order = greedy_order(features, importance, mask, torch.tensor([9]), "dpp", 0.0)
+    taken = order[0].argsort(descending=True, stable=True)[:9].tolist()
+    assert taken[:4] == by_hand(features[0].numpy(), importance[0].numpy(), mask[0].numpy(), 4, "dpp", 0.0)
+    rest = [each for each in np.flatnonzero(mask[0]) if each not in taken[:4]]
+    assert taken[4:] == sorted(rest, key=lambda each: -importance[0, each])[:5]
+    assert order[0].count_nonzero() == 9
+    alike = greedy_order(torch.ones(1, 30, 4), torch.ones(1, 30), mask, torch.tensor([5]), "dpp", 0.0)
+    assert alike[0].nonzero().squeeze(1).tolist() == np.flatnonzero(mask[0])[:5].tolist()
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """So that small prompts take many rounds; rounds that counted, of how many tokens each."""
+    monkeypatch.setattr(lazy, "CANDIDATES", 7)
+    monkeypatch.setattr(lazy, "STEPS", 4)
+    rounds, by_candidates = [], lazy.by_candidates
+    monkeypatch.setattr(lazy, "by_candidates", lambda *given: rounds.append(by_candidates(*given)) or rounds[-1])
+    return rounds
+
+
+@pytest.mark.parametrize("rule", list(reference.RULES))
+@pytest.mark.parametrize("kind", ["random", "neighbours alike"])
+def test_candidates_take_what_the_definition_takes(few_candidates, rule, kind):
+    """In rounds that end because all their steps are done, and such as the candidates cannot go on with."""
+    features, importance, mask = case(3, 150, 64)
+    if kind == "neighbours alike":
+        features = features.cumsum(1) * 0.1 + features
+    arguments = (features, importance, mask, torch.tensor([30, 20, 2]), rule, 0.3)
+    found = lazy.greedy_order(*arguments)
+    assert torch.equal(found, reference.greedy_order(*arguments))
+    assert {len(each) for each in few_candidates if each} >= {1, 4}
+
+
+@pytest.mark.parametrize("rule", ["max_min", "mmr"])
+def test_ties_go_to_the_lower_position(few_candidates, greedy_order, rule):
+    """16 of 32 features are 1 or -1, so that lengths and cosines are exact; every token is there three times."""
+    generator = torch.Generator().manual_seed(1)
+    places = torch.rand(1, 30, 32, generator=generator).argsort(2) < 16
+    features = torch.where(places, torch.randint(0, 2, (1, 30, 32), generator=generator) * 2.0 - 1, 0.0)
+    features = features[:, torch.arange(90) % 30]
+    importance, mask = torch.arange(90)[None] % 5 / 4, torch.ones(1, 90, dtype=torch.bool)
+    order = greedy_order(features, importance, mask, torch.tensor([20]), rule, 0.5)
+    found = order[0].argsort(descending=True, stable=True)[:20].tolist()
+    assert found == by_hand(features[0].numpy(), importance[0].numpy(), mask[0].numpy(), 20, rule, 0.5)
+
+
+@pytest.mark.parametrize("rule", list(reference.RULES))
+def test_padding_does_not_change_what_is_taken(rule):
+    features, importance, mask = case(1, 60, 16)
+    pad = torch.nn.functional.pad
+    padded = (pad(features, (0, 0, 5, 9), value=7.0), pad(importance, (5, 9), value=9.0), pad(mask, (5, 9)))
+    prompts = ((features, importance, mask), padded)
+    short, long = (lazy.greedy_order(*each, torch.tensor([12]), rule, 0.5) for each in prompts)
+    assert torch.equal(long[:, 5:-9], short) and long.count_nonzero() == short.count_nonzero()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
