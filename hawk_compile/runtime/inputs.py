@@ -21,6 +21,7 @@ from hawk_compile.capture.modalities import (
     tokens_of,
 )
 from hawk_compile.errors import InputError
+from hawk_compile.plan.plan import on_host
 from hawk_compile.runtime.asked import AskedQuestion, take_question
 from hawk_compile.runtime.conversation import physical_length
 from hawk_compile.runtime.later_images import positions_behind
@@ -43,6 +44,7 @@ class PromptInputs:
         features: modality -> what its encoder gave, joined over images; see `join_features`.
         sizes: modality -> tokens of each image or frame; empty unless something is said of single images.
         mask: [B, S], nonzero for real tokens; None if all are.
+        on_host: `on_host` of ids and mask; None for a prompt of embeddings.
         past_mask: [B, P] of the cache's slots; None where the cache holds nothing.
         cache: the caller's, or None.
         past: P, slots of the cache that are filled.
@@ -56,6 +58,7 @@ class PromptInputs:
     features: dict[str, ModelOutput]
     sizes: dict[str, list[int]]
     mask: Tensor | None
+    on_host: tuple[Tensor, Tensor] | None
     past_mask: Tensor | None
     cache: Cache | None
     past: int
@@ -95,15 +98,18 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: Col
     given = kwargs.get("position_ids") is not None
     if cache is not None and physical_length(cache) and not given and positions_by_images(model):
         kwargs["position_ids"] = positions_behind(model, cache, kwargs)
+    rows, length = tokens_of(kwargs).shape[:2]
+    past, whole_mask = physical_length(cache), kwargs.get("attention_mask")
+    mask, past_mask = split_mask(cache, whole_mask, past, length)
+    ids = kwargs.get("input_ids")
+    # Before the encoders begin: a device is waited for, and then plans are made while it encodes.
+    read = None if ids is None else on_host(ids, mask)
     if raw_modalities(model, kwargs):
         kwargs = encoded_inputs(model, kwargs)
     encoded = kwargs["mm_encoder_outputs"]
     sizes = image_sizes(model, images_apart(model, {each: encoded.get(each) for each in per_image}, frames))
     features = join_features(encoded)
     refuse_two_kinds_of_layer_features(features)
-    rows, length = tokens_of(kwargs).shape[:2]
-    past, whole_mask = physical_length(cache), kwargs.get("attention_mask")
-    mask, past_mask = split_mask(cache, whole_mask, past, length)
     used_up = {"mm_token_type_ids"} & read_for_positions(model) if kwargs.get("position_ids") is not None else set()
     left_out = {*SORTED_OUT, *used_up}  # a graph with what is read no more would be another one than that without
     arguments = {name: given for name, given in kwargs.items() if name not in left_out and given is not None}
@@ -114,6 +120,7 @@ def prompt_inputs(model: PreTrainedModel, kwargs: dict[str, Any], per_image: Col
         features=features,
         sizes=sizes,
         mask=mask,
+        on_host=read,
         past_mask=past_mask,
         cache=cache,
         past=past,

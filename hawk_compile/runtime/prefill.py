@@ -107,12 +107,12 @@ def plan_of(
     if asked is None and generation is not None and generation.question is not None:
         asked = generation.question.repeated(inputs.rows)
     earlier = 0 if inputs.cache is None else int(inputs.cache.get_seq_length())
-    ids = inputs.arguments.get("input_ids")
-    if ids is None:
+    if inputs.on_host is None:
         # Placeholders first: a token that was added and never trained may have their embedding.
         wanted = [*placeholder_ids(model), *read_ids(runtime.ids, chat), *sorted(asked.numbers if asked else ())]
-        ids = known_ids(model, tokens, wanted)
-    ids, real = on_host(ids, inputs.mask)
+        ids, real = on_host(known_ids(model, tokens, wanted), inputs.mask)
+    else:
+        ids, real = inputs.on_host
     present = modalities_of(model, {**inputs.arguments, "mm_encoder_outputs": inputs.features})
     left = sorted(present - set(config.modalities))
     visual = visual_places(model, ids, present)
