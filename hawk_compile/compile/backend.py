@@ -30,7 +30,7 @@ log = logging.getLogger("hawk_compile")
 BEYOND_A_GRAPH = {
     ("modalities",): "the ids of placeholders",
     ("question", "processor", "vision_end_token_id", "end_of_turn_token_id"): "the prompt's ids",
-    ("budget", "min_per_image", "quota", "normalize_per"): "the prompt",
+    ("budget", "min_per_image", "quota", "bucket", "normalize_per"): "the prompt",
     ("compile_decode", "compile_vision"): "the model's other graphs",
 }
 """Settings that only `optimize` can follow, and what they need."""

@@ -122,10 +122,11 @@ def make_plan(
     removable = visual if candidates is None else candidates
     tokens, present = (removable & real).sum(1).tolist(), real.sum(1).tolist()
     guaranteed = [0] * len(tokens) if images is None else images.total.tolist()
-    bounds = [config.bounds(count, floor) for count, floor in zip(tokens, guaranteed, strict=True)]
+    text = [total - count for total, count in zip(present, tokens, strict=True)]
+    bounds = [config.bounds(*row) for row in zip(tokens, guaranteed, text, strict=True)]
     fewest, kept = [low for low, _ in bounds], [high for _, high in bounds]
     check_question(question, tokens, fewest)
-    needed = [total - count + keep for total, count, keep in zip(present, tokens, kept, strict=True)]
+    needed = [others + keep for others, keep in zip(text, kept, strict=True)]
     length = visual.shape[1] if kept == tokens else max(needed)
     return Plan(
         question_mask=counted(question.mask, config.used_query),
@@ -135,7 +136,7 @@ def make_plan(
         least=None if config.budget is None else torch.tensor(fewest, device="cpu"),
         quotas=images,
         visual=tokens,
-        text=[total - count for total, count in zip(present, tokens, strict=True)],
+        text=text,
         kept=kept,
         length=length,
         padded=any(total != visual.shape[1] for total in present),

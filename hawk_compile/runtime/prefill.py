@@ -215,6 +215,8 @@ def rule_of(config: HawkConfig, left: list[str]) -> str:
         more.append(f"budget={config.budget}")
     if config.per_image:
         more += [f"min_per_image={config.min_per_image}", f'quota="{config.quota}"']
+    if config.bucket > 1:
+        more.append(f"bucket={config.bucket}")
     if config.normalize_per == "image":
         more.append('normalize_per="image"')
     if left:

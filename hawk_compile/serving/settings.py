@@ -31,6 +31,7 @@ TAKEN = (
 REFUSED = {
     "budget": "every image keeps a number of tokens that is known before it is encoded",
     "quota": 'every image is pruned by itself, as quota="image" has it',
+    "bucket": "an engine makes batches of prompts of any length",
     "normalize_per": 'every image is scored by itself, as normalize_per="image" has it',
     "backend": "the engine compiles the model itself",
     "compile_decode": "the engine compiles the model itself",

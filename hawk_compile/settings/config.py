@@ -39,6 +39,8 @@ class HawkConfig:
             more than `ratio` leaves if its images need it.
         quota: "prompt": `ratio` is of all visual tokens of a row, for which its images compete; "image": of every
             image (or frame of a video) by itself.
+        bucket: a row keeps as many more visual tokens as make its pruned length a multiple of this, or all it has, so
+            that a few lengths serve all prompts; 1: exactly what the other settings leave.
         head_weights: importance of each query head of the scoring layer, [H], >= 0, not all 0 (only proportions
             matter). "auto": the weights published for the checkpoint, or those that lie beside it, else equal ones.
             "uniform": equal weights. A path: a JSON or safetensors file. "org/name" or "org/name@revision":
@@ -74,6 +76,7 @@ class HawkConfig:
     budget: Adaptive | None = None
     min_per_image: int = 0
     quota: str = "prompt"
+    bucket: int = 1
     head_weights: "str | PathLike[str] | Tensor | tuple[float, ...]" = "auto"
     normalization: str | None = None
     normalize_per: str = "prompt"
@@ -92,6 +95,7 @@ class HawkConfig:
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_budget(self)
+        check_bucket(self)
         check_choice("backend", self.backend, BACKENDS)
         if self.normalization is not None:
             check_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -136,13 +140,22 @@ class HawkConfig:
         """How many visual tokens an image with `count` of them keeps at least."""
         return max(self.kept(count) if self.quota == "image" else 0, min(self.min_per_image, count))
 
-    def bounds(self, count: int, floor: int = 0) -> tuple[int, int]:
-        """(least, most) visual tokens that a row with `count` of them keeps, of which its images need `floor`."""
+    def bounds(self, count: int, floor: int = 0, others: int = 0) -> tuple[int, int]:
+        """(least, most) visual tokens that a row with `count` of them keeps.
+
+        Args:
+            floor: how many its images need.
+            others: tokens of the row that stay whatever is removed.
+        """
         least = most = 0 if self.quota == "image" else self.kept(count)
         if self.budget is not None:
             least, most = self.budget.bounds(count, most)
         floor = min(floor, count)
-        return max(least, floor), max(most, floor)
+        least, most = max(least, floor), max(most, floor)
+        if self.bucket == 1:
+            return least, most
+        more = -(most + others) % self.bucket
+        return min(least + more, count), min(most + more, count)
 
     @functools.cached_property
     def removed(self) -> Fraction:
@@ -174,6 +187,15 @@ def check_budget(config: HawkConfig) -> None:
         raise ConfigError(
             'budget finds one number for all images of a row, and quota="image" sets one for each: give one of them, '
             "or budget with min_per_image"
+        )
+
+
+def check_bucket(config: HawkConfig) -> None:
+    check_at_least_1("bucket", config.bucket)
+    if config.bucket > 1 and config.budget is not None:
+        raise ConfigError(
+            f"bucket={config.bucket} fixes a row's length before its score is known, and budget finds one by the "
+            "score: give one of them"
         )
 
 

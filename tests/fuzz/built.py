@@ -38,6 +38,7 @@ def settings_of(case: Case) -> dict[str, Any]:
         "ratio": call["ratio"], "backend": made.get("backend", "eager"),
         "selector": selector, "normalization": made.get("normalization"), "query": made.get("query"),
         "min_per_image": call.get("min_per_image", 0), "quota": call.get("quota", "prompt"),
+        "bucket": call.get("bucket", 1),
         "normalize_per": call.get("normalize_per", "prompt"), "question": call.get("question", "newest"),
         "compile_decode": made.get("compile_decode", False), "compile_vision": made.get("compile_vision", False),
         "head_weights": tuple(made["head_weights"]) if made.get("head_weights") else "uniform",

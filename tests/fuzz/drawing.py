@@ -158,6 +158,8 @@ def draw_budgets(draw: Any, call: Drawn, made: Drawn) -> None:
         call["min_per_image"] = draw(st.integers(1, 4))
     if "mass" not in made and draw(st.integers(0, 4)) == 4:
         call["quota"] = "image"
+    if "mass" not in made and draw(st.integers(0, 4)) == 4:
+        call["bucket"] = draw(st.integers(2, 24))
     if draw(st.integers(0, 5)) == 5:
         call["normalize_per"] = "image"
     if "mass" in made and draw(st.booleans()):

@@ -103,7 +103,10 @@ def bounds(line: Line, config: HawkConfig) -> tuple[int, int, list[int]]:
         asked = config.budget
         most = most if asked.max is None else within(asked.max, total)
         least = min(within(asked.min, total), most)
-    return max(least, sum(floors)), max(most, sum(floors)), floors
+    least, most = max(least, sum(floors)), max(most, sum(floors))
+    while config.bucket > 1 and most < total and (len(line.ids) - total + most) % config.bucket:
+        least, most = least + 1, most + 1
+    return least, most, floors
 
 
 def within(bound: float, total: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -94,6 +95,69 @@ def test_no_row_leaves_its_bounds(bounds: dict[str, Any], expected: int) -> None
     inputs = encoded(name, plain(name), zoo.sizes(name)[2])
     out = Rewritten(plain(name), ratio=0.0, budget=Adaptive(**bounds), **EACH)(unread(inputs))
     assert int(zoo.visual_mask(name, plain(name), inputs)[0][out.keep_indices[0]].sum()) == expected
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, (8, 8)),
+    ({"bucket": 2}, (9, 9)),  # of 16 tokens
+    ({"bucket": 16}, (9, 9)),
+    ({"bucket": 18}, (11, 11)),
+    ({"bucket": 64}, (39, 39)),
+    ({"bucket": 10, "min_per_image": 20}, (23, 23)),
+    ({"bucket": 10, "ratio": 0.0}, (39, 39)),
+])  # fmt: skip
+def test_a_row_is_as_long_as_its_bucket(settings: dict[str, Any], expected: tuple[int, int]) -> None:
+    """Of a row with 39 visual tokens and 7 others, one image."""
+    config = HawkConfig(**{"ratio": 0.8, **settings})
+    assert config.bounds(39, config.floor(39), 7) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *slow("gemma3", "qwen3_vl", "llava_onevision")])
+def test_a_bucket_keeps_the_next_best(name: str) -> None:
+    """From one graph at several sizes, and what runs is the eager model on the tokens kept."""
+    model, bucket = Rewritten(plain(name), ratio=0.9, bucket=8), 8
+    for size in zoo.sizes(name):
+        inputs = encoded(name, plain(name), size)
+        out = model(unread(inputs))
+        visual = zoo.visual_mask(name, plain(name), inputs)[0]
+        length = len(out.keep_indices[0])
+        whole = int(visual.sum())
+        assert length % bucket == 0 or length == len(visual)
+        count = length - (len(visual) - whole)
+        assert math.ceil(whole * Fraction("0.1")) <= count < math.ceil(whole * Fraction("0.1")) + bucket
+        keep = reference.kept_positions(out.scores[0][visual], visual, count)
+        assert out.keep_indices[0].equal(keep)
+        expected, _ = reference.pruned_forward(plain(name), encoded(name, plain(name), size), keep, visual)
+        torch.testing.assert_close(out.logits, expected.logits, **ROUNDING)
+    assert len(model.graphs) == 1
+
+
+def test_a_row_keeps_the_same_alone_and_in_a_batch() -> None:
+    name = "qwen3_vl"
+    model = fresh(name, 0.8, bucket=8)
+    batch = rows.encoded(plain(name), prompt(name, zoo.sizes(name)[0], zoo.sizes(name)[4], Row(after=4)))
+    out = generate(model, unread(batch), 4)
+    report = hawk_compile.report(model)
+    assert "bucket=8" in report.reason and report.kept_tokens % 8 == 0
+    for i in range(3):
+        single = rows.row(plain(name), batch, i)
+        alone = generate(model, unread(single), 4)
+        by_itself = hawk_compile.report(model)
+        assert report.kept_visual_tokens[i] == by_itself.kept_visual_tokens[0]
+        assert new_tokens(out, batch, i) == new_tokens(alone, single)
+        for together, apart in zip(out.logits, alone.logits, strict=True):
+            torch.testing.assert_close(together[i], apart[0], **ROUNDING)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"bucket": 0}, "bucket must be a whole number of at least 1, got 0"),
+    ({"bucket": 64.0}, "bucket must be a whole number of at least 1, got 64.0"),
+    ({"bucket": True}, "bucket must be a whole number of at least 1, got True"),
+    ({"bucket": 64, "budget": Adaptive()}, "bucket=64 fixes a row's length .*: give one of them"),
+])  # fmt: skip
+def test_buckets_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HawkConfig(**settings)
 
 
 @pytest.mark.slow

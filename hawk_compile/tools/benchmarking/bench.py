@@ -112,10 +112,10 @@ def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Seque
     """
     defaults = {} if config is not None else {"head_weights": "uniform", "compile_decode": True, "compile_vision": True}
     made = make_config_of_ratios(config, {**defaults, **settings}, ratios)
-    if made.budget is not None or made.per_image:
+    if made.budget is not None or made.per_image or made.bucket > 1:
         raise ConfigError(
-            "budget, min_per_image, quota and normalize_per must be left out of a benchmark, whose other columns keep "
-            "what a ratio leaves: give ratios alone"
+            "budget, min_per_image, quota, bucket and normalize_per must be left out of a benchmark, whose other "
+            "columns keep what a ratio leaves: give ratios alone"
         )
     if made.backend == "inductor" and compiler().startswith("none"):
         raise ConfigError("inductor needs a C++ compiler, and there is none: install g++, or give backend aot_eager")

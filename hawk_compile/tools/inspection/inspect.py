@@ -121,7 +121,7 @@ def inspect_model(
     model = pruned_part(on_meta(source))
     modality = asked_modality(model, modalities or config.modalities)
     total = model.config.get_text_config().num_hidden_layers
-    kept = config.bounds(image_tokens, config.floor(image_tokens))[1]
+    kept = config.bounds(image_tokens, config.floor(image_tokens), text_tokens)[1]
     before, after = text_tokens + image_tokens, text_tokens + kept
     flops, kept_flops = count_flops(model, before), count_flops(model, after)
     captured = keep_layers(model, max(layers, first_with_keys(model) + 1), total)

@@ -109,7 +109,7 @@ def prompt(model: PreTrainedModel, length: int) -> dict[str, Any]:
 
 def plan_arguments(model: PreTrainedModel, config: HawkConfig, length: int, visual: int) -> tuple[Tensor | None, ...]:
     """The arguments of `hawk::plan` for one row: the mask [1, S], a budget [1], weights [H], S', V', and more."""
-    kept = config.bounds(visual, config.floor(visual))[1]
+    kept = config.bounds(visual, config.floor(visual), length - visual)[1]
     weights = torch.empty(model.config.get_text_config().num_attention_heads, device=HERE)
     question_mask = torch.zeros((1, length), dtype=torch.bool, device=HERE)
     budget = torch.zeros(1, dtype=torch.long, device=HERE)
