@@ -4,6 +4,7 @@
     out = model.generate(**inputs)                    # nothing else changes
     hawk_compile.report(model)                        # what its last prefill kept; so of an output or of a cache
     with hawk_compile.pruned(model, ratio=0.5): ...   # only in here, by these settings
+    hawk_compile.warm_up(model, inputs)               # compile ahead what the first prompts would wait for
     model = hawk_compile.restore(model)               # exactly the model it was
     hawk_compile.inspect("folder/of/a/checkpoint")    # what would be pruned, from the configuration alone
     hawk_compile.calibrate(model, processor, "questions.jsonl").write("head_weights.json")
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hawk_compile.progress import Progress
     from hawk_compile.runtime.api import optimize, pruned, report, restore
     from hawk_compile.runtime.records import Report
+    from hawk_compile.runtime.warming import warm_up
     from hawk_compile.settings.budgets import Adaptive
     from hawk_compile.settings.config import HawkConfig
     from hawk_compile.settings.selectors import register_selector
@@ -91,6 +93,7 @@ __all__ = [
     "restore",
     "selectors",
     "show",
+    "warm_up",
 ]
 
 SUBMODULES = ("errors", "selectors")
@@ -128,6 +131,7 @@ HOMES = {
     "report": "runtime.api",
     "restore": "runtime.api",
     "show": "tools.pictures.show",
+    "warm_up": "runtime.warming",
 }
 """The module of each public name, and its name there where that is another: imported when it is first used, since torch
 and transformers take seconds."""
