@@ -205,6 +205,8 @@ def test_what_needs_an_encoder_apart_is_refused_by_name() -> None:
     model, given = own(), inputs()
     with pytest.raises(UnsupportedModelError, match="compile_vision: OwnModel encodes images in the middle"):
         optimize(model, ratio=0.5, compile_vision=True)
+    with pytest.raises(UnsupportedModelError, match="image_cache: OwnModel encodes images in the middle"):
+        optimize(model, ratio=0.5, image_cache="1MB")
     with pytest.raises(ExportError, match="writes the encoder as a component of its own"):
         check_encoder(model)
     optimize(model, ratio=0.5, head_weights="uniform")

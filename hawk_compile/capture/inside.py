@@ -1,5 +1,6 @@
 """Which of a model's modules run inside the graph of its prefill."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,3 +26,9 @@ def graph_modules(model: PreTrainedModel, encodes: bool = False) -> Named:
             parts = {id(part) for part in child.modules()}
             outside |= set() if parts & inside else parts
     return ((path, part) for path, part in model.named_modules() if id(part) not in outside)
+
+
+def shards() -> tuple[type, ...]:
+    """The classes of what FSDP shards; none where nobody has imported it."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)

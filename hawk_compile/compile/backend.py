@@ -31,7 +31,7 @@ BEYOND_A_GRAPH = {
     ("modalities",): "the ids of placeholders",
     ("question", "processor", "vision_end_token_id", "end_of_turn_token_id"): "the prompt's ids",
     ("budget", "min_per_image", "quota", "bucket", "normalize_per"): "the prompt",
-    ("compile_decode", "compile_vision"): "the model's other graphs",
+    ("compile_decode", "compile_vision", "image_cache"): "the model's other graphs",
 }
 """Settings that only `optimize` can follow, and what they need."""
 

@@ -63,11 +63,16 @@ def check_model(model: Any, modalities: tuple[str, ...] = HawkConfig.modalities)
 
 
 def check_vision(model: PreTrainedModel, config: HawkConfig) -> None:
-    """Refuse to compile an encoder that is not to be had apart from the forward.
+    """Refuse to compile an encoder that is not to be had apart from the forward, or to keep what it makes.
 
     Raises:
         UnsupportedModelError: as said.
     """
+    if config.image_cache is not None and merges_itself(model):
+        raise UnsupportedModelError(
+            f"image_cache: {type(model).__name__} encodes images in the middle of its forward, so that what it makes "
+            "of them is not to be had apart: leave image_cache out"
+        )
     if config.compile_vision and merges_itself(model):
         raise UnsupportedModelError(
             f"compile_vision: {type(model).__name__} encodes images in the middle of its forward, so that its encoder "

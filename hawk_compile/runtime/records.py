@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawk_compile.capture.image_cache import ImageCacheUse
 from hawk_compile.plan.question import Question
 
 
@@ -34,6 +35,7 @@ class Report:
         prefill_attention: the attention implementation that this prefill ran with: "sdpa" where tokens could be pruned,
             "eager" for a decoder that has no SDPA, or a function's own name that others than transformers registered.
         attention: the one that the model uses elsewhere, in decode steps and prompts without images.
+        image_cache: what came of `image_cache` up to this prefill; None where nothing is kept.
     """
 
     visual_tokens: Tensor
@@ -50,6 +52,7 @@ class Report:
     scoring_layer: int
     prefill_attention: str
     attention: str
+    image_cache: ImageCacheUse | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class PrefillRecord:
     scoring_layer: int = 0
     prefill_attention: str = ""
     attention: str = ""
+    image_cache: ImageCacheUse | None = None
     awaited: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillRecord":
@@ -107,6 +111,7 @@ class PrefillRecord:
             scoring_layer=self.scoring_layer,
             prefill_attention=self.prefill_attention,
             attention=self.attention,
+            image_cache=self.image_cache,
             head_weights=self.head_weights,
             prompt_tokens=self.prompt_tokens,
             kept_tokens=self.prompt_tokens if self.keep is None else self.keep.shape[1],

@@ -7,7 +7,6 @@ graph: in captured code the modules run without them, elsewhere with them.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from hawk_compile.capture.inside import graph_modules
+from hawk_compile.capture.inside import graph_modules, shards
 from hawk_compile.capture.modalities import raw_inputs
 from hawk_compile.capture.patches import is_captured
 from hawk_compile.compat.accelerate import (
@@ -44,12 +43,6 @@ SHARDING = (
     'call fully_shard on the whole model alone, so that it is gathered before its forward, or load it with '
     'tp_plan="auto"; hawk_compile.restore(model) runs it unpruned'
 )
-
-
-def shards() -> tuple[type, ...]:
-    """The classes of what FSDP shards; none where nobody has imported it."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
 
 
 def check_split(model: PreTrainedModel, config: HawkConfig) -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hawk_compile.capture.image_cache import ImageCache
 from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.compat.models import device_mesh_of
 from hawk_compile.passes.insert_scoring import Ranks
@@ -53,6 +55,7 @@ class Runtime:
         originals: name of an attribute that is shadowed -> what lay there before; none where it was the class's.
         chat: what surrounds a user's text, once that is learned (`chat_known`).
         last: what the model's last prefill did, whichever thread ran it.
+        images: encoded images that are kept; None where none are.
         moved: what the last pruned prefills left, to recognise their keys by.
         hook: the hook of accelerate's on the model that was last looked at; None where it had none.
         hooks_seen: how many hooks the process had put anywhere when this model's were last looked at.
@@ -76,6 +79,7 @@ class Runtime:
         self.ranks = ranks
         self.prefill = CompiledPrefill(config, ranks)
         self.vision = CompiledVision(config.backend)
+        self.images = None if config.image_cache_bytes is None else ImageCache(config.image_cache_bytes)
         self.compiled_steps: dict[str, CompiledStep] = {}
         self.static_length = 0
         self.scratch_layers: tuple[Any, ...] | None = None
@@ -106,6 +110,8 @@ class Runtime:
         if asked == (earlier.config.processor, earlier.ids.end_of_turn, earlier.config.end_of_turn_token_id):
             self.chat, self.chat_known = earlier.chat, earlier.chat_known
         self.moved = earlier.moved
+        if earlier.images is not None and earlier.images.limit == self.config.image_cache_bytes:
+            self.images = earlier.images
         if earlier.config.backend == self.config.backend:
             self.compiled_steps = earlier.compiled_steps
             self.static_length = earlier.static_length
@@ -122,9 +128,9 @@ class Runtime:
     def put_aside(self, model: PreTrainedModel) -> None:
         """Keep what was compiled, as long as the model lives, for the next time that it is optimised.
 
-        What refers to the model goes: it would keep the model alive.
+        What refers to the model goes, and what its encoder has made of images: it would keep the model alive.
         """
-        self.originals, self.compiled_steps, self.last = {}, {}, None
+        self.originals, self.compiled_steps, self.last, self.images = {}, {}, None, None
         put_aside[model] = self
 
     def note(self, record: PrefillRecord, result: Any, cache: Cache | None = None) -> Cache | None:
@@ -137,6 +143,8 @@ class Runtime:
         Returns:
             The cache that was filled; None if there is none.
         """
+        if self.images is not None:
+            record = replace(record, image_cache=self.images.use())
         self.last = record
         generation = running.get()
         if generation is not None and generation.record is None:

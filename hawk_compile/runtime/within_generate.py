@@ -18,12 +18,12 @@ from hawk_compile.compat.models import (
     CANDIDATES,
     PREFILL,
     PREPARE_CACHE,
-    PREPARE_ENCODERS,
     PREPARE_POSITIONS,
     compile_settings_of,
     mask_length_of,
 )
 from hawk_compile.errors import UnsupportedCallError
+from hawk_compile.runtime.cached_images import encode
 from hawk_compile.runtime.conversation import note, physical_length
 from hawk_compile.runtime.drafting import OF_TEXT, begin_behind_prompt, refuse_drafts
 from hawk_compile.runtime.generation import generation_of, holding, step_options
@@ -31,7 +31,6 @@ from hawk_compile.runtime.later_images import positions_of_later_turn
 from hawk_compile.runtime.originals import looks_like, original
 from hawk_compile.runtime.positions import deltas_of
 from hawk_compile.runtime.state import RUNTIME
-from hawk_compile.runtime.surroundings import watchers_around
 from hawk_compile.runtime.tracked import TrackedCache, opened, physical_mask
 
 PREPARE_INPUTS = "prepare_inputs_for_generation"
@@ -135,13 +134,9 @@ def prefill_whole(
 
 
 def encode_images(self: PreTrainedModel, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The vision encoder, compiled if the settings ask for that and no mode is to see each of its operators, and the
-    features of each image apart if they ask of images."""
+    """The vision encoder, and the features of each image apart if the settings ask of images."""
     runtime, frames = self.__dict__.get(RUNTIME), model_kwargs.get("video_grid_thw")
-    encode = original(self, PREPARE_ENCODERS)
-    if runtime is not None and runtime.config.compile_vision and not watchers_around().any:
-        encode = runtime.vision.method(self, encode)
-    encoded = encode(model_kwargs)
+    encoded = encode(self, None if runtime is None else runtime.images, model_kwargs)
     if runtime is not None and runtime.config.per_image and encoded.get("mm_encoder_outputs"):
         outputs = encoded["mm_encoder_outputs"]
         counted = {name: output for name, output in outputs.items() if name in runtime.config.modalities}

@@ -36,6 +36,7 @@ REFUSED = {
     "backend": "the engine compiles the model itself",
     "compile_decode": "the engine compiles the model itself",
     "compile_vision": "the engine compiles the model itself",
+    "image_cache": "the engine keeps encoded images itself",
     "processor": "the server's own tokenizer says where users' texts stand",
     "selector_options": 'options stand beside the selector\'s name, as {"name": "idpruner", "importance": 0.3}',
 }

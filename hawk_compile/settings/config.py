@@ -15,6 +15,7 @@ from hawk_compile.settings.budgets import Adaptive, is_number
 from hawk_compile.settings.closest import meant
 from hawk_compile.settings.selector import RankingFunction, Selector
 from hawk_compile.settings.selectors import selector_of, warn_of_old_spelling, with_options
+from hawk_compile.settings.sizes import bytes_in
 
 NORMALIZATIONS = ("l2", "softmax", "minmax")
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -66,6 +67,8 @@ class HawkConfig:
         backend: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         compile_decode: also compile the decode step (one token per row, no pruning in it).
         compile_vision: also compile the vision encoder, as graphs of its own for images of all sizes.
+        image_cache: bytes of encoded images and videos that are kept for later calls that hold the same ones: a number,
+            or "256MB" and the like. None: nothing is kept.
         vision_end_token_id: id that closes an image in the prompt; text behind the last one of a turn votes. None:
             taken from the model's config, else the text behind the last visual token.
         end_of_turn_token_id: ids that end a turn. None: the generation config's eos_token_id. If given, these ids say
@@ -89,6 +92,7 @@ class HawkConfig:
     backend: str = "inductor"
     compile_decode: bool = False
     compile_vision: bool = False
+    image_cache: int | str | None = None
     vision_end_token_id: int | None = None
     end_of_turn_token_id: int | tuple[int, ...] | None = None
 
@@ -105,6 +109,8 @@ class HawkConfig:
         check_modalities(self.modalities)
         check_selector(self)
         check_question(self)
+        if self.image_cache is not None:
+            bytes_in("image_cache", self.image_cache)
         check_ids("vision_end_token_id", self.vision_end_token_id, several=False)
         check_ids("end_of_turn_token_id", self.end_of_turn_token_id, several=True)
         for name in ("compile_decode", "compile_vision"):
@@ -130,6 +136,11 @@ class HawkConfig:
     def used_head_weights(self) -> Any:
         """`head_weights`, unless the selector fixes them."""
         return self.method.head_weights or self.head_weights
+
+    @property
+    def image_cache_bytes(self) -> int | None:
+        """`image_cache` as a number."""
+        return None if self.image_cache is None else bytes_in("image_cache", self.image_cache)
 
     @property
     def per_image(self) -> bool:

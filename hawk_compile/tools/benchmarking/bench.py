@@ -117,6 +117,8 @@ def config_of(config: HawkConfig | None, settings: dict[str, Any], ratios: Seque
             "budget, min_per_image, quota, bucket and normalize_per must be left out of a benchmark, whose other "
             "columns keep what a ratio leaves: give ratios alone"
         )
+    if made.image_cache is not None:
+        raise ConfigError("image_cache would have a benchmark time images that are encoded already: leave it out")
     if made.backend == "inductor" and compiler().startswith("none"):
         raise ConfigError("inductor needs a C++ compiler, and there is none: install g++, or give backend aot_eager")
     return made

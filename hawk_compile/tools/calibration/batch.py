@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hawk_compile.capture.features import FEATURES, LAYER_FEATURES
+from hawk_compile.capture.image_cache import ImageCache
 from hawk_compile.capture.modalities import modalities_of, visual_places
 from hawk_compile.settings.config import HawkConfig
 from hawk_compile.tools.calibration.ablation import SCORE, ablated
@@ -30,6 +31,7 @@ class Batch:
         heads_at_once: heads that one forward leaves out, each in rows of its own.
         switch: what `left_as_it_was` yields.
         skip_bad: a score that is none becomes NaN.
+        images: encoded pictures that are kept from batch to batch; None where none are.
     """
 
     model: PreTrainedModel
@@ -43,9 +45,10 @@ class Batch:
     heads_at_once: int
     switch: Switch
     skip_bad: bool
+    images: ImageCache | None = None
 
     def __post_init__(self) -> None:
-        self.inputs = encoded(self.model, self.processor, self.samples)
+        self.inputs = encoded(self.model, self.processor, self.samples, self.images)
         self.heads = heads_of(self.model)
         present = modalities_of(self.model, self.inputs)
         self.visual = visual_places(self.model, self.inputs["input_ids"], present)

@@ -38,7 +38,7 @@ from hawk_compile.tools.evaluation.asking import batches
 from hawk_compile.tools.evaluation.metrics import Metric, metric_of, name_of, scored
 from hawk_compile.tools.evaluation.sample import Sample
 from hawk_compile.tools.evaluation.samples import read_samples
-from hawk_compile.tools.switching import left_as_it_was
+from hawk_compile.tools.switching import images_of, left_as_it_was
 
 OWN_PACKAGES = ("hawk-compile", "torch", "transformers")
 
@@ -100,10 +100,12 @@ def calibrate(
     processes = Processes(model.device)
     tell = progress if processes.main else nobody
     sets = read_sets(data, limit, skip_bad, tell)
+    images = images_of(model, settled)
     about = {
         "ablation": ablation, "metric": name_of(metric), "ratios": list(ratios) if ablation == SCORE else [],
         "batch": batch, "heads_at_once": heads_at_once, "max_new_tokens": max_new_tokens,
-        "settings": described(settled), "skip_bad": skip_bad, "model": str(model.config.name_or_path),
+        "settings": described(settled), "skip_bad": skip_bad, "image_cache": images is not None,
+        "model": str(model.config.name_or_path),
         "weights": fingerprint(model), "versions": {name: importlib.metadata.version(name) for name in OWN_PACKAGES},
         "datasets": {name: samples_digest(samples) for name, samples in sets.items()},
     }  # fmt: skip
@@ -114,7 +116,7 @@ def calibrate(
         def batch_of(samples: list[Sample]) -> Batch:
             return Batch(
                 model, processor, samples, ablation, settled, ratios, score, max_new_tokens, heads_at_once, switch,
-                skip_bad,
+                skip_bad, images,
             )  # fmt: skip
 
         tables = measure(sets, batch, record, batch_of, heads_of(model), tell)
@@ -138,7 +140,7 @@ def settled_config(config: HawkConfig | None, settings: dict[str, Any], ratios: 
 
 def described(config: HawkConfig) -> dict[str, str]:
     """Every setting that may change a score, as text."""
-    names = [setting.name for setting in fields(config) if setting.name not in ("ratio", "head_weights")]
+    names = [setting.name for setting in fields(config) if setting.name not in ("ratio", "head_weights", "image_cache")]
     return {name: str(getattr(config, name)) for name in names} | {"selector": str(config.method)}
 
 

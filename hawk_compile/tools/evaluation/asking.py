@@ -1,5 +1,6 @@
 """Questions that are answered together: how they are batched, encoded, answered, scored and timed."""
 
+import functools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,10 @@ import torch
 
 from hawk_compile.capture.encode import run_encoders
 from hawk_compile.capture.features import fresh
+from hawk_compile.capture.image_cache import ImageCache
 from hawk_compile.capture.modalities import read_for_positions
 from hawk_compile.compat.models import positions_for
+from hawk_compile.runtime.cached_images import encode
 from hawk_compile.settings.config import HawkConfig, check_at_least_1
 from hawk_compile.tools.benchmarking.timing import synchronize
 from hawk_compile.tools.checkpoints import fit, prompts
@@ -36,12 +39,14 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def encoded(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The inputs of `generate` for a batch, padded on the left, its pictures encoded."""
+def encoded(
+    model: Any, processor: Any, samples: Sequence[Sample], images: ImageCache | None = None
+) -> dict[str, Any]:
+    """The inputs of `generate` for a batch, padded on the left, its pictures encoded, unless they are kept already."""
     questions = [sample.question for sample in samples]
     inputs = fit(model, prompts(processor, [sample.pictures() for sample in samples], questions))
     with_positions = {**inputs, "position_ids": positions_for(model, inputs["input_ids"], inputs)}
-    result = run_encoders(model, with_positions)
+    result = run_encoders(model, with_positions, functools.partial(encode, model, images))
     if "mm_token_type_ids" in read_for_positions(model):  # positions are known by now; elsewhere the mask is made of it
         result.pop("mm_token_type_ids", None)
     return result

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from hawk_compile.capture.image_cache import ImageCache
 from hawk_compile.errors import ConfigError
 from hawk_compile.progress import Listener, Progress, nobody
 from hawk_compile.runtime.api import report
@@ -25,7 +26,7 @@ from hawk_compile.tools.evaluation.result import Evaluation
 from hawk_compile.tools.evaluation.sample import Sample
 from hawk_compile.tools.evaluation.samples import read_samples
 from hawk_compile.tools.evaluation.scored import Row
-from hawk_compile.tools.switching import Switch, left_as_it_was
+from hawk_compile.tools.switching import Switch, images_of, left_as_it_was
 
 
 def evaluate(
@@ -53,7 +54,8 @@ def evaluate(
         data: a JSON Lines file, records, a Hugging Face dataset, or "demo"; see
             `hawk_compile.tools.evaluation.samples`.
         config: the settings of all methods, of which `ratios` and `selectors` take the place of two, or
-        **settings: these by name, as for `optimize`: head_weights, normalization, backend, ...
+        **settings: these by name, as for `optimize`: head_weights, normalization, backend, ... With `image_cache`, or
+            if the model has one, a picture that several questions are about is encoded once.
         ratios: fractions of visual tokens removed, each in [0, 1).
         selectors: as for `optimize`, one or several; "all" that have a name; or methods: label -> settings of
             `optimize`.
@@ -73,7 +75,8 @@ def evaluate(
     """
     model = pruned_part(model)
     check_model(model)
-    methods = methods_of(selectors, make_config_of_ratios(config, settings, ratios))
+    settled = make_config_of_ratios(config, settings, ratios)
+    methods = methods_of(selectors, settled)
     cells = cells_of(methods, ratios)
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens)):
         check_at_least_1(name, value)
@@ -81,7 +84,8 @@ def evaluate(
         raise ConfigError(f"baseline must be one of the methods {', '.join(methods)}, got {baseline!r}")
     score = metric_of(metric)
     samples = read_samples(data, limit=limit, skip_bad=skip_bad, warn=lambda line: progress(Progress(0, 0, line)))
-    scores = Scores(model, processor, cells, samples, score, max_new_tokens, skip_bad)
+    images = images_of(model, settled)
+    scores = Scores(model, processor, cells, samples, score, max_new_tokens, skip_bad, images)
     with left_as_it_was(model) as switch:
         scores.measure(switch, batch, progress)
     total = len(cells) * len(samples)
@@ -116,6 +120,7 @@ class Scores:
     metric: Metric
     max_new_tokens: int
     skip_bad: bool
+    images: ImageCache | None
 
     def __post_init__(self) -> None:
         shape = (len(self.cells), len(self.samples))
@@ -128,7 +133,7 @@ class Scores:
         done = 0
         progress(Progress(done, self.values.size))
         for number, places in enumerate(parts):
-            inputs = encoded(self.model, self.processor, [self.samples[place] for place in places])
+            inputs = encoded(self.model, self.processor, [self.samples[place] for place in places], self.images)
             for row in range(len(self.cells)):
                 self.answer(switch, row, places, inputs)
                 done += len(places)

@@ -1,6 +1,7 @@
 """`calibrate` on the shipped model and on tiny ones: what each ablation leaves out, and that a killed run goes on."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -109,6 +110,24 @@ def test_weights_are_clipped_drops_in_proportion():
     assert found.unsure == [number for number, head in enumerate(measured["heads"]) if not head["above_noise"]]
     assert measured["questions"] == 8 and len(measured["sha256"]) == 64 and measured["score"] < 0
     assert all(head["low"] <= head["drop"] <= head["high"] for head in measured["heads"])
+
+
+def test_questions_of_one_picture_encode_it_once(monkeypatch):
+    model, calls = demo.model(), []
+    method = type(model.base_model).get_image_features
+
+    @functools.wraps(method)
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model), "get_image_features", counted)
+    samples = read_samples("demo:calibration", limit=2)
+    questions = [dataclasses.replace(each, images=samples[0].images) for each in samples]
+    found = calibrated(data=questions, limit=None, batch=1, image_cache="8MB")
+    assert len(calls) == 1
+    plain = calibrated(data=questions, limit=None, batch=1)
+    assert len(calls) == 3 and found.weights == plain.weights
 
 
 def test_what_the_score_ablation_measures():

@@ -1,6 +1,7 @@
 """`evaluate` on the shipped model: its answers are those of one question at a time."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -165,6 +166,39 @@ def test_what_the_metric_fails_on_is_skipped():
     assert left and found.samples == left and all(len(row.scores) == len(left) for row in found.rows)
     assert told[0] == f"skipped: {samples[0].origin}: the metric gives no number in [0, 1]"
     assert len(told) == 3 - len(left)
+
+
+def test_questions_of_one_picture_encode_it_once(monkeypatch):
+    """One batch after another, those of one batch, and what generate has encoded before; the scores are the same."""
+    model, calls = demo.model(), []
+    method = type(model.base_model).get_image_features
+
+    @functools.wraps(method)
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return method(self, *args, **kwargs)
+
+    samples = read_samples("demo:tune", limit=2)
+    questions = [dataclasses.replace(each, images=samples[0].images) for each in (*samples, samples[0])]
+    monkeypatch.setattr(type(model.base_model), "get_image_features", counted)
+    ask = functools.partial(
+        evaluate, model, demo.processor(), questions, selectors=["hawk"], ratios=[0.5], backend="eager",
+        max_new_tokens=1, batch=1,
+    )  # fmt: skip
+    encoded_calls = []
+    for settings in ({}, {"image_cache": "32MB"}):
+        calls.clear()
+        found = ask(**settings)
+        encoded_calls.append((len(calls), found.rows[0].scores.tolist()))
+    assert [number for number, _ in encoded_calls] == [3, 1] and encoded_calls[0][1] == encoded_calls[1][1]
+    hawk_compile.optimize(model, ratio=0.5, backend="eager", image_cache="32MB")
+    said(model, questions[0])
+    calls.clear()
+    ask()
+    assert not calls and model.__dict__["_hawk_runtime"].images.use().images == 1
+    said(model, questions[1])
+    assert not calls
+    hawk_compile.restore(model)
 
 
 def test_the_command_line(tmp_path):

@@ -1,0 +1,126 @@
+"""What `image_cache` saves of the time to the first token, and what it costs where a picture is new.
+
+    OMP_NUM_THREADS=1 python benchmarks/encoder.py [--tokens 256,1024] [--rounds 11] [--config small]
+    OMP_NUM_THREADS=1 python benchmarks/encoder.py --together [--tokens 256]
+
+"without" is the pruned model, "again" the same with `image_cache` asked another question about a picture that it has
+seen, "new" about one that it has not. All in turns, medians; ratios are medians of the turns' ratios. `--together`
+encodes several images of one call at once, as models do, and one by one, as `image_cache` has it.
+"""
+
+import functools
+import statistics
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import hawk_compile
+from hawk_compile.capture.features import features_of
+from hawk_compile.capture.one_by_one import apart
+from hawk_compile.runtime.state import RUNTIME
+from hawk_compile.tools.benchmarking import prompts
+from hawk_compile.tools.benchmarking.images import picture
+from hawk_compile.tools.benchmarking.models import load
+from hawk_compile.tools.benchmarking.profiles import profile
+from hawk_compile.tools.benchmarking.timing import Call, in_turns, spread
+from hawk_compile.tools.environment import measured_on
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def main(
+    config: Annotated[str, typer.Option(help="profile")] = "small",
+    tokens: Annotated[str, typer.Option(help="visual tokens")] = "256,1024",
+    ratio: Annotated[float, typer.Option(help="fraction of them removed")] = 0.8,
+    rounds: Annotated[int, typer.Option(help="turns")] = 11,
+    together: Annotated[bool, typer.Option(help="compare several images at once with one by one")] = False,
+) -> None:
+    print(measured_on("cpu"))
+    for count in map(int, tokens.split(",")):
+        if together:
+            compare(config, count, rounds)
+        else:
+            first_token(config, count, ratio, rounds)
+
+
+def first_token(config: str, count: int, ratio: float, rounds: int) -> None:
+    made = profile(config)
+    without, caching = (load(made, CPU, torch.float32, None, False)[0] for _ in range(2))
+    prompt = prompts.make(without, picture(made, count), 64, 1, CPU)
+    settings: dict[str, Any] = {"ratio": ratio, "compile_vision": True, "head_weights": "uniform"}
+    hawk_compile.optimize(without, **settings)
+    hawk_compile.optimize(caching, **settings, image_cache="1GB")
+    words = prompts.plain_ids(without)
+    asked = slice(prompt.question.start, prompt.question.stop)
+
+    def another() -> dict[str, Any]:
+        """Another question about the picture."""
+        ids = prompt.ids.clone()
+        ids[:, asked] = words[torch.randint(len(words), (asked.stop - asked.start,))]
+        return {**prompt.whole, "input_ids": ids}
+
+    def new() -> dict[str, Any]:
+        pixels = prompt.whole["pixel_values"]
+        return {**another(), "pixel_values": pixels + 1e-3 * torch.randn(pixels.shape)}
+
+    inputs = another()
+    expected = without(**inputs).logits
+    assert all(caching(**inputs).logits.equal(expected) for _ in range(2))
+    calls = [
+        Call("without", ratio, lambda: functools.partial(without, **another())),
+        Call("again", ratio, lambda: functools.partial(caching, **another())),
+        Call("new", ratio, lambda: functools.partial(caching, **new())),
+    ]
+    in_turns(calls, 2, CPU)
+    times = dict(zip(("without", "again", "new"), in_turns(calls, rounds, CPU), strict=True))
+    images = caching.__dict__[RUNTIME].images
+    use, weights = images.use(), [*next(reversed(images.structures.values())).tensors()]
+    assert not use.passed_over and use.hits >= rounds and use.misses >= rounds
+    print(
+        f"{config}, {prompt.length} tokens of which {count} visual, {ratio:g} removed, {rounds} turns; pixels "
+        f"{megabytes(prompt.whole['pixel_values'])}, encoder {megabytes(*weights)}, kept of an image "
+        f"{use.bytes / use.images / 1e6:.2f} MB"
+    )
+    for name, seconds in times.items():
+        share = spread([one / other for one, other in zip(seconds, times["without"], strict=True)])
+        median = 1e3 * statistics.median(seconds)
+        print(f"  {name} {median:.1f} ms, over without {share.median:.3f} (iqr {share.iqr:.3f})", flush=True)
+
+
+def megabytes(*tensors: torch.Tensor) -> str:
+    return f"{sum(each.nbytes for each in tensors) / 1e6:.1f} MB"
+
+
+def compare(config: str, count: int, rounds: int) -> None:
+    """Images of one call at once against one by one: times, and how far the features are from each other."""
+    made = profile(config)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(made, CPU, dtype, None, False)[0]
+        for images in (2, 4):
+            prompt = prompts.make(model, picture(made, count), 64, images, CPU)
+            pixels = {name: value for name, value in prompt.whole.items() if name in ("pixel_values", "image_grid_thw")}
+            pixels["pixel_values"] = torch.randn(pixels["pixel_values"].shape).to(dtype)
+            alone = apart(pixels)
+            assert len(alone) == images
+
+            def features(given: dict[str, Any], model: Any = model) -> torch.Tensor:
+                output = model.base_model.get_image_features(**given, return_dict=True)
+                return torch.cat([*features_of(output)])
+
+            at_once, one_by_one = in_turns([
+                Call("at once", None, lambda given=pixels: lambda: features(given)),  # type: ignore[misc]
+                Call("one by one", None, lambda given=alone: lambda: [*map(features, given)]),  # type: ignore[misc]
+            ], rounds, CPU)  # fmt: skip
+            whole, apart_too = features(pixels), torch.cat([*map(features, alone)])
+            off = float((whole - apart_too).abs().max() / whole.abs().max())
+            share = spread([one / other for one, other in zip(one_by_one, at_once, strict=True)])
+            print(
+                f"{config} in {str(dtype).partition('.')[2]}, {images} images of {count} tokens: one by one / at once "
+                f"{share.median:.3f} (iqr {share.iqr:.3f}), features off by {off:.1e} of the largest", flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
