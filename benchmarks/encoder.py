@@ -18,20 +18,23 @@ import typer
 import hawk_compile
 from hawk_compile.capture.features import features_of
 from hawk_compile.capture.one_by_one import apart
+from hawk_compile.runtime.cached_images import digest_of
 from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.tools.benchmarking import prompts
 from hawk_compile.tools.benchmarking.images import picture
 from hawk_compile.tools.benchmarking.models import load
-from hawk_compile.tools.benchmarking.profiles import profile
+from hawk_compile.tools.benchmarking.profiles import profile, qwen2_5_vl_scaled
 from hawk_compile.tools.benchmarking.timing import Call, in_turns, spread
 from hawk_compile.tools.environment import measured_on
 
 CPU = torch.device("cpu")
+TOWER = "tower"
+"""Two decoder layers of width 512 behind an encoder of 24 such layers, as large towers are to their pictures."""
 
 
 @torch.no_grad()
 def main(
-    config: Annotated[str, typer.Option(help="profile")] = "small",
+    config: Annotated[str, typer.Option(help="profile, or tower")] = "small",
     tokens: Annotated[str, typer.Option(help="visual tokens")] = "256,1024",
     ratio: Annotated[float, typer.Option(help="fraction of them removed")] = 0.8,
     rounds: Annotated[int, typer.Option(help="turns")] = 11,
@@ -46,7 +49,7 @@ def main(
 
 
 def first_token(config: str, count: int, ratio: float, rounds: int) -> None:
-    made = profile(config)
+    made = qwen2_5_vl_scaled(2, 512, 24, 512) if config == TOWER else profile(config)
     without, caching = (load(made, CPU, torch.float32, None, False)[0] for _ in range(2))
     prompt = prompts.make(without, picture(made, count), 64, 1, CPU)
     settings: dict[str, Any] = {"ratio": ratio, "compile_vision": True, "head_weights": "uniform"}
@@ -87,6 +90,15 @@ def first_token(config: str, count: int, ratio: float, rounds: int) -> None:
         share = spread([one / other for one, other in zip(seconds, times["without"], strict=True)])
         median = 1e3 * statistics.median(seconds)
         print(f"  {name} {median:.1f} ms, over without {share.median:.3f} (iqr {share.iqr:.3f})", flush=True)
+    structure = next(reversed(images.structures.values()))
+    taken = {name: prompt.whole[name] for name in ("pixel_values", "image_grid_thw")}
+    parts = {
+        "modules and code": lambda: structure.holds(caching), "numbers": structure.numbers,
+        "pixels": lambda: digest_of(taken),
+    }  # fmt: skip
+    spent = in_turns([Call(name, None, lambda part=part: part) for name, part in parts.items()], rounds, CPU)  # type: ignore[misc]
+    told = (f"{name} {1e3 * statistics.median(seconds):.1f} ms" for name, seconds in zip(parts, spent, strict=True))
+    print(f"  of again, to look at: {', '.join(told)}", flush=True)
 
 
 def megabytes(*tensors: torch.Tensor) -> str:

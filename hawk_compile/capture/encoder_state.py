@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hawk_compile.capture.encoder_numbers import NotKept
+from hawk_compile.capture.encoder_numbers import NotKept, numbers_of
 from hawk_compile.capture.hooks import room_of
 from hawk_compile.capture.inside import shards
 from hawk_compile.compat.accelerate import HOOK, brings_weights, hooks_on
@@ -103,6 +103,10 @@ class Structure:
             self.in_tuples,
         )  # fmt: skip
         return (value for value in held if isinstance(value, Tensor))
+
+    def numbers(self) -> bytes:
+        """What tells the numbers in its tensors from others: see `numbers_of`."""
+        return numbers_of(self.tensors())
 
 
 class Within:

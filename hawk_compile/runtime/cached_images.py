@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationMixin, PreTrainedModel
 
-from hawk_compile.capture.encoder_numbers import TENSORS, NotKept, bytes_of, numbers_of, randomness, switches
+from hawk_compile.capture.encoder_numbers import TENSORS, NotKept, bytes_of, randomness, switches
 from hawk_compile.capture.encoder_state import Structure
 from hawk_compile.capture.image_cache import ImageCache
 from hawk_compile.capture.modalities import MERGED_BY_NAME, raw_inputs, raw_modalities
@@ -164,7 +164,7 @@ class Encoding:
 
     def state(self) -> tuple[Any, ...]:
         """What decides how the encoder computes, beside its structure."""
-        return (numbers_of(self.structure.tensors()), self.model.base_model.dtype, *switches(self.model.device))
+        return (self.structure.numbers(), self.model.base_model.dtype, *switches(self.model.device))
 
     def refuse(self, structure: Structure) -> None:
         """Raises NotKept where nothing that is encoded now can be kept."""
