@@ -8,6 +8,7 @@ from typing import Any
 
 from hawk_compile.errors import InputError
 from hawk_compile.files import write_whole
+from hawk_compile.tools.benchmarking import savings
 from hawk_compile.tools.benchmarking.floors import Floor
 from hawk_compile.tools.benchmarking.measured import Measured, Measurement, Size
 from hawk_compile.tools.benchmarking.timing import Spread, spread
@@ -119,6 +120,7 @@ def milliseconds(given: Measurement | None) -> str:
 def tables(found: Measured) -> list[Table]:
     """Those that have lines."""
     made = [
+        (savings.ABOUT, savings.HEADINGS, savings.rows(found)),
         (
             'Times; ratios round by round. Median (interquartile range). "pruned" is `optimize`; "compiled" the same '
             'capture and compiler without pruning; "short" that for a prompt that never held more than the kept '

@@ -13,7 +13,7 @@ import hawk_compile
 from hawk_compile.capture.features import fresh
 from hawk_compile.errors import ConfigError, HawkError, InputError, UnsupportedModelError
 from hawk_compile.runtime.tracked import opened
-from hawk_compile.tools.benchmarking import commands, prompts, scoring
+from hawk_compile.tools.benchmarking import commands, prompts, savings, scoring
 from hawk_compile.tools.benchmarking import floors as floors_module
 from hawk_compile.tools.benchmarking.bench import SHAPES, bench
 from hawk_compile.tools.benchmarking.floors import Rates
@@ -123,6 +123,23 @@ def test_what_is_written_holds_every_number(found, tmp_path):
     assert "CUT to the first 1 of 2 layers" in text and "17 visual tokens: no image gives so many" in text
     assert "Compilations of the pruned prefill: 1 for 12 prompt and image sizes" in text
     assert text.count("| prefill |") == text.count("| decode step |") == text.count("| first token |") == 4
+
+
+def test_savings_are_those_worked_out_by_hand(found):
+    taken = [
+        Measurement(16, stage, column, ratio, (seconds,) * 2, 0.0, held)
+        for stage, column, ratio, seconds, held in (
+            ("first", "compiled", None, 10.0, None), ("first", "hawk", 0.5, 6.0, None),
+            ("vision", "compiled", None, 2.0, None), ("scoring", "hawk", 0.5, 0.3, None),
+            ("prefill", "compiled", None, 7.0, 100), ("prefill", "hawk", 0.5, 3.0, 25),
+            ("decode", "compiled", None, 1.0, None), ("decode", "hawk", 0.5, 0.75, None),
+        )
+    ]  # fmt: skip
+    times = ("16", "0.5", "40.0 %"), ("10000.0", "6000.0")
+    whole = [(*times[0], "25.0 %", "75.0 %", *times[1], "33.3 %", "50.0 %", "5.0 %", "16.7 %")]
+    assert savings.rows(replace(found, measurements=taken)) == whole
+    assert savings.rows(replace(found, measurements=taken[:2])) == [(*times[0], "", "", *times[1], "", "", "", "")]
+    assert savings.rows(replace(found, measurements=taken[1:])) == []
 
 
 def test_ratios_are_taken_round_by_round():
