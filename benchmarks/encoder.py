@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/encoder.py [--tokens 256,1024] [--rounds 11] [--config small]
     OMP_NUM_THREADS=1 python benchmarks/encoder.py --together [--tokens 256]
+    OMP_NUM_THREADS=1 python benchmarks/encoder.py --precisions [--tokens 256]
 
 "without" is the pruned model, "again" the same with `image_cache` asked another question about a picture that it has
 seen, "new" about one that it has not. All in turns, medians; ratios are medians of the turns' ratios. `--together`
-encodes several images of one call at once, as models do, and one by one, as `image_cache` has it.
+encodes several images of one call at once, as models do, and one by one, as `image_cache` has it. `--precisions` runs
+the encoder alone in other precisions than the model's fp32: bf16, and int8 weights and activations (dynamic, torchao).
 """
 
 import functools
@@ -18,6 +20,7 @@ import typer
 import hawk_compile
 from hawk_compile.capture.features import features_of
 from hawk_compile.capture.one_by_one import apart
+from hawk_compile.capture.vision import CompiledVision
 from hawk_compile.runtime.cached_images import digest_of
 from hawk_compile.runtime.state import RUNTIME
 from hawk_compile.tools.benchmarking import prompts
@@ -39,8 +42,13 @@ def main(
     ratio: Annotated[float, typer.Option(help="fraction of them removed")] = 0.8,
     rounds: Annotated[int, typer.Option(help="turns")] = 11,
     together: Annotated[bool, typer.Option(help="compare several images at once with one by one")] = False,
+    precisions: Annotated[bool, typer.Option(help="run the encoder in other precisions")] = False,
 ) -> None:
     print(measured_on("cpu"))
+    if precisions:
+        for count in map(int, tokens.split(",")):
+            compare_precisions(config, count, rounds)
+        return
     for count in map(int, tokens.split(",")):
         if together:
             compare(config, count, rounds)
@@ -131,6 +139,40 @@ def compare(config: str, count: int, rounds: int) -> None:
             print(
                 f"{config} in {str(dtype).partition('.')[2]}, {images} images of {count} tokens: one by one / at once "
                 f"{share.median:.3f} (iqr {share.iqr:.3f}), features off by {off:.1e} of the largest", flush=True,
+            )  # fmt: skip
+
+
+def compare_precisions(config: str, count: int, rounds: int) -> None:
+    """The encoder in other precisions over that in fp32, compiled and not: times, and how far features are off."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    made = qwen2_5_vl_scaled(2, 512, 24, 512) if config == TOWER else profile(config)
+    loaded = {name: load(made, CPU, torch.float32, None, False)[0] for name in ("fp32", "bf16", "int8")}
+    prompt = prompts.make(loaded["fp32"], picture(made, count), 64, 1, CPU)
+    loaded["bf16"].base_model.visual.to(torch.bfloat16)
+    quantize_(loaded["int8"].base_model.visual, Int8DynamicActivationInt8WeightConfig())
+    pixels = torch.randn(prompt.whole["pixel_values"].shape)
+    grid = prompt.whole["image_grid_thw"]
+
+    def call(tower: Any, dtype: torch.dtype) -> Any:
+        return functools.partial(tower, pixels.to(dtype), grid_thw=grid)
+
+    for how in ("eager", "compiled"):
+        calls = {}
+        for name, model in loaded.items():
+            visual = model.base_model.visual
+            ran = visual if how == "eager" else CompiledVision("inductor").twin(model).base_model.visual
+            calls[name] = call(ran, torch.bfloat16 if name == "bf16" else torch.float32)
+        outputs = {name: one().pooler_output.float() for name, one in calls.items()}
+        timed = [Call(name, None, lambda one=one: one) for name, one in calls.items()]  # type: ignore[misc]
+        in_turns(timed, 1, CPU)
+        seconds = dict(zip(calls, in_turns(timed, rounds, CPU), strict=True))
+        for name in ("bf16", "int8"):
+            share = spread([one / other for one, other in zip(seconds[name], seconds["fp32"], strict=True)])
+            off = float((outputs[name] - outputs["fp32"]).abs().max() / outputs["fp32"].abs().max())
+            print(
+                f"{config}, {how}, {count} tokens: encoder in {name} over fp32 {share.median:.3f} (iqr "
+                f"{share.iqr:.3f}), features off by {off:.1e} of the largest", flush=True,
             )  # fmt: skip
 
 

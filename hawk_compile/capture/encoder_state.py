@@ -7,7 +7,6 @@ into, since adapters switch and scale there.
 """
 
 import functools
-import inspect
 import operator
 import types
 from collections import deque
@@ -36,6 +35,8 @@ VALUES = operator.methodcaller("values")
 LEFT_OUT = (MODULES, "rope_deltas")
 """Attributes of a body that are no encoder's, or that a call leaves there for the next one."""
 OURS = "hawk_compile."
+CACHED = type(functools.cache(len))
+"""The class of what `functools.cache` makes of a function."""
 
 
 class Structure:
@@ -197,8 +198,10 @@ def globals_read_by(kinds: Iterable[type]) -> list[tuple[dict[str, Any], str, An
     found: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
     known: set[int] = set()
     while waiting:
-        function = function_of(waiting.pop())
-        if function is None or id(function) in known or function.__module__.partition(".")[0] == "torch":
+        value = waiting.pop()
+        waiting += (held for held in (wrapped_by(value),) if held is not None)
+        function = function_of(value)
+        if function is None or id(function) in known or str(function.__module__).partition(".")[0] == "torch":
             continue
         known.add(id(function))
         space = function.__globals__
@@ -210,11 +213,23 @@ def globals_read_by(kinds: Iterable[type]) -> list[tuple[dict[str, Any], str, An
     return [*found.values()]
 
 
-def function_of(value: Any) -> Any:
-    """The function of Python that is called where a value is; None where there is none."""
-    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-    value = inspect.unwrap(value) if callable(value) else value
+def function_of(value: Any) -> types.FunctionType | None:
+    """The function of Python that is called where a value is; None where there is none. Attributes are asked of what
+    has them alone: classes that stand for packages that are not installed raise."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property):
+        value = value.func
+    elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        value = value.__func__
     return value if isinstance(value, types.FunctionType) else None
+
+
+def wrapped_by(value: Any) -> Any:
+    """What a function, or a cache around one, says that it wraps."""
+    inner = function_of(value) or value
+    wraps = isinstance(inner, types.FunctionType) or type(inner) is CACHED
+    return vars(inner).get("__wrapped__") if wraps else None
 
 
 def holds_something(cell: Any) -> bool:

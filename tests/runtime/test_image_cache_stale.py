@@ -342,3 +342,32 @@ def test_a_change_while_it_is_encoded_is_seen(monkeypatch: pytest.MonkeyPatch) -
     assert turns and "was changed while it ran" in use(model).reason
     weight(other).data.mul_(2)
     assert features(model).equal(features(other))
+
+
+def test_a_helper_that_is_replaced_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that the encoder's code calls by name, through one that is wrapped, and a number that it reads."""
+    kind = type(zoo.build(NAME, layers=1).base_model.multi_modal_projector)
+    before = kind.forward
+
+    @functools.cache
+    def factor() -> float:
+        return scale() * NUMBER
+
+    def forward(self: Any, features: Tensor) -> Tensor:
+        return factor.__wrapped__() * before(self, features)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    model, other = keeping(), without()
+    for name, value in ((None, None), ("scale", lambda: 3.0), ("NUMBER", 0.5)):
+        if name is not None:
+            monkeypatch.setitem(globals(), name, value)
+        misses = use(model).misses
+        assert features(model).equal(features(other)) and use(model).misses == misses + 1, name
+        assert features(model).equal(features(other)) and use(model).misses == misses + 1, name
+
+
+NUMBER = 2.0
+
+
+def scale() -> float:
+    return 1.0
