@@ -110,7 +110,7 @@ def _take(
             live = (before > float("-inf")) & (s != winner)
             tile = tl.zeros((BLOCK, WIDTH), tl.float32)
             for d in range(0, width, WIDTH):
-                e = d + element
+                e = (d + element).to(tl.int64)
                 taken = tl.load(features + winner.to(tl.int64) * features_row + e * features_column, mask=e < width,
                                 other=0.0).to(tl.float32)  # fmt: skip
                 held = tl.load(features + s.to(tl.int64)[:, None] * features_row + e[None, :] * features_column,

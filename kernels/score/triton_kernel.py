@@ -63,7 +63,7 @@ def _raw_scores(
         row = tl.minimum(s, size - 1)
         acc = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
         for start in range(split * span, tl.minimum((split + 1) * span, width), BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+            d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
             at = values + row[:, None] * values_row + d[None, :] * values_column
             x = tl.load(at) if EVEN else tl.load(at, mask=(d < width)[None, :], other=0.0)  # [BLOCK_S, BLOCK_D]
             for i in tl.static_range(PIECES):

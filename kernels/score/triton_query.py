@@ -41,7 +41,7 @@ def _sum_voters(
     batch = (tl.program_id(2) // heads).to(tl.int64)
     head = (tl.program_id(2) % heads).to(tl.int64)
     values += batch * values_batch + head * values_head
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     rows = tl.cdiv(size, CHUNKS)
     end = tl.minimum((chunk + 1) * rows, size)
     total = tl.zeros((BLOCK_S,), tl.float32)
@@ -117,7 +117,7 @@ def _project(
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         x = tl.load(mean + batch * width + d, mask=d < width, other=0.0)
         w = tl.load(
             weight + r[:, None] * weight_row + d[None, :] * weight_column,
@@ -153,7 +153,7 @@ def _fold(
     """folded[b, h] = weight[kv(h)]^T query[b, h], offset[b, h] = bias[kv(h)] . query[b, h]."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     query += (batch * heads + head) * head_dim
     first = (head // group).to(tl.int64) * head_dim  # the KV head's first row
     acc = tl.zeros((BLOCK_D,), tl.float32)

@@ -1,13 +1,15 @@
 """Every kernel compiles to machine code for each GPU generation, from the arguments with which its launcher runs it."""
 
 import importlib
+import re
 
 import pytest
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from hawk_compile.kernels.score import triton_query
 
@@ -106,8 +108,8 @@ def record(monkeypatch):
     return run
 
 
-def compile_kernel(kernel, arguments, target):
-    """Compile as the launch would: 1 becomes a constant, multiples of 16 and pointers are known to be aligned."""
+def as_launched(kernel, arguments):
+    """(source, options) as the launch has them: 1 becomes a constant, multiples of 16 and pointers are aligned."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -120,8 +122,24 @@ def compile_kernel(kernel, arguments, target):
         if isinstance(value, Tensor) or (parameter.name not in constants and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_kernel(kernel, arguments, target):
+    source, options = as_launched(kernel, arguments)
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def first_code(kernel, arguments):
+    """Triton's own code of a kernel, as written: nothing is compiled any further."""
+    target = GPUTarget("cuda", 90, 32)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source, options = as_launched(kernel, arguments)
+    options = backend.parse_options(options)
+    builders = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(source.make_ir(target, options, *builders, context))
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
@@ -134,3 +152,57 @@ def test_compiles_for(name, target, record):
         compiled = compile_kernel(kernel, named, target)
         assert len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared <= SHARED_MEMORY[target]
+
+
+def strided(dtype, *shape):
+    """A tensor whose last dimension is not dense, as of something larger or transposed."""
+    return meta(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+
+
+STRIDED = {
+    "score": ("score.launch_folded", tuple(strided(each.dtype, *each.shape) if isinstance(each, Tensor)
+                                           and each.dim() > 1 else each for each in folded(torch.bfloat16, "l2"))),
+    "select": ("select.launch_select", (strided(torch.float32, 1, SIZE), *masks(), meta(1, dtype=torch.int64), 1024)),
+    "greedy": ("greedy.launch_greedy_order", (strided(torch.bfloat16, 2, SIZE, WIDTH), *greedy("dpp")[1:])),
+    "gather": ("gather.launch_gather", (strided(torch.bfloat16, 1, SIZE, WIDTH), meta(1, 1024, dtype=torch.int64))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_no_stride_is_multiplied_in_32_bits(name, record):
+    """A position or a column times its stride passes 2^31 in a prompt of 65,536 positions and 32,768 columns."""
+    launcher, arguments = STRIDED[name]
+    strides = 0
+    for kernel, given in record(launcher, arguments):
+        assert narrow_products(first_code(kernel, given)) == [], kernel.__name__
+        strides += sum(parameter.name.endswith(STRIDES) and given[parameter.name] != 1 for parameter in kernel.params)
+    assert strides > 0
+
+
+def test_a_narrow_product_is_seen():
+    code = """
+      %d = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32>
+      %wide = tt.splat %values_column : i32 -> tensor<64xi32>
+      %at = arith.muli %d, %wide : tensor<64xi32>
+      %ok = arith.muli %row, %other : tensor<64xi64>
+    """
+    assert narrow_products(code) == ["%at = arith.muli %d, %wide : tensor<64xi32>"]
+
+
+STRIDES = ("_batch", "_head", "_row", "_column")
+
+
+def narrow_products(code):
+    """Lines of Triton's code that multiply with a stride, an argument of the kernel, in 32 bits."""
+    lines = [line.strip() for line in code.splitlines()]
+    holding = set()  # values that are a stride, for each element the same
+    found = []
+    for line in lines:
+        result, _, operation = line.partition(" = ")
+        operands = re.findall(r"%[A-Za-z_]\w*", operation)
+        named = [each for each in operands if each.endswith(STRIDES) or each in holding]
+        if named and operation.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims")):
+            holding.add(result)
+        elif named and operation.startswith("arith.muli") and "i32" in operation.split(" loc(")[0]:
+            found.append(line)
+    return found
