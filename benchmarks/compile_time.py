@@ -1,25 +1,29 @@
-"""How long the first prefill takes to compile: by the number of decoder layers, with and without `fold_layers`, with an
-empty cache on disk and with the one that this left.
+"""How long the first prefill of a new process takes: with an empty cache on disk, with the one that this left, and with
+the graphs that `hawk_compile.save_compiled` wrote, by the number of decoder layers.
 
-    python benchmarks/compile_time.py [--layers 1 8 28]
+    OMP_NUM_THREADS=1 python benchmarks/compile_time.py [--layers 1 28] [--unfolded]
 
-Every figure is the first call of a process of its own, of a model with random weights (Qwen2.5-VL, 256 wide).
+Every figure is the first call of a process of its own, of a model with random weights (Qwen2.5-VL, 256 wide), behind
+loading it. That of saved graphs has an empty cache, and counts `load_compiled` too.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from hawk_compile.tools.environment import measured_on
 
 ONE = "--one"
+ANSWER, SAVE, LOAD = "answer", "save", "load"
 
 
-def first_call(layers: int) -> float:
-    """Seconds of the first pruned prefill in this process."""
+def first_call(layers: int, task: str, folder: str) -> dict[str, Any]:
+    """Seconds of the first pruned prefill in this process, and of saving its graph where that is asked for."""
     import torch
 
     import hawk_compile
@@ -34,36 +38,58 @@ def first_call(layers: int) -> float:
     with torch.no_grad():
         given = prompts.encode(model, prompt)
         started = time.perf_counter()
-        model(**given)
-    return time.perf_counter() - started
+        if task == LOAD:
+            hawk_compile.load_compiled(model, folder)
+        logits = model(**given).logits
+    found = {"first": time.perf_counter() - started, "sum": float(logits.double().abs().sum())}
+    if task == SAVE:
+        started = time.perf_counter()
+        assert not hawk_compile.save_compiled(model, folder)
+        found["saving"] = time.perf_counter() - started
+        found["bytes"] = sum(file.stat().st_size for file in os.scandir(folder))
+    return found
 
 
-def in_a_process(layers: int, left_out: str, cache: str) -> float:
+def in_a_process(layers: int, task: str, folder: str, cache: str, left_out: str = "") -> dict[str, Any]:
     environment = {**os.environ, "HAWK_DISABLE": left_out, "TORCHINDUCTOR_CACHE_DIR": cache}
-    command = [sys.executable, __file__, ONE, str(layers)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    command = [sys.executable, __file__, ONE, str(layers), task, folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def row_of(layers: int, unfolded: bool) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        folder, cache, empty = (os.path.join(place, name) for name in ("compiled", "cache", "empty"))
+        cold = in_a_process(layers, SAVE, folder, cache)
+        warm = in_a_process(layers, ANSWER, folder, cache)
+        saved = in_a_process(layers, LOAD, folder, empty)
+        assert abs(saved["sum"] - warm["sum"]) <= 1e-5 * warm["sum"], "saved graphs answer otherwise"
+        figures = [cold["first"], warm["first"], saved["first"], cold["saving"]]
+        if unfolded:
+            others = os.path.join(place, "unfolded")
+            figures += [in_a_process(layers, ANSWER, folder, others, "fold_layers")["first"] for _ in range(2)]
+    cells, megabytes = [f"{seconds:.1f}" for seconds in figures], f"{cold['bytes'] / 1e6:.1f}"
+    return f"| {layers} | {' | '.join([*cells[:4], megabytes, *cells[4:]])} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 8, 28])
-    parser.add_argument(ONE, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 28])
+    parser.add_argument("--unfolded", action="store_true", help="also without the pass fold_layers")
+    parser.add_argument(ONE, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(first_call(options.one))
+        layers, task, folder = options.one
+        print(json.dumps(first_call(int(layers), task, folder)))
         return
+    more = " unfolded, empty cache, s | cache on disk, s |" if options.unfolded else ""
     print(measured_on("cpu"))
-    print("| layers | empty cache, s | unfolded, s | cache on disk, s | unfolded, s |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
+    print(f"| layers | empty cache, s | cache on disk, s | saved graphs, s | saving them, s | MB |{more}")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |" + (" ---: | ---: |" if options.unfolded else ""))
     for layers in options.layers:
-        spent: list[float] = []
-        with tempfile.TemporaryDirectory() as folder:
-            for left_out in ("", "fold_layers"):
-                cache = os.path.join(folder, left_out or "all")
-                spent += [in_a_process(layers, left_out, cache) for _ in range(2)]
-        cold, warm, unfolded_cold, unfolded_warm = spent
-        print(f"| {layers} | {cold:.1f} | {unfolded_cold:.1f} | {warm:.1f} | {unfolded_warm:.1f} |", flush=True)
+        print(row_of(layers, options.unfolded), flush=True)
 
 
 if __name__ == "__main__":

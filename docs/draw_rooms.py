@@ -14,7 +14,7 @@ import grimp
 
 PACKAGES = ("hawk_compile", "hawk_compile.passes", "hawk_compile.kernels")
 FLOORS = (
-    ("tools",), ("exporting", "serving"), ("runtime",), ("compile", "capture"),
+    ("tools",), ("saved",), ("exporting", "serving"), ("runtime",), ("compile", "capture"),
     ("plan",), ("settings",), ("passes",), ("kernels",),
 )  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,6 +13,7 @@
     hawk_compile.bench("small").write("bench/")       # what pruning saves on this machine
     hawk_compile.export(model, inputs, "out/", format="onnx", ratio=0.8)
     hawk_compile.load("out/").generate(**inputs)      # the same, in ONNX Runtime
+    hawk_compile.save_compiled(model, "compiled/")    # for load_compiled in a new process, which compiles nothing then
 
 Settings are given by name or as one `HawkConfig`, to all alike; what takes a while tells `progress=` how far it is.
 What this package refuses, it refuses with a `hawk_compile.HawkError`.
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from hawk_compile.runtime.api import optimize, pruned, report, restore
     from hawk_compile.runtime.records import Report
     from hawk_compile.runtime.warming import warm_up
+    from hawk_compile.saved.load import load_compiled
+    from hawk_compile.saved.save import save_compiled
     from hawk_compile.settings.budgets import Adaptive
     from hawk_compile.settings.config import HawkConfig
     from hawk_compile.settings.selectors import register_selector
@@ -86,11 +89,13 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_compiled",
     "optimize",
     "pruned",
     "register_selector",
     "report",
     "restore",
+    "save_compiled",
     "selectors",
     "show",
     "warm_up",
@@ -125,11 +130,13 @@ HOMES = {
     "export": "exporting.write",
     "inspect": "tools.inspection.inspect:inspect_model",
     "load": "exporting.runner",
+    "load_compiled": "saved.load",
     "optimize": "runtime.api",
     "pruned": "runtime.api",
     "register_selector": "settings.selectors",
     "report": "runtime.api",
     "restore": "runtime.api",
+    "save_compiled": "saved.save",
     "show": "tools.pictures.show",
     "warm_up": "runtime.warming",
 }

@@ -44,7 +44,8 @@ CAPTURED = (
 )  # fmt: skip
 TOGETHER = {
     **{f"tests/runtime/test_{name}.py": "runtime" for name in CAPTURED},
-    "tests/compile/test_inductor.py": "exporting", "tests/exporting": "exporting", "tests/kernels": "kernels",
+    "tests/compile/test_inductor.py": "exporting", "tests/exporting": "exporting", "tests/saved": "exporting",
+    "tests/kernels": "kernels",
 }  # fmt: skip
 """Files and folders -> what they share."""
 

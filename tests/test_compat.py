@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib
 import inspect
+import json
 import linecache
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -487,6 +489,48 @@ def test_what_generate_settles_its_settings_by(monkeypatch: pytest.MonkeyPatch) 
     model.generate(**inputs, max_new_tokens=1)
     assert seen == [2, 1]
 
+
+
+def test_what_is_asked_of_sizes() -> None:
+    """Two sizes that are equal have symbols of their own, as they came."""
+    taken: list[Any] = []
+
+    def take(gm: fx.GraphModule, _: Any) -> Any:
+        fakes = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        taken.extend(fake for fake in fakes if isinstance(fake, torch.Tensor))
+        return gm.forward
+
+    def add(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return one + other if one.shape[0] > 3 else one
+
+    with dynamo.shape_settings(use_duck_shape=False):
+        torch.compile(add, backend=take, dynamic=True)(torch.ones(5), torch.ones(5))
+    (came, now), (other_came, other_now) = (dynamo.size_as_it_came(fake.shape[0]) for fake in taken)
+    assert came != other_came and now == other_now
+    ranges, conditions = dynamo.what_is_asked_of_sizes(taken[0])
+    assert {str(came), str(other_came)} <= ranges.keys()
+    assert any(condition.free_symbols == {came, other_came} for condition in conditions)
+
+
+def test_switches_of_torch() -> None:
+    before = json.loads(modes.switches_of_torch())
+    assert {"num_threads", "default_dtype", "deterministic_algorithms"} <= before.keys()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert json.loads(modes.switches_of_torch()) != before
+    with torch.no_grad():
+        assert json.loads(modes.switches_of_torch()) != before
+    assert json.loads(modes.switches_of_torch()) == before
+
+
+def test_packages_that_take_flat_tensors() -> None:
+    """`tests/saved` runs them."""
+    compile_fx_aot = importlib.import_module("torch._inductor.compile_fx").compile_fx_aot
+    assert parameters(compile_fx_aot)[:2] == ["model_", "example_inputs_"]
+    assert "config_patches" in parameters(compile_fx_aot)
+    package_aoti = importlib.import_module("torch._inductor.package").package_aoti
+    assert parameters(package_aoti)[:2] == ["archive_file", "aoti_files"]
+    assert callable(dynamo.AOTIModelPackageLoader.run)
+    assert torch._inductor.config.cpp.dynamic_threads is False
 
 
 def test_packages_of_aotinductor() -> None:

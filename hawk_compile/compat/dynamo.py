@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._C._aoti import AOTIModelPackageLoader
 from torch._dynamo.backends.registry import lookup_backend as lookup_backend  # the compiler of a backend's name
 from torch._dynamo.comptime import comptime
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries  # (code) -> graphs with their guards
@@ -298,3 +299,31 @@ def open_package(path: str) -> Any:
     return torch._inductor.aoti_load_package(path)
 
 
+def compile_package(gm: torch.fx.GraphModule, inputs: list[Any], path: str, settings: dict[str, Any]) -> None:
+    """Compile a graph by AOTInductor into one .pt2 file, whose code takes flat tensors and nothing else.
+
+    Args:
+        inputs: a fake tensor for each placeholder, of symbolic sizes.
+    """
+    from torch._inductor.compile_fx import compile_fx_aot
+    from torch._inductor.package import package_aoti
+
+    files: Any = compile_fx_aot(gm, inputs, config_patches={"aot_inductor.package": True, **settings})
+    package_aoti(path, files)
+
+
+def open_flat(path: str, runners: int) -> Callable[[list[Any]], list[Any]]:
+    """A .pt2 file as a function of flat tensors, that so many threads may run at once."""
+    return AOTIModelPackageLoader(path, "model", False, runners, -1).run
+
+
+def what_is_asked_of_sizes(fake: Any) -> tuple[dict[str, tuple[Any, Any]], list[Any]]:
+    """What a graph that a fake tensor is of asks of its sizes: ranges of symbols, and conditions, as sympy has them."""
+    env = fake.fake_mode.shape_env
+    ranges = {str(symbol): (bound.lower, bound.upper) for symbol, bound in env.var_to_range.items()}
+    return ranges, [guard.expr for guard in env.guards]
+
+
+def size_as_it_came(size: torch.SymInt) -> tuple[Any, Any]:
+    """(the symbol that a size was given first, what it is known to be equal to since), as sympy has them."""
+    return size.node._expr, size.node.expr

@@ -54,6 +54,8 @@ AUDIO_LENGTHS = "_get_feat_extract_output_lengths"
 """A method of audio towers: (frames) -> (frames after convolutions, tokens)."""
 COMMIT = "_commit_hash"
 """The commit of the Hub's repository that a configuration came from."""
+ORIGINS = (COMMIT, "_name_or_path", "transformers_version", "architectures")
+"""What a configuration says of where it came from, and nothing of what is made of it."""
 
 
 REPLICATE = "_replicate_for_data_parallel"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import GlobalStateGuard
 from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals as say_that_a_mode_bars_graphs
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as modules
@@ -16,6 +17,12 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 __all__ = ["dispatch_modes", "function_modes"]
+
+
+def switches_of_torch() -> str:
+    """What torch.compile asks of the process and of this thread, as JSON: gradients, autocast, the default dtype,
+    deterministic algorithms, threads."""
+    return str(GlobalStateGuard().__getstate__())
 
 
 def is_tracer(mode: Any) -> bool:

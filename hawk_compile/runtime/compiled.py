@@ -1,5 +1,6 @@
 """The compiled prefill and decode step. No lock is held while one of them runs: only captures take turns."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hawk_compile.capture.attention import eager_of
-from hawk_compile.capture.dynamo import without_holding
+from hawk_compile.capture.dynamo import RECOMPILE_LIMIT, without_holding
 from hawk_compile.capture.prefill import planned_forward
 from hawk_compile.capture.states import CompiledByState
 from hawk_compile.capture.turns import CompiledInTurns, ending_turn, nothing
@@ -22,8 +23,11 @@ from hawk_compile.kernels.plan.op import slots
 from hawk_compile.passes.insert_scoring import Ranks
 from hawk_compile.passes.site import Located, read
 from hawk_compile.plan.plan import Plan
+from hawk_compile.runtime.kinds import kind_of
 from hawk_compile.runtime.surroundings import compiling, seen_by_watchers, watchers_around
 from hawk_compile.settings.config import HawkConfig
+
+log = logging.getLogger("hawk_compile")
 
 LONGEST = 300
 """Characters of what torch says; its reasons run to many lines."""
@@ -39,6 +43,9 @@ class CompiledPrefill:
         forwards: the classes of the modules in its graphs, with their forwards, which Dynamo has inlined and looks at
             no more.
         eager: the eager attention of the model's file, when a graph was captured.
+        kinds: the calls that graphs were captured for, without numbers, as `called` was given them; or why one cannot
+            be captured again elsewhere.
+        saved: what answers a call without a graph of this process; see `hawk_compile.saved`.
     """
 
     def __init__(self, config: HawkConfig, ranks: Ranks | None = None, passes: Sequence[Step] = PASSES):
@@ -50,6 +57,8 @@ class CompiledPrefill:
         self.watched: CompiledPrefill | None = None
         self.forwards: dict[type, Any] = {}
         self.eager: Any = None
+        self.kinds: tuple[Any, ...] = ()
+        self.saved: Any = None
         compiler = ending_turn(without_holding(self.compile))
         self.function = CompiledByState(planned_forward, backend=compiler, fullgraph=True)
 
@@ -99,6 +108,10 @@ class CompiledPrefill:
         watchers = watchers_around()
         with compiling():
             if not watchers.any:
+                if self.saved is not None and not watchers.function:
+                    answer = self.saved.answer(forward, inputs, past_mask, planned, along)
+                    if answer is not None:
+                        return answer  # type: ignore[no-any-return]
                 return self.called(before_capture, forward, inputs, past_mask, planned, along)
             if self.watched is None:
                 self.watched = CompiledPrefill(replace(self.config, backend="eager"), self.ranks, PLAIN_PASSES)
@@ -108,8 +121,13 @@ class CompiledPrefill:
             return result
 
     def called(self, before_capture: Callable[[], None], *args: Any) -> Any:
+        def noted() -> None:
+            before_capture()
+            log.info("capturing a prefill of a new kind, to be compiled by %s", self.config.backend)
+            self.kinds = (*self.kinds, kind_of(*args))[-RECOMPILE_LIMIT:]
+
         try:
-            return self.function.call(before_capture, *args)
+            return self.function.call(noted, *args)
         except RuntimeError as error:
             if REFUSED_TO_COMPILE not in str(error):
                 raise

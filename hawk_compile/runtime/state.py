@@ -131,6 +131,7 @@ class Runtime:
         What refers to the model goes, and what its encoder has made of images: it would keep the model alive.
         """
         self.originals, self.compiled_steps, self.last, self.images = {}, {}, None, None
+        self.prefill.saved = None
         put_aside[model] = self
 
     def note(self, record: PrefillRecord, result: Any, cache: Cache | None = None) -> Cache | None:
