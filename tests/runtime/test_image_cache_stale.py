@@ -371,3 +371,22 @@ NUMBER = 2.0
 
 def scale() -> float:
     return 1.0
+
+
+@pytest.mark.parametrize("name", ["torchao.quantization", "optimum.quanto"])
+def test_a_quantised_encoder(name: str) -> None:
+    """Known by what its weights are made of; the same weights in the other kind are another encoder."""
+    library = pytest.importorskip(name, reason=f"{name} is not installed")
+    model, other = keeping(), without()
+    expected = features(other)
+    assert features(model).equal(expected)
+    for each in (model, other):
+        if name == "torchao.quantization":
+            library.quantize_(tower(each), library.Int8WeightOnlyConfig())
+        else:
+            library.quantize(tower(each), weights=library.qint8), library.freeze(tower(each))
+            each.eval()  # its layers are made in training mode
+    assert not features(other).equal(expected)
+    for hits in (0, 1):
+        assert features(model).equal(features(other)) and use(model).hits == hits
+    assert not use(model).passed_over
