@@ -13,7 +13,7 @@ from hawk_compile.capture.attention import capturing
 from hawk_compile.capture.diagnosis import diagnosed
 from hawk_compile.capture.dynamo import capture_settings, compile_alone
 from hawk_compile.capture.prefill import planned_forward
-from hawk_compile.compat.dynamo import size_as_it_came, what_is_asked_of_sizes
+from hawk_compile.compat.dynamo import dynamo_settings, size_as_it_came, what_is_asked_of_sizes
 from hawk_compile.compile.pipeline import PLAIN_PASSES, PassOptions, run_passes
 from hawk_compile.passes.site import Located, read
 from hawk_compile.runtime.kinds import Kind, mapped
@@ -93,7 +93,8 @@ def graph_of(
     before = Unchanged(model)
     function = compile_alone(planned_forward, taken=True, backend=take, fullgraph=True)
     told("capturing")
-    with capture_settings(), diagnosed(model), capturing(model, user):
+    # A call's own numbers are equal wherever this graph serves it: `described` holds them.
+    with capture_settings(), dynamo_settings(specialize_int=True), diagnosed(model), capturing(model, user):
         result = function(forward, inputs, None, planned, along)
     if not before.still():
         raise NotSaved("its forward changes the model")

@@ -59,8 +59,7 @@ def save_compiled(
         progress: told of "capturing", "passes" and "compiling" of each graph.
 
     Returns:
-        For each kind of call that was left out, why; batches of `generate`, whose graphs take `logits_to_keep` as a
-        number, are among them so far. Such calls are compiled as ever, in each process.
+        For each kind of call that was left out, why. Such calls are compiled as ever, in each process.
 
     Raises:
         InputError: a model that is not optimised, or has had no prompt that could be saved; a folder in the way.
