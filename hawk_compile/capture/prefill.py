@@ -128,7 +128,8 @@ def sizes_of(nodes: Sequence[fx.Node], given: Sequence[Any]) -> dict[str, int]:
         if isinstance(value, Tensor):
             shape = node.meta["example_value"].shape
             for size, real in zip(shape, value.shape, strict=True):
-                if (size if isinstance(size, int) else sizes.setdefault(str(size), real)) != real:
+                name = str(size)  # a symbol, or a number that it was found to be
+                if sizes.setdefault(name, int(name) if name.isdecimal() else real) != real:
                     raise other_structure(f"{node.name} {list(value.shape)}, captured was {list(shape)}")
     return sizes
 

@@ -87,6 +87,18 @@ def test_a_call_of_another_structure_is_refused() -> None:
             captured("llava").arguments(*call_of(plain("llava"), batch))
 
 
+def test_a_size_that_was_found_to_be_a_number_is_asked_for() -> None:
+    """Positions with a row for text in front, [4, 1, S], where those of the call that was captured had none."""
+    name = "qwen3_vl"
+    given, past_mask, planned = call_of(plain(name), inputs(name, 4))
+    assert given["position_ids"].shape[0] == 3
+    longer = {**given, "position_ids": torch.cat([given["position_ids"][:1], given["position_ids"]])}
+    prefill = captured(name)
+    prefill.arguments(given, past_mask, planned)
+    with pytest.raises(InputError, match="captured for calls of another structure"):
+        prefill.arguments(longer, past_mask, planned)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = zoo.build("llava", layers=1)
     model.base_model.__dict__["get_placeholder_mask"] = own = model.base_model.get_placeholder_mask

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from tests.messages import sources
 from tests.runtime.load.leftovers import holders, locks
-from tests.runtime.models import generate, picture, pruned
+from tests.runtime.models import fresh, generate, picture
 
 LOCK = r"R?Lock|Condition|(Bounded)?Semaphore"
 ELSEWHERE = {("hawk_compile.exporting.executorch", "running"), ("hawk_compile.exporting.tensorrt", "running"),
@@ -42,7 +42,7 @@ def locks_made(tree: ast.Module) -> set[str]:
 
 def test_every_lock_is_known() -> None:
     """A new one must be found by the check that none is held."""
-    model = pruned("qwen2_5_vl")
+    model = fresh("qwen2_5_vl", image_cache="1MB")
     generate(model, picture("qwen2_5_vl"), 1)
     known = {id(lock) for lock in locks(model).values()}
     carried = {

@@ -40,7 +40,9 @@ def locks(model: Any) -> dict[str, Any]:
 def holders(model: Any) -> tuple[Any, ...]:
     """What an optimised model carries, or the package's modules, that may hold locks of its own."""
     runtime = model.__dict__.get("_hawk_runtime")
-    carried = () if runtime is None else (runtime, runtime.prefill, runtime.prefill.function, runtime.vision)
+    carried = () if runtime is None else (
+        runtime, runtime.prefill, runtime.prefill.function, runtime.vision, *filter(None, [runtime.images])
+    )
     kept = (value for _, value in globals_of_ours() if type(value).__module__.partition(".")[0] == "hawk_compile")
     return (*carried, *(value for value in kept if hasattr(value, "__dict__") and not isinstance(value, type)))
 
