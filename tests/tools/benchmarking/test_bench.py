@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_skipped_and_named(monkeypatch, found):
         ({"layers": 0}, InputError, "layers must be at least 1, got 0"),
         ({"stages": ("scores",)}, ConfigError, "stages must be one of vision, .*got 'scores'"),
         ({"device": "meta"}, InputError, "device must be cpu or cuda, got 'meta'"),
-        ({"min_per_image": 4}, ConfigError, "budget, min_per_image, quota and normalize_per must be left out"),
+        ({"min_per_image": 4}, ConfigError, "budget, min_per_image, quota, bucket and normalize_per must be left out"),
         ({"ratio": 0.5}, ConfigError, "ratio must be left out here, got 0.5: give ratios"),
         ({"dtype": "int8"}, InputError, "dtype must be one of fp32, fp16, bf16, got 'int8'"),
     ],
