@@ -114,6 +114,7 @@ READ_ELSEWHERE = {
     "hawk_compile/tools/commands/common.py": "an argument of the command line",
     "hawk_compile/tools/serve.py": "an argument of the command line",
     "hawk_compile/saved/key.py": "of the system, and the package's own files",
+    "hawk_compile/saved/unchanged.py": "what was dumped in the same line",
 }
 
 
