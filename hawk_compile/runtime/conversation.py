@@ -44,9 +44,8 @@ class Slots:
         if left < 0:
             return None
         last = torch.arange(self.logical - count, self.logical, device=self.positions.device)
-        same = (self.positions[:, left:] == last).all()
-        if self.valid is not None:
-            same &= self.valid[:, left:].all()
+        # Padding that ends a prompt has slots as tokens have; what fills a row up repeats another slot's position.
+        same = (self.positions[:, left:] == last).all() & (self.positions[:, :left] < self.logical - count).all()
         if not same:
             return None
         valid = None if self.valid is None else self.valid[:, :left]

@@ -12,6 +12,7 @@ from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCach
 import hawk_compile
 from hawk_compile.errors import InputError, UnsupportedCallError
 from hawk_compile.runtime import prefill
+from hawk_compile.runtime.conversation import Slots
 from hawk_compile.runtime.handover import scratch_cache
 from hawk_compile.versions import installed, release
 from tests import zoo
@@ -297,3 +298,15 @@ def test_chunks_of_a_prefill(options: dict[str, Any]) -> None:
     assert torch.stack(out.logits).equal(torch.stack(expected.logits)) and out.sequences.equal(expected.sequences)
     assert hawk_compile.report(out).keep_indices[0].equal(kept) and model._hawk_runtime.compilations == compiled
     check_logits(out, conversation("llava", inputs), inputs)
+
+
+@pytest.mark.parametrize(("positions", "valid", "left"), [
+    ([0, 1, 2, 3], [True, False, False, False], 3),  # the prompt ends in padding
+    ([0, 2, 3, 3], [True, True, True, False], None),  # the last slot fills the row up
+    ([0, 2, 3], None, 2),
+    ([0, 1, 2], None, None),  # the last of four tokens was pruned
+])  # fmt: skip
+def test_what_a_crop_may_take(positions: list[int], valid: list[bool] | None, left: int | None) -> None:
+    slots = Slots(torch.tensor([positions]), None if valid is None else torch.tensor([valid]), 4)
+    cropped = slots.without_last(1)
+    assert (None if cropped is None else (cropped.positions.shape[1], cropped.logical)) == (left and (left, 3))
