@@ -40,7 +40,7 @@ class Manifest:
 
     Attributes:
         key, modules: what must be equal, by name; see `hawk_compile.saved.key`.
-        weights: dotted path of each weight that a graph takes -> its dtype, sizes and strides.
+        files: none; an export names there what lies beside its parts, and by it both are known for ours.
     """
 
     key: dict[str, str]

@@ -163,8 +163,6 @@ class HawkConfig:
             least, most = self.budget.bounds(count, most)
         floor = min(floor, count)
         least, most = max(least, floor), max(most, floor)
-        if self.bucket == 1:
-            return least, most
         more = -(most + others) % self.bucket
         return min(least + more, count), min(most + more, count)
 

@@ -57,6 +57,18 @@ def test_each_row_keeps_what_holds_the_mass(name: str) -> None:
     assert len(model.graphs) == 1
 
 
+def check_rows(name: str, model: Any, batch: dict[str, Any], out: Any, report: hawk_compile.Report) -> None:
+    """Each row of a batch that was generated keeps and answers what it does by itself."""
+    for i in range(len(report.kept_visual_tokens)):
+        single = rows.row(plain(name), batch, i)
+        alone = generate(model, unread(single), 4)
+        by_itself = hawk_compile.report(model)
+        assert report.kept_visual_tokens[i] == by_itself.kept_visual_tokens[0]
+        assert new_tokens(out, batch, i) == new_tokens(alone, single)
+        for together, apart in zip(out.logits, alone.logits, strict=True):
+            torch.testing.assert_close(together[i], apart[0], **ROUNDING)
+
+
 def test_a_batch_equals_its_rows() -> None:
     name = "qwen3_vl"
     model = fresh(name, 0.0, budget=Adaptive(MASS), **EACH)
@@ -66,14 +78,7 @@ def test_a_batch_equals_its_rows() -> None:
     report = hawk_compile.report(model)
     assert report.kept_tokens == max(len(each) for each in report.keep_indices) < report.prompt_tokens
     assert "budget=Adaptive(mass=" in report.reason
-    for i in range(3):
-        single = rows.row(plain(name), batch, i)
-        alone = generate(model, unread(single), 4)
-        by_itself = hawk_compile.report(model)
-        assert report.kept_visual_tokens[i] == by_itself.kept_visual_tokens[0]
-        assert new_tokens(out, batch, i) == new_tokens(alone, single)
-        for together, apart in zip(out.logits, alone.logits, strict=True):
-            torch.testing.assert_close(together[i], apart[0], **ROUNDING)
+    check_rows(name, model, batch, out, report)
 
 
 @pytest.mark.parametrize(("ratio", "given", "expected"), [
@@ -139,14 +144,7 @@ def test_a_row_keeps_the_same_alone_and_in_a_batch() -> None:
     out = generate(model, unread(batch), 4)
     report = hawk_compile.report(model)
     assert "bucket=8" in report.reason and report.kept_tokens % 8 == 0
-    for i in range(3):
-        single = rows.row(plain(name), batch, i)
-        alone = generate(model, unread(single), 4)
-        by_itself = hawk_compile.report(model)
-        assert report.kept_visual_tokens[i] == by_itself.kept_visual_tokens[0]
-        assert new_tokens(out, batch, i) == new_tokens(alone, single)
-        for together, apart in zip(out.logits, alone.logits, strict=True):
-            torch.testing.assert_close(together[i], apart[0], **ROUNDING)
+    check_rows(name, model, batch, out, report)
 
 
 @pytest.mark.parametrize(("settings", "message"), [

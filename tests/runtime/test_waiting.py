@@ -1,6 +1,5 @@
 """When a prefill waits for the device: once, for ids and padding, before its encoders have begun."""
 
-import functools
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from hawk_compile.plan.plan import on_host
 from hawk_compile.runtime import inputs, prefill
 from tests import zoo
+from tests.encoders import at_each_encoding
 from tests.runtime.models import fresh, prompt
 
 
@@ -21,13 +21,6 @@ def test_ids_are_read_before_images_are_encoded(name: str, monkeypatch: pytest.M
 
     for module in (inputs, prefill):
         monkeypatch.setattr(module, "on_host", read)
-    encode = type(model.model).get_image_features
-
-    @functools.wraps(encode)
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        done.append("encoded")
-        return encode(*args, **kwargs)
-
-    monkeypatch.setattr(type(model.model), "get_image_features", encoded)
+    at_each_encoding(monkeypatch, model, lambda: done.append("encoded"))
     model(**prompt(name, *zoo.sizes(name)[:2]))
     assert done == ["read", "encoded"]

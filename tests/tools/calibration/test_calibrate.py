@@ -1,7 +1,6 @@
 """`calibrate` on the shipped model and on tiny ones: what each ablation leaves out, and that a killed run goes on."""
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -21,6 +20,7 @@ from hawk_compile.tools.cli import app
 from hawk_compile.tools.evaluation.asking import encoded, fresh
 from hawk_compile.tools.evaluation.samples import read_samples
 from tests import zoo
+from tests.encoders import at_each_encoding
 from tests.exporting import demo
 
 SETTINGS = {"limit": 8, "batch": 3, "metric": "likelihood", "ratios": (0.9,), "backend": "eager"}
@@ -114,14 +114,7 @@ def test_weights_are_clipped_drops_in_proportion():
 
 def test_questions_of_one_picture_encode_it_once(monkeypatch):
     model, calls = demo.model(), []
-    method = type(model.base_model).get_image_features
-
-    @functools.wraps(method)
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        return method(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model.base_model), "get_image_features", counted)
+    at_each_encoding(monkeypatch, model, lambda: calls.append(1))
     samples = read_samples("demo:calibration", limit=2)
     questions = [dataclasses.replace(each, images=samples[0].images) for each in samples]
     found = calibrated(data=questions, limit=None, batch=1, image_cache="8MB")

@@ -20,6 +20,7 @@ from hawk_compile.tools.evaluation.methods import methods_of
 from hawk_compile.tools.evaluation.samples import read_samples
 from hawk_compile.tools.evaluation.scored import Row
 from hawk_compile.tools.evaluation.table import as_json, lines, markdown
+from tests.encoders import at_each_encoding
 from tests.exporting import demo
 
 RATIOS = (0.6, 0.9)
@@ -171,16 +172,9 @@ def test_what_the_metric_fails_on_is_skipped():
 def test_questions_of_one_picture_encode_it_once(monkeypatch):
     """One batch after another, those of one batch, and what generate has encoded before; the scores are the same."""
     model, calls = demo.model(), []
-    method = type(model.base_model).get_image_features
-
-    @functools.wraps(method)
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        return method(self, *args, **kwargs)
-
     samples = read_samples("demo:tune", limit=2)
     questions = [dataclasses.replace(each, images=samples[0].images) for each in (*samples, samples[0])]
-    monkeypatch.setattr(type(model.base_model), "get_image_features", counted)
+    at_each_encoding(monkeypatch, model, lambda: calls.append(1))
     ask = functools.partial(
         evaluate, model, demo.processor(), questions, selectors=["hawk"], ratios=[0.5], backend="eager",
         max_new_tokens=1, batch=1,
